@@ -80,10 +80,11 @@ only tokenizer it is read as it is; without a chat template turns are written in
 and `[SYSTEM_PROMPT]` from version 7 on), which has no tools.
 
 GGUF files of GLM-4.7-Flash say `deepseek2`, those of Bamba `granitehybrid`. Value heads of Qwen3.5 lie in another order
-there, which one rank reads and several do not. Not read: architectures of families without a name in the column (Gemma
-4, MiMo-V2-Flash, Mistral 4, DeepSeek V3.2, GLM-5, Nomic BERT), vocabularies of kind `t5` (XLM-RoBERTa); the error names
-the safetensors checkpoint or `--tokenizer-path`. No architecture exists for Helium, VaultGemma, LongCat-Flash, Youtu,
-OPT or MPNet.
+there, which one rank reads and several do not. q, k and v in one tensor (`--fuse-qkv`) and gate and up in one are read
+for every family; of `qwen2vl`, `qwen3vl` and `qwen3vlmoe` the language model serves, for texts alone. Where the
+converter fills a table of layers' inputs up with zeros (Gemma 3n) tokens read the row that the model has for them.
+Rerankers are served where the file has the whole head: RoBERTa's and XLM-R's. No architecture exists for Helium,
+VaultGemma, LongCat-Flash, OPT, MPNet, GTE or SDAR; LLaDA 2's is not read, nor Nomic's with experts.
 
 Models without a row here are run by transformers' own code over our pages, where that can be done: see
 [the fallback](fallback.md).

@@ -27,6 +27,7 @@ from phloem.kernels.triton import (
     norm,
     pages,
     quantise,
+    recurrent,
     rope,
     sample,
     tokens,
@@ -195,6 +196,22 @@ def _no_float8(run: Callable[..., Any], *args: Any, **options: Any) -> Callable[
     return lambda _: run(*args, **options)
 
 
+def _delta(rows: int, tokens: int, each: bool) -> None:
+    heads, size = 32, 128
+    x, state = t(tokens, 3 * heads * size), t(rows, 3 * heads * size, 3, dtype=F32)
+    starts, weight = t(rows + 1, dtype=I32), t(3 * heads * size, 4, dtype=F32)
+    mixed, _ = recurrent.causal_conv(x, weight, None, state, starts)
+    q, k, v = (part.unflatten(-1, (heads, size)) for part in mixed.split(heads * size, -1))
+    decay, beta = t(tokens, heads, *([size] if each else []), dtype=F32), t(tokens, heads, dtype=F32)
+    recurrent.gated_delta(q, k, v, decay, beta, t(rows, heads, size, size, dtype=F32), starts, size**-0.5)
+
+
+def _short_conv() -> None:
+    """LFM2's, with a bias."""
+    starts, state = t(33, dtype=I32), t(32, 2048, 2, dtype=F32)
+    recurrent.causal_conv(t(32, 2048), t(2048, 3, dtype=F32), t(2048, dtype=F32), state, starts, silu=False)
+
+
 def cases() -> list[Case]:
     """All of them; kernels that differ only in a compile-time choice count once per choice that models make."""
     plain = _no_float8
@@ -227,6 +244,9 @@ def cases() -> list[Case]:
         Case("extend, shared pages", plain(_attend, 64, 4096, 32, 8, 128, shared=True)),
         Case("MLA decode, DeepSeek-V3", plain(_mla, 32, 32)),
         Case("MLA extend, DeepSeek-V3", plain(_mla, 4, 2048)),
+        Case("delta net, decode, 32 rows, 32 heads of 128", plain(_delta, 32, 32, False), quick=True),
+        Case("Kimi delta, 4 rows, 2048 tokens", plain(_delta, 4, 2048, True), quick=True),
+        Case("short convolution, 32 rows", plain(_short_conv)),
         Case("norms, bf16, 4096", plain(_norms, BF16, 4096), quick=True),
         Case("norms, float32, 2880", plain(_norms, F32, 2880)),
         Case("activations, sum, cap", plain(_elementwise)),

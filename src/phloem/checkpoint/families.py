@@ -23,7 +23,7 @@ FACTS = (
 )
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 SPARSE, SIGMOID, NORMED = " with experts", " with sigmoid routing", " with normalised steps"
-UNSCALED, GROWN = " without multipliers", " with growing queries"
+UNSCALED, GROWN, DENSE = " without multipliers", " with growing queries", " without experts"
 MOST_LAYERS = 10_000
 _FOLDER = Path(__file__).parents[1] / "models"
 
@@ -35,10 +35,12 @@ class GGUFFacts:
     architecture: str  # general.architecture
     hf_class: str  # the entry of config.json's `architectures`
     sparse: bool = False  # it serves those files of the architecture that say how many experts there are
+    dense: bool = False  # it serves those files that say nothing of experts, of an architecture that has them
     sigmoid: bool = False  # it serves those files whose routers score by a sigmoid
     normed: bool = False  # it serves those files whose recurrent layers normalise what steps are made of
     unscaled: bool = False  # it serves those files whose metadata has no multiplier
     also: tuple[str, ...] = ()  # further architectures that are read in the same way
+    beside: dict[str, dict[str, Any]] = field(default_factory=dict)  # what no file of such an architecture says
     written_as: str = ""  # the architecture that today's converters write for it, if another
     # config.json key -> metadata key under the architecture's prefix, which must be there; or (that key, a default).
     keys: dict[str, str | tuple[str, Any]] = field(default_factory=dict)
@@ -47,7 +49,9 @@ class GGUFFacts:
     flags: dict[str, str] = field(default_factory=dict)  # config.json key -> a tensor that some layer has, or none
     kinds: dict[str, dict[str, str]] = field(default_factory=dict)  # config.json key -> a layer's tensor -> its kind
     lists: dict[str, str] = field(default_factory=dict)  # config.json key -> metadata key of a number for each layer
-    rows: dict[str, str] = field(default_factory=dict)  # config.json key -> a tensor that has so many rows
+    # config.json key -> a tensor that has so many rows, or (that tensor, the number where there is none).
+    rows: dict[str, str | tuple[str, int]] = field(default_factory=dict)
+    filled: dict[str, str] = field(default_factory=dict)  # the same without rows of zeros at its end, which are padding
     shares: dict[str, tuple[str, str]] = field(default_factory=dict)  # config.json key -> one metadata key by another
     names: dict[str, str] = field(default_factory=dict)  # our tensor name in a layer -> the file's; `{}`: experts
     numbers: dict[str, str] = field(default_factory=dict)  # our tensor in a layer -> metadata key of one number each
@@ -137,7 +141,12 @@ def gguf_families() -> dict[str, Family]:
     found = [family(name) for name in FAMILIES.names()]
     facts = [(item, item.gguf) for item in found if item.gguf is not None]
     return {
-        arch + SPARSE * own.sparse + SIGMOID * own.sigmoid + NORMED * own.normed + UNSCALED * own.unscaled: item
+        arch
+        + SPARSE * own.sparse
+        + DENSE * own.dense
+        + SIGMOID * own.sigmoid
+        + NORMED * own.normed
+        + UNSCALED * own.unscaled: item
         for item, own in facts
         for arch in (own.architecture, *own.also)
     }

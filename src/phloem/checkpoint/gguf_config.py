@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from phloem.checkpoint.families import GROWN, MOST_LAYERS, NORMED, SIGMOID, SPARSE, UNSCALED, gguf_families
+from phloem.checkpoint.families import DENSE, GROWN, MOST_LAYERS, NORMED, SIGMOID, SPARSE, UNSCALED, gguf_families
 from phloem.checkpoint.gguf_keys import check_unread
 from phloem.checkpoint.gguf_own import LARGEST, plain, read_own
 from phloem.checkpoint.gguf_rope import read_rope, rope_keys
@@ -66,22 +66,12 @@ def translate_metadata(gguf: GGUFFile, path: Path) -> dict[str, Any]:
     config["vocab_size"] = int(embedding.shape[0])
     config["tie_word_embeddings"] = "output.weight" not in gguf.tensors
     for key, tensor in _BIASES.items():
-        config[key] = f"blk.0.{tensor}.bias" in gguf.tensors
+        config[key] = any(f"blk.0.{name}.bias" in gguf.tensors for name in (tensor, tensor.replace("_q", "_qkv")))
     config["lm_head_bias"] = "output.bias" in gguf.tensors
-    for key in ("bos", "eos", "padding"):
-        token = gguf.metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if token is not None:
-            if (
-                not isinstance(token, int | float)
-                or isinstance(token, bool)
-                or token % 1 != 0
-                or not 0 <= token < 1 << 32
-            ):
-                raise ModelLoadError(f"{path}: tokenizer.ggml.{key}_token_id is {token!r:.60}, expected a token id")
-            config[f"{key.replace('padding', 'pad')}_token_id"] = int(token)
     pooling = gguf.metadata.get(f"{arch}.pooling_type")
     config |= {"pooling_type": pooling} if isinstance(pooling, int) else {}
     read_own(config, facts, gguf, path)
+    config |= _special(gguf, path)
     latent = _latent(config, gguf, arch, path) if "kv_lora_rank" in facts.keys else set[str]()
     # Layers that draft are counted among the others, and stand behind them.
     config["num_hidden_layers"] -= int(config.get("num_nextn_predict_layers", 0))
@@ -97,6 +87,20 @@ def translate_metadata(gguf: GGUFFile, path: Path) -> dict[str, Any]:
     }
     check_unread(gguf.metadata, arch, read, config, path)
     return config
+
+
+def _special(gguf: GGUFFile, path: Path) -> dict[str, int]:
+    """Tokens that have a role, by their keys in config.json."""
+    found: dict[str, int] = {}
+    for key in ("bos", "eos", "padding", "mask"):
+        token = gguf.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if token is None:
+            continue
+        right = isinstance(token, int | float) and not isinstance(token, bool) and token % 1 == 0
+        if not right or not 0 <= token < 1 << 32:
+            raise ModelLoadError(f"{path}: tokenizer.ggml.{key}_token_id is {token!r:.60}, expected a token id")
+        found[f"{key.replace('padding', 'pad')}_token_id"] = int(token)
+    return found
 
 
 def _usual(gguf: GGUFFile, key: str, source: str, served: Family, path: Path) -> Any:
@@ -133,6 +137,7 @@ def _served_as(gguf: GGUFFile, arch: str) -> str:
     """Of an architecture that several families share: the entry of the one whose files look so."""
     told = (
         (SPARSE, _says(gguf, f"{arch}.expert_count")),
+        (DENSE, not _says(gguf, f"{arch}.expert_count")),
         (SIGMOID, _scores_by_sigmoid(gguf, arch)),
         (GROWN, _says(gguf, f"{arch}.attention.temperature_scale")),
         (NORMED, _says(gguf, f"{arch}.ssm.dt_b_c_rms")),

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from phloem.checkpoint.families import GGUFFacts
-    from phloem.checkpoint.gguf_reader import GGUFFile
+    from phloem.checkpoint.gguf_reader import GGUFFile, GGUFTensor
 
+_AT_ONCE = 256  # rows that are looked at together
 LARGEST = 1 << 24  # of a size: buffers of it are made before any tensor is missed
 
 
@@ -39,7 +40,7 @@ def read_own(config: dict[str, Any], facts: GGUFFacts, gguf: GGUFFile, path: Pat
             raise ModelLoadError(f"{path}: its metadata has no {arch}.{name}")
         elif default is not None:
             config[key] = default
-    config.update(facts.config)
+    config.update(facts.config | facts.beside.get(arch, {}))
     _check_drafting(config, gguf, path)
     _by_layer(config, facts, gguf, path)
     for key, (first, second) in facts.shares.items():
@@ -47,10 +48,32 @@ def read_own(config: dict[str, Any], facts: GGUFFacts, gguf: GGUFFile, path: Pat
         if whole % count:
             raise ModelLoadError(f"{path}: {arch}.{first} {whole} is not a multiple of {arch}.{second} {count}")
         config[key] = whole // count
-    for key, name in facts.rows.items():
-        if name not in gguf.tensors:
+    for key, source in (*facts.rows.items(), *facts.filled.items()):
+        name, default = (source, None) if isinstance(source, str) else source
+        table = gguf.tensors.get(name)
+        if table is None and default is None:
             raise ModelLoadError(f"{path}: has no tensor {name}")
-        config[key] = gguf.tensors[name].shape[0]
+        config[key] = default if table is None else _filled(table) if key in facts.filled else table.shape[0]
+
+
+def _filled(table: GGUFTensor) -> int:
+    """How many rows stand before the zeros at its end, which a converter adds where a table is shorter than the
+    vocabulary. All of them where there is nothing else, or where it cannot be told."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    rows = table.raw()
+    try:
+        if dequantize(rows[-1:].copy(), GGMLQuantizationType[table.kind]).any():
+            return len(rows)
+    except (KeyError, NotImplementedError):  # the weights are not read either
+        return len(rows)
+    for end in range(len(rows), 0, -_AT_ONCE):
+        start = max(0, end - _AT_ONCE)
+        others = (rows[start:end] != rows[-1]).any(1).nonzero()[0]
+        if len(others):
+            return start + int(others[-1]) + 1
+    return len(rows)
 
 
 def _check_drafting(config: dict[str, Any], gguf: GGUFFile, path: Path) -> None:

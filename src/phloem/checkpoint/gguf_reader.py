@@ -100,8 +100,17 @@ class GGUFTensor:
         """The first or the second half of the rows of a matrix [2 M, N], without reading it."""
         if len(self.shape) != 2 or self.shape[0] % 2:
             raise IndexError(f"tensor {self.name!r} {list(self.shape)} has no halves")
-        size, shape = self.nbytes // 2, (self.shape[0] // 2, self.shape[1])
-        return GGUFTensor(self.name, shape, self.kind, self.offset + second * size, size, self._map)
+        return self.cut(second * (self.shape[0] // 2), self.shape[0] // 2)
+
+    def cut(self, start: int, count: int) -> GGUFTensor:
+        """`count` entries along the first axis from `start` on, without reading them: rows of a matrix, or numbers of a
+        vector of a type without blocks."""
+        whole = len(self.shape) > 1 or BLOCKS[self.kind][0] == 1
+        if not whole or start < 0 or count < 1 or start + count > self.shape[0]:
+            raise IndexError(f"tensor {self.name!r} {list(self.shape)} has no part of {count} from {start} on")
+        size = self.nbytes // self.shape[0]
+        shape = (count, *self.shape[1:])
+        return GGUFTensor(self.name, shape, self.kind, self.offset + start * size, count * size, self._map)
 
 
 def _text(raw: bytes) -> str:

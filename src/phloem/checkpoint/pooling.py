@@ -16,6 +16,8 @@ from phloem.core.errors import ConfigError, ModelLoadError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from phloem.checkpoint.gguf_reader import GGUFFile
+
 # embed: a vector. score: one number (a reranker, a reward model). classify: a number for each label. tokens: that for
 # each token.
 PooledTask = Literal["embed", "classify", "score", "tokens"]
@@ -34,6 +36,7 @@ _STORED = {1: "mean", 2: "cls", 3: "last"}  # values of `pooling_type` in GGUF f
 _NAMES = {"lasttoken": "last", "mean_sqrt_len_tokens": "mean_sqrt_len"}
 _HEADS = {"ForSequenceClassification": "classify", "ForTokenClassification": "tokens"}
 _ACTIVATIONS: dict[str, Activation] = {"identity": "none", "sigmoid": "sigmoid", "softmax": "softmax"}
+_BESIDE = ("sparse_linear.pt", "colbert_linear.pt")  # what BGE-M3 makes of a text beside one vector
 _UNBOUNDED = 10**9  # what tokenizers say that know no limit
 _MATRYOSHKA = re.compile(r"matryoshka|\bMRL\b", re.IGNORECASE)
 
@@ -57,18 +60,20 @@ class Described(Protocol):
     def context_length(self) -> int: ...
 
     @property
-    def gguf(self) -> object | None: ...
+    def gguf(self) -> GGUFFile | None: ...
 
 
 @dataclass(frozen=True)
 class Dense:
-    """A layer behind the pooling: `folder` has its weights, `linear.weight` [outputs, inputs] and perhaps a bias."""
+    """A layer behind the pooling: `folder` has its weights, `linear.weight` [outputs, inputs] and perhaps a bias; or
+    they are the `tensor` of a GGUF file."""
 
     folder: Path
     inputs: int
     outputs: int
     bias: bool
     activation: str  # identity, tanh, relu, gelu, sigmoid
+    tensor: str = ""
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,8 @@ def pooling_of(found: Described, task: str) -> tuple[Pooling | None, int]:
     kinds, dense, normalize = _from_modules(folder, modules) if modules else _alone(found, folder)
     prompts = _json(folder / "config_sentence_transformers.json")
     size = dense[-1].outputs if dense else config["hidden_size"] * len(kinds)
+    more = [name for name in _BESIDE if (folder / name).exists()]
+    reason = f"{reason}; dense vectors alone: {', '.join(more)} not served" if more else reason
     pooling = Pooling(
         task="embed",
         kinds=kinds,
@@ -157,9 +164,10 @@ def pooling_of(found: Described, task: str) -> tuple[Pooling | None, int]:
 
 def _task(found: Described, task: str) -> tuple[str, str]:
     architecture = found.architectures[0] if found.architectures else ""
-    encoder = family(found.model_type).encoder is not None
-    if task == "generate" and encoder:
-        raise ConfigError(f"task generate: {found.model_type} is an encoder, which does not generate", param="task")
+    # A decoder whose tokens see each other both ways is one too.
+    encoder = family(found.model_type).encoder is not None or found.config.get("use_bidirectional_attention") is True
+    if encoder and (task == "generate" or (task == "score" and architecture.endswith("ForCausalLM"))):
+        raise ConfigError(f"task {task}: {found.model_type} is an encoder, which does not generate", param="task")
     head = next((kind for end, kind in _HEADS.items() if architecture.endswith(end)), "")
     if head == "classify" and len(_labels(found.config)) == 1:
         head = "score"
@@ -177,11 +185,19 @@ def _task(found: Described, task: str) -> tuple[str, str]:
     if found.gguf is None and ((folder / "modules.json").exists() or (folder / "1_Pooling").is_dir()):
         return "embed", "the folder says how its hidden states are pooled (sentence-transformers)"
     stored = found.config.get("pooling_type") if found.gguf is not None else None
+    if stored == 4 and found.config.get("dense_head") and found.config.get("num_labels"):
+        kind = "score" if found.config["num_labels"] == 1 else "classify"
+        return kind, "the file has a head that ranks (pooling_type 4)"
     if stored == 4:
-        raise ConfigError("pooling_type 4: rerankers in GGUF files are not served", param="model_path")
+        raise ConfigError(
+            "pooling_type 4: of rerankers in GGUF files RoBERTa's and XLM-R's are served, which have cls.weight; serve "
+            "the safetensors checkpoint",
+            param="model_path",
+        )
     if stored in _STORED:
         return "embed", f"the file says how its hidden states are pooled (pooling_type {stored})"
     bare = architecture.endswith("Model") and not architecture.endswith("LMHeadModel")
+    bare = bare and family(found.model_type).diffusion is None  # Dream calls itself so, with its head
     if encoder or (
         bare and not found.config.get("tie_word_embeddings")
     ):  # a tied head is the embedding, which is there
@@ -298,13 +314,26 @@ def _dense(folder: Path) -> Dense:
 
 
 def _alone(found: Described, folder: Path) -> tuple[tuple[str, ...], tuple[Dense, ...], bool]:
-    """Without files that say it: decoders by their last token, normalised; encoders by their first."""
+    """Without files that say it: decoders by their last token, or by all where these see both ways, normalised;
+    encoders by their first."""
     del folder
+    decoder, both = family(found.model_type).encoder is None, found.config.get("use_bidirectional_attention") is True
+    kind = "cls" if not decoder else "mean" if both else "last"
     if found.gguf is not None:  # normalised, as what reads such files elsewhere gives them
-        kind = _STORED.get(found.config.get("pooling_type", 0))
-        return (kind or ("cls" if family(found.model_type).encoder is not None else "last"),), (), True
-    decoder = family(found.model_type).encoder is None
-    return ("last",) if decoder else ("cls",), (), decoder
+        return (_STORED.get(found.config.get("pooling_type", 0)) or kind,), _behind(found, found.gguf), True
+    return (kind,), (), decoder
+
+
+def _behind(found: Described, gguf: GGUFFile) -> tuple[Dense, ...]:
+    """EmbeddingGemma's dense layers, where a GGUF file has them: matrices alone."""
+    tensors = [gguf.tensors[name] for name in ("dense_2.weight", "dense_3.weight") if name in gguf.tensors]
+    size, layers = int(found.config["hidden_size"]), list[Dense]()
+    for tensor in tensors:
+        if len(tensor.shape) != 2 or tensor.shape[1] != size:
+            raise ModelLoadError(f"{found.path}: {tensor.name} is {list(tensor.shape)}, expected {size} columns")
+        size = tensor.shape[0]
+        layers.append(Dense(found.path, tensor.shape[1], size, False, "identity", tensor.name))
+    return tuple(layers)
 
 
 def _sentence(folder: Path) -> dict[str, Any]:

@@ -24,7 +24,8 @@ def _picked(activations: dict[str, T], name: str) -> T:
 
 
 class GatedMLP(Layer):
-    """down(act(gate(x)) * up(x)), gate and up fused. `fused`: the tensor in which a checkpoint keeps both."""
+    """down(act(gate(x)) * up(x)), gate and up fused. `fused`: the tensor in which a checkpoint keeps both, gate first
+    or `up_first`; `down_bias`: whether down has a bias, if not as the others."""
 
     def __init__(
         self,
@@ -36,19 +37,22 @@ class GatedMLP(Layer):
         bias: bool = False,
         fused: str = "",
         down: str = "down_proj",
+        up_first: bool = False,
+        down_bias: bool | None = None,
     ) -> None:
         acts = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": ""}
         # "": the exact GELU, which no linear op fuses.
         self.activation, self.ops = _picked(acts, activation), ctx.ops
         tp = ctx.mesh.tp
         check_divides("intermediate_size", inner_size, tp)
-        rows, parts = cut_of(tp, 0), (Part(0), Part(inner_size)) if fused else (None, None)
+        rows, parts = cut_of(tp, 0), (Part(inner_size * up_first), Part(inner_size * (not up_first)))
         pair = {
-            name: Projection(inner_size, fused, part, rows)
+            name: Projection(inner_size, fused, part if fused else None, rows)
             for name, part in zip(("gate_proj", "up_proj"), parts, strict=True)
         }
         self.gate_up = Linear(ctx, hidden_size, pair, bias=bias)
-        self.down = Linear(ctx, inner_size, {down: hidden_size}, bias=bias, cut=cut_of(tp, 1))
+        last = bias if down_bias is None else down_bias
+        self.down = Linear(ctx, inner_size, {down: hidden_size}, bias=last, cut=cut_of(tp, 1))
 
     def __call__(
         self, norm: AnyNorm | None, x_TN: Tensor, residual_TN: Tensor | None, *, add: bool

@@ -71,6 +71,8 @@ RECURRENT = {
 _LAYER = re.compile(r"(?:model\.layers|encoder\.layer|layers)\.(\d+)\.(.+?)(\.weight|\.bias)?")
 # Experts' gate and up, which some converters leave in one tensor, gate first.
 _BOTH = re.compile(r"(?<=\.)ffn_(gate|up)_exps(?=\.)")
+# Queries, keys and values, which some leave in one tensor, in this order.
+_THREE = re.compile(r"(?<=\.)attn_([qkv])(?=\.(?:weight|bias)$)")
 _EXPERT = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -113,7 +115,7 @@ def gguf_sources(
     places = {name: gguf_name(name, facts.names) for name in slots}
     pieces = Counter(stored for stored, _ in places.values())
     for name, (stored, piece) in places.items():
-        joined = stored if stored in tensors else _BOTH.sub(r"ffn_gate_up_exps", stored)
+        joined = stored if stored in tensors else _THREE.sub("attn_qkv", _BOTH.sub("ffn_gate_up_exps", stored))
         used.add(joined)
         if joined in tensors:
             weight, number = next(iter(slots[name]))
@@ -123,7 +125,7 @@ def gguf_sources(
             if piece is not None:
                 tensor = _piece_of(tensor, piece, _pieces(weight) or pieces[stored], checkpoint)
             if joined != stored:
-                tensor = _half_of(tensor, "ffn_up_exps" in stored, checkpoint)
+                tensor = _share_of(tensor, stored, places, slots, checkpoint)
             kind = "dense" if tensor.kind in ("F32", "F64") else tensor.kind
             # The converter has already added the shift to the norms that have one.
             shifted, decay = weight.role == "norm", name.endswith(".A_log")
@@ -213,11 +215,37 @@ def _piece_of(stacked: GGUFTensor, piece: int, count: int, checkpoint: Checkpoin
     return stacked.part(piece)
 
 
-def _half_of(both: GGUFTensor, second: bool, checkpoint: Checkpoint) -> GGUFTensor:
+def _share_of(
+    joined: GGUFTensor,
+    stored: str,
+    places: Mapping[str, tuple[str, int | None]],
+    slots: Mapping[str, Iterable[tuple[Weight, int]]],
+    checkpoint: Checkpoint,
+) -> GGUFTensor:
+    """What is called `stored` elsewhere, of a tensor in which it lies beside others: gate of gate and up, or keys."""
+    part = _THREE.search(stored)
     try:
-        return both.half(second)
+        if part is None:
+            return joined.half("ffn_up_exps" in stored)
+        siblings = {letter: stored[: part.start(1)] + letter + stored[part.end(1) :] for letter in "qkv"}
+        named = {found: name for name, (found, _) in places.items() if found in siblings.values()}
+        sizes = {letter: _rows(slots, named.get(found)) for letter, found in siblings.items()}
+        if sum(sizes.values()) != joined.shape[0]:
+            said = " + ".join(str(size) for size in sizes.values())
+            raise ModelLoadError(f"{checkpoint.path}: {joined.name} is {list(joined.shape)}, expected {said} rows")
+        first = sum(size for letter, size in sizes.items() if "qkv".index(letter) < "qkv".index(part[1]))
+        return joined.cut(first, sizes[part[1]])
     except IndexError as error:
-        raise ModelLoadError(f"{checkpoint.path}: {error}: expected gate and up") from None
+        wanted = ": expected gate and up" if part is None else ""
+        raise ModelLoadError(f"{checkpoint.path}: {error}{wanted}") from None
+
+
+def _rows(slots: Mapping[str, Iterable[tuple[Weight, int]]], name: str | None) -> int:
+    """How many rows a tensor of ours has; 0: the model has none of that name."""
+    if name is None:
+        return 0
+    weight, number = next(iter(slots[name]))
+    return weight.shapes[number][0]
 
 
 def _form(tensor: GGUFTensor, weight: Weight, number: int, checkpoint: Checkpoint) -> tuple[int, ...]:
@@ -225,8 +253,9 @@ def _form(tensor: GGUFTensor, weight: Weight, number: int, checkpoint: Checkpoin
     wanted = weight.shapes[number]
     if weight.role != "norm":
         return tensor.shape
-    if len(wanted) == 3 and len(tensor.shape) == 2:  # filters, of which the file leaves out the axis of one
-        return (tensor.shape[0], 1, tensor.shape[1])
+    wide = [size for size in tensor.shape if size > 1] if len(tensor.shape) > 2 else list(tensor.shape)
+    if len(wanted) == 3 and len(wide) == 2:  # filters, of which files leave out the axis of one, or have it twice
+        return (wide[0], 1, wide[1])
     fits = prod(wanted) == prod(tensor.shape)
     if len(wanted) > 1:  # a table: numbers of another order are not its own
         fits = [size for size in wanted if size > 1] == [size for size in tensor.shape if size > 1]

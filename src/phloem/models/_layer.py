@@ -208,10 +208,21 @@ class MLP:
     fused: str = ""  # the tensor that a checkpoint keeps gate and up in
     name: str = "mlp"
     down: str = "down_proj"
+    up_first: bool = False  # in that tensor
+    down_bias: bool | None = None  # None: as the others
 
     def __call__(self, ctx: BuildContext, place: Place) -> GatedMLP:
-        sizes = place.hidden_size, self.inner_size
-        return GatedMLP(ctx.child(self.name), *sizes, self.activation, bias=self.bias, fused=self.fused, down=self.down)
+        return GatedMLP(
+            ctx.child(self.name),
+            place.hidden_size,
+            self.inner_size,
+            self.activation,
+            bias=self.bias,
+            fused=self.fused,
+            down=self.down,
+            up_first=self.up_first,
+            down_bias=self.down_bias,
+        )
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from phloem.models import FAMILIES
 from phloem.models._common import Decoder
 from phloem.models._encoder import Encoder
 from phloem.models._index import WeightIndex, open_sources
+from phloem.models._sources import GGUFSource
 from phloem.models._stored import ALL_HEADS, MASKED_HEADS, check_surplus
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.checkpoint.describe import Checkpoint
+    from phloem.checkpoint.gguf_reader import GGUFFile
     from phloem.checkpoint.pooling import Dense, Judge, Pooling
     from phloem.layers.context import BuildContext, ForwardBatch
     from phloem.models._encoder import HeadKind
@@ -115,14 +117,16 @@ class PooledModel(Layer):
     def load(self, checkpoint: Checkpoint, progress: Progress | None) -> None:
         """Read every weight. Raises ModelLoadError."""
         sources, unused = open_sources(checkpoint, self.index, self._name)
+        behind = {dense.tensor for dense in self.pooling.dense}
+        unused = [name for name in unused if name not in behind]
         check_surplus(checkpoint, unused, ALL_HEADS if self.head is None else MASKED_HEADS)
         self.index.pull(sources, str(checkpoint.path), progress)
-        if checkpoint.gguf is not None:
-            checkpoint.gguf.release()
         if self.pooling.judge is not None:
             self.verdict = self._verdict(self.pooling.judge)
         dummy = checkpoint.format == "dummy"
-        self.dense = [_read_dense(dense, self.device, dummy) for dense in self.pooling.dense]
+        self.dense = [_read_dense(dense, self.device, dummy, checkpoint.gguf) for dense in self.pooling.dense]
+        if checkpoint.gguf is not None:
+            checkpoint.gguf.release()
 
     def _verdict(self, judge: Judge) -> Tensor:
         body = self.body
@@ -183,13 +187,17 @@ def _pooled(x_LN: Tensor, kinds: tuple[str, ...]) -> Tensor:
 
 
 def _read_dense(
-    dense: Dense, device: torch.device, dummy: bool
+    dense: Dense, device: torch.device, dummy: bool, gguf: GGUFFile | None
 ) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Tensor]]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if dummy:
         return torch.randn(dense.outputs, dense.inputs, device=device), None, _ACTS[dense.activation]
+    if gguf is not None and dense.tensor:
+        stored = gguf.tensors[dense.tensor]
+        source = GGUFSource(dense.tensor, stored.shape, stored.kind, tensor=stored)
+        return source.take(None, torch.float32).to(device), None, _ACTS[dense.activation]
     path = dense.folder / "model.safetensors"
     try:
         tensors = load_file(str(path))

@@ -17,7 +17,12 @@ GGUF = {
     "hf_class": "BertModel",
     "keys": {"layer_norm_eps": "attention.layer_norm_epsilon", "is_causal": ("attention.causal", True)},
     "config": {"hidden_act": "gelu"},
-    "rows": {"type_vocab_size": "token_types.weight"},
+    "rows": {
+        "type_vocab_size": ("token_types.weight", 0),  # DistilBERT has no segments
+        "num_labels": ("cls.output.weight", 0),
+        "dense_head": ("cls.weight", 0),  # RoBERTa's rerankers; of BERT's the converter leaves out the layer before
+    },
+    "unheeded": ("classifier.output_labels",),
     "names": {
         "embeddings.word_embeddings.weight": "token_embd.weight",
         "embeddings.position_embeddings.weight": "position_embd.weight",
@@ -32,6 +37,10 @@ GGUF = {
         "intermediate.dense": "ffn_up",
         "output.dense": "ffn_down",
         "output.LayerNorm": "layer_output_norm",
+        "classifier.dense.weight": "cls.weight",
+        "classifier.dense.bias": "cls.bias",
+        "classifier.out_proj.weight": "cls.output.weight",
+        "classifier.out_proj.bias": "cls.output.bias",
     },
 }
 TINY = {"num_key_value_heads": None, "head_dim": None}
@@ -39,4 +48,5 @@ VARIANTS = {"tanh": {"hidden_act": "gelu_new"}}
 
 
 def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Encoder:
-    return Encoder(ctx, bert_like(config), max_positions)
+    head = {"head": "dense"} if config.get("dense_head") else {}
+    return Encoder(ctx, bert_like(config, **head), max_positions)

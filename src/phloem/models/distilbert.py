@@ -17,6 +17,7 @@ SPELLING = {
     "num_hidden_layers": "n_layers",
     "num_attention_heads": "n_heads",
 }
+GGUF_FAMILY = "bert"
 TINY = {
     "dim": 32,
     "hidden_dim": 64,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from phloem.core.errors import ModelLoadError
 from phloem.layers.norm import RMSNorm
 from phloem.models._common import Decoder
 from phloem.models._vision import SeeingDecoder, vector
@@ -65,4 +66,6 @@ class GemmaTower(TileTower):
 def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
     if "vision_config" not in config:
         return Decoder(ctx, decoder_config(config), max_positions)
+    if config.get("use_bidirectional_attention"):
+        raise ModelLoadError("use_bidirectional_attention: an encoder that sees pictures is not served")
     return SeeingDecoder(ctx, decoder_config(config), max_positions, GemmaTower(ctx, config), RENAMES)

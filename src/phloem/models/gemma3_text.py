@@ -1,5 +1,7 @@
 """Gemma 3 text models: windows on five layers of six with a rotation of their own, norms on both sides of each block.
 
+EmbeddingGemma is one whose tokens see each other both ways: it makes vectors and does not generate.
+
 Norm weights are stored as their distance from 1, and embeddings are scaled by the square root of the hidden size.
 """
 
@@ -7,7 +9,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from phloem.core.errors import ModelLoadError
 from phloem.layers.rope import rope_spec
 from phloem.models._common import Decoder, DecoderConfig, each_layer, layer_types, usual, usual_attention, usual_mlp
 from phloem.models._layer import LayerKind
@@ -33,6 +34,8 @@ DEFAULTS = {
 GGUF = {
     "architecture": "gemma3",
     "hf_class": "Gemma3ForCausalLM",
+    "also": ("gemma-embedding",),
+    "beside": {"gemma-embedding": {"use_bidirectional_attention": True, "architectures": ["Gemma3TextModel"]}},
     "keys": {
         "head_dim": ("attention.key_length", 256),
         "num_key_value_heads": ("attention.head_count_kv", 4),
@@ -49,6 +52,8 @@ GGUF = {
         "post_feedforward_layernorm": "post_ffw_norm",
     },
     "norm_shift": 1.0,
+    # Of EmbeddingGemma's dense layers, whose tensors say the same.
+    "unheeded": ("dense_2_feat_in", "dense_2_feat_out", "dense_3_feat_in", "dense_3_feat_out"),
 }
 TINY = {"num_hidden_layers": 7, "sliding_window": 8, "query_pre_attn_scalar": 24}
 VARIANTS = {"caps": {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0}}
@@ -58,8 +63,9 @@ _WIDE = 62  # layers of 27B, which alone scales attention by the width per head;
 
 
 def decoder_config(config: dict[str, Any]) -> DecoderConfig:
-    if config.get("use_bidirectional_attention"):
-        raise ModelLoadError("use_bidirectional_attention: an encoder cannot be served as a causal language model")
+    both_ways, window = bool(config.get("use_bidirectional_attention")), int(config["sliding_window"])
+    if both_ways:  # EmbeddingGemma: tokens see as many on either side as the window has in halves
+        window = window // 2 + 1
     every = int(config.get("sliding_window_pattern") or _EVERY)
     count, head_size = config["num_hidden_layers"], config["head_dim"]
     sliding = layer_types(config, [bool((number + 1) % every) for number in range(count)])
@@ -78,7 +84,8 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
         attention = usual_attention(
             config,
             rope=local if sliding[n] else whole,
-            window=int(config["sliding_window"]) if sliding[n] else 0,
+            window=window if sliding[n] else 0,
+            causal=not both_ways,
             scale=float(scalar) ** -0.5,
             softcap=float(config.get("attn_logit_softcapping") or 0.0),
             qk_norm="head",

@@ -68,6 +68,8 @@ GGUF = {
     "config": {"altup_correct_scale": True, "hidden_activation": "gelu_pytorch_tanh"},
     "lists": {"intermediate_size": "feed_forward_length", "gate_deviations": "activation_sparsity_scale"},
     "rows": {"laurel_rank": "blk.0.laurel_l.weight", "vocab_size_per_layer_input": "per_layer_token_embd.weight"},
+    # The converter adds rows of zeros for tokens that have none, where the model reads the first row instead.
+    "filled": {"filled_per_layer_input": "per_layer_token_embd.weight"},
     "names": {
         "model.embed_tokens_per_layer.weight": "per_layer_token_embd.weight",
         "model.per_layer_model_projection.weight": "per_layer_model_proj.weight",
@@ -253,7 +255,8 @@ class Gemma3nLayer(MixerAlone):
 
 
 class Gemma3n(InputDecoder):
-    """The streams are made of embeddings, and become one again."""
+    """The streams are made of embeddings, and become one again. Of the `rows` of layers' inputs the first `filled` are
+    of tokens."""
 
     def __init__(
         self,
@@ -262,6 +265,7 @@ class Gemma3n(InputDecoder):
         max_positions: int,
         sizes: StreamSizes,
         rows: int,
+        filled: int,
         place: Place,
     ) -> None:
         body, hidden_size, self.sizes = ctx.child("model"), config.hidden_size, sizes
@@ -271,6 +275,8 @@ class Gemma3n(InputDecoder):
         ]
         self.apart, self.together = ends
         super().__init__(ctx, config, max_positions, sizes.own_input, rows, place)
+        if self.inputs is not None and filled < config.vocab_size:
+            self.inputs.last = filled
 
     def begin(self, x_TN: Tensor) -> Tensor:
         found = x_TN
@@ -347,4 +353,6 @@ def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Inpu
         logit_softcap=float(config["final_logit_softcapping"] or 0.0),
     )
     place = Place(config["hidden_size"], eps, 0.0, max_positions)
-    return Gemma3n(ctx, config_of_all, max_positions, sizes, config["vocab_size_per_layer_input"], place)
+    rows = config["vocab_size_per_layer_input"]
+    filled = config.get("filled_per_layer_input", rows)
+    return Gemma3n(ctx, config_of_all, max_positions, sizes, rows, filled, place)

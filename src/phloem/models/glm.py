@@ -12,12 +12,18 @@ if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
 DEFAULTS = {"attention_bias": True, "head_dim": 128, "partial_rotary_factor": 0.5}
+GGUF = {
+    "architecture": "chatglm",
+    "hf_class": "GlmForCausalLM",
+    "names": {"mlp.gate_up_proj": "ffn_up"},
+}
 TINY = {}
 VARIANTS = {"no-bias": {"attention_bias": False, "tie_word_embeddings": True}}
 
 
 def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Decoder:
-    rope = rope_spec(config, config["head_dim"], interleaved=True)
+    head_size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]  # GGUF: not said
+    rope = rope_spec(config, head_size, interleaved=True)
     attention = usual_attention(config, rope=rope, out_bias=False)
     kind = LayerKind(attention, usual_mlp(config, fused="gate_up_proj"))
     return Decoder(ctx, usual(config, layers=each_layer(config, lambda n: kind)), max_positions)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
     from phloem.models._common import Decoder
 
+GGUF_FAMILY = "granitemoeshared"
 TINY = {
     "head_dim": None,
     "num_local_experts": 6,

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 SPELLING = {"attention_bias": "qkv_bias", "mlp_bias": "bias"}
 DEFAULTS = {"head_dim": 128}
+GGUF_FAMILY = "llama"
 TINY = {}
 VARIANTS = {"bias": {"attention_bias": True, "mlp_bias": True}}
 

@@ -32,6 +32,56 @@ SPELLING = {
     "num_experts_per_tok": "num_experts_per_token",
     "n_shared_experts": "num_shared_experts",
 }
+GGUF = {
+    "architecture": "kimi-linear",
+    "hf_class": "KimiLinearForCausalLM",
+    "keys": {
+        "q_lora_rank": ("attention.q_lora_rank", 0),
+        "kv_lora_rank": "attention.kv_lora_rank",
+        "qk_rope_head_dim": "rope.dimension_count",
+        "head_dim": "rope.dimension_count",
+        "linear_head_dim": "kda.head_dim",
+        "linear_num_heads": "attention.head_count",
+        "linear_conv_kernel_dim": "ssm.conv_kernel",
+        "num_experts": "expert_count",
+        "num_experts_per_tok": "expert_used_count",
+        "n_shared_experts": "expert_shared_count",
+        "moe_intermediate_size": "expert_feed_forward_length",
+        "first_k_dense_replace": "leading_dense_block_count",
+        "routed_scaling_factor": ("expert_weights_scale", 1.0),
+        "norm_topk_prob": ("expert_weights_norm", True),
+        "n_group": ("expert_group_count", 1),
+        "topk_group": ("expert_group_used_count", 1),
+        "scoring_func": ("expert_gating_func", 2),
+    },
+    "config": {"moe_layer_freq": 1},
+    "kinds": {"layer_types": {"ssm_a": "linear_attention", "attn_kv_a_mqa.weight": "full_attention"}},
+    "names": {
+        "self_attn.q_a_proj": "attn_q_a",
+        "self_attn.q_a_layernorm": "attn_q_a_norm",
+        "self_attn.q_b_proj": "attn_q_b",
+        "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+        "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+        "self_attn.kv_b_proj": "attn_kv_b",
+        "self_attn.q_conv1d": "ssm_conv1d_q",
+        "self_attn.k_conv1d": "ssm_conv1d_k",
+        "self_attn.v_conv1d": "ssm_conv1d_v",
+        "self_attn.f_a_proj": "ssm_f_a",
+        "self_attn.f_b_proj": "ssm_f_b",
+        "self_attn.g_a_proj": "ssm_g_a",
+        "self_attn.g_b_proj": "ssm_g_b",
+        "self_attn.b_proj": "ssm_beta",
+        "self_attn.o_norm": "ssm_norm",
+        "block_sparse_moe.gate": "ffn_gate_inp",
+        "block_sparse_moe.gate.e_score_correction_bias": "exp_probs_b.bias",
+        "block_sparse_moe.experts.{}.w1": "ffn_gate_exps",
+        "block_sparse_moe.experts.{}.w3": "ffn_up_exps",
+        "block_sparse_moe.experts.{}.w2": "ffn_down_exps",
+        "block_sparse_moe.shared_experts.gate_proj": "ffn_gate_shexp",
+        "block_sparse_moe.shared_experts.up_proj": "ffn_up_shexp",
+        "block_sparse_moe.shared_experts.down_proj": "ffn_down_shexp",
+    },
+}
 TINY = {
     "head_dim": None,
     "num_key_value_heads": 4,
@@ -145,8 +195,8 @@ def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Deco
     if not config.get("mla_use_nope", True):
         raise ModelLoadError("mla_use_nope is false: no published model of the family turns its latent attention")
     score = config.get("moe_router_activation_func", "sigmoid")
-    if score != "sigmoid":
-        raise ModelLoadError(f"moe_router_activation_func {score!r}: known is sigmoid")
+    if score != "sigmoid" or config.get("scoring_func", 2) != 2:  # a number in GGUF files
+        raise ModelLoadError(f"moe_router_activation_func {config.get('scoring_func', score)!r}: known is sigmoid")
     full, delta, latents, sparse = attends(config), _delta(config), _latents(config), _experts(config)
     first, every = config["first_k_dense_replace"], config["moe_layer_freq"]
     if not isinstance(first, int) or not isinstance(every, int) or every < 0:

@@ -21,6 +21,13 @@ SPELLING = {
     "max_position_embeddings": "max_sequence_length",
     "tie_word_embeddings": "weight_tying",
 }
+GGUF = {
+    "architecture": "llada",
+    "hf_class": "LLaDAModelLM",
+    "keys": {"is_causal": ("attention.causal", True)},
+    "config": {"block_size": 32, "mask_token_id": 126336},  # the second unless the vocabulary names it
+    "turned": ("q_proj", "k_proj"),
+}
 DIFFUSION = {"block": "block_size", "mask": "mask_token_id", "sees": "whole"}
 TINY = {
     "mask_token_id": 2,
@@ -71,5 +78,7 @@ def build(config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Deco
     for key, served in odd.items():
         if config.get(key, served) != served:
             raise ModelLoadError(f"{key}: {config[key]!r} is not served; known: {served}")
+    if config.get("is_causal"):
+        raise ModelLoadError("attention.causal is not false: tokens of the model see the whole text")
     layer = usual_layer(config, block=WHOLE)
     return LLaDA(ctx, usual(config, layers=(layer,) * config["num_hidden_layers"]), max_positions)

@@ -9,7 +9,12 @@ from phloem.models._common import Decoder, each_layer, layer_types, usual, usual
 if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
-GGUF = {"architecture": "qwen2", "hf_class": "Qwen2ForCausalLM"}
+GGUF = {
+    "architecture": "qwen2",
+    "hf_class": "Qwen2ForCausalLM",
+    "also": ("qwen2vl",),  # whose tower is another file: it serves texts alone, to which all its axes are one
+    "unheeded": ("rope.dimension_sections", "n_deepstack_layers"),
+}
 TINY = {"head_dim": None}
 VARIANTS = {"window": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}}
 

@@ -10,7 +10,12 @@ from phloem.models.qwen2 import windows
 if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
-GGUF = {"architecture": "qwen3", "hf_class": "Qwen3ForCausalLM"}
+GGUF = {
+    "architecture": "qwen3",
+    "hf_class": "Qwen3ForCausalLM",
+    "also": ("qwen3vl",),  # whose tower is another file: it serves texts alone, to which all its axes are one
+    "unheeded": ("rope.dimension_sections", "n_deepstack_layers"),
+}
 TINY = {}
 VARIANTS = {"bias": {"attention_bias": True}}
 

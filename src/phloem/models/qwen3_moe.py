@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 GGUF = {
     "architecture": "qwen3moe",
     "hf_class": "Qwen3MoeForCausalLM",
+    "also": ("qwen3vlmoe",),  # whose tower is another file: it serves texts alone, to which all its axes are one
+    "unheeded": ("rope.dimension_sections", "n_deepstack_layers"),
     "keys": {
         "num_experts": "expert_count",
         "num_experts_per_tok": "expert_used_count",

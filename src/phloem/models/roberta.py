@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 ENCODER = {"padded_positions": True}
 DEFAULTS = {"layer_norm_eps": 1e-5, "type_vocab_size": 1, "hidden_act": "gelu", "pad_token_id": 1}
+GGUF_FAMILY = "bert"
 TINY = {"num_key_value_heads": None, "head_dim": None, "pad_token_id": 1, "bos_token_id": 0, "type_vocab_size": 1}
 VARIANTS = {}
 

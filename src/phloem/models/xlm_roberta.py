@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from phloem.models.roberta import DEFAULTS, ENCODER, TINY, VARIANTS, build
+from phloem.models.roberta import DEFAULTS, ENCODER, GGUF_FAMILY, TINY, VARIANTS, build
 
-__all__ = ["DEFAULTS", "ENCODER", "TINY", "VARIANTS", "build"]
+__all__ = ["DEFAULTS", "ENCODER", "GGUF_FAMILY", "TINY", "VARIANTS", "build"]

@@ -12,6 +12,33 @@ if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
 
 DEFAULTS = {"rope_interleave": True, "tie_word_embeddings": True}
+GGUF = {
+    "architecture": "deepseek2",
+    "hf_class": "YoutuForCausalLM",
+    "dense": True,
+    "keys": {
+        "q_lora_rank": ("attention.q_lora_rank", 0),
+        "kv_lora_rank": "attention.kv_lora_rank",
+        "qk_rope_head_dim": "rope.dimension_count",
+        "head_dim": "rope.dimension_count",
+    },
+    "config": {"rope_interleave": True},
+    "names": {
+        "self_attn.q_a_proj": "attn_q_a",
+        "self_attn.q_a_layernorm": "attn_q_a_norm",
+        "self_attn.q_b_proj": "attn_q_b",
+        "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+        "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+        "self_attn.kv_b_proj": "attn_kv_b",
+    },
+    # Of experts, where there are none.
+    "unheeded": (
+        "expert_feed_forward_length",
+        "expert_shared_count",
+        "expert_weights_scale",
+        "leading_dense_block_count",
+    ),
+}
 TINY = {
     "pad_token_id": None,  # whose row transformers sets to zero when it loads a tied head
     "head_dim": None,

@@ -269,7 +269,7 @@ def tiny_gguf(
     from safetensors.numpy import load_file
 
     config = json.loads((source / "config.json").read_text())
-    facts, spelling = written(config["model_type"]), family(config["model_type"]).spelling
+    facts, spelling = written(config["model_type"]), family(config["model_type"].replace("-", "_")).spelling
     config |= {usual: config[theirs] for usual, theirs in spelling.items() if theirs in config}
     if config["model_type"] == "gpt2":
         config["intermediate_size"] = config.get("n_inner") or 4 * config["hidden_size"]
@@ -286,7 +286,8 @@ def tiny_gguf(
         adders[type(value)](name, value)
     wanted = gguf.GGMLQuantizationType[kind]
     kind_of = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(kind_of[arch], config["num_hidden_layers"])
+    # Of an architecture that is younger than the package: the names of one with the same tensors.
+    names = gguf.get_tensor_name_map(kind_of.get(arch, kind_of["glm-dsa"]), config["num_hidden_layers"])
     for file in sorted(source.glob("*.safetensors")):
         stored_as = _stacked(prepared(write_numbers(writer, load_file(file), config), config))
         if not whole_latent:
@@ -319,6 +320,7 @@ def _renamed(name: str, names: Any) -> Any:
 
 def written(model_type: str) -> GGUFFacts:
     """The facts of the architecture that converters write for a family."""
+    model_type = model_type.replace("-", "_")
     facts = family(family(model_type).gguf_family or model_type).gguf
     other = gguf_families().get(facts.written_as) if facts is not None else None
     facts = other.gguf if other is not None else facts
@@ -379,7 +381,7 @@ def _write_attention(writer: Any, config: dict[str, Any], facts: GGUFFacts, add:
         add("attention.head_count_kv", kv_heads if attends is None else [kv_heads * one for one in attends])
         add("attention.key_length", head_dim)
         add("attention.value_length", head_dim)
-    add("rope.freq_base", float(whole.get("rope_theta", 10000.0)))
+    add("rope.freq_base", float(whole.get("rope_theta", config.get("rope_theta", 10000.0))))
     share = whole.get("partial_rotary_factor", 1.0)
     if share < 1.0:
         add("rope.dimension_count", int(head_dim * share))
@@ -391,14 +393,14 @@ def _write_attention(writer: Any, config: dict[str, Any], facts: GGUFFacts, add:
 
 def _write_latent(writer: Any, config: dict[str, Any]) -> None:
     """Sizes of latent attention in its absorbed form: one key head, which is the latent."""
-    rope, rank = config["qk_rope_head_dim"], config["kv_lora_rank"]
-    writer.add_head_count_kv(1)
+    rope, rank, attends = config["qk_rope_head_dim"], config["kv_lora_rank"], attending(config)
+    writer.add_head_count_kv(1 if attends is None else [int(one) for one in attends])
     writer.add_key_length(rank + rope)
     writer.add_value_length(rank)
     writer.add_key_length_mla(config["qk_nope_head_dim"] + rope)
     writer.add_value_length_mla(config["v_head_dim"])
     writer.add_rope_dimension_count(rope)
-    grown = config["rope_parameters"].get("mscale_all_dim")
+    grown = (config.get("rope_parameters") or {}).get("mscale_all_dim")
     if grown:
         writer.add_rope_scaling_yarn_log_mul(0.1 * grown)
 

@@ -13,7 +13,8 @@ MAMBA1, MAMBA2 = ("mamba", "falcon_mamba", "jamba"), ("mamba2", "falcon_h1", "gr
 DELTA = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 
 
-ENCODERS = ("bert", "modernbert")
+PADDED = ("roberta", "xlm_roberta")  # whose positions begin behind the padding's row
+ENCODERS = ("bert", "modernbert", "nomic_bert", "distilbert", *PADDED)
 
 
 def architecture(config: dict[str, Any], usual: str) -> str:
@@ -30,13 +31,13 @@ def attending(config: dict[str, Any]) -> list[bool] | None:
     if config["model_type"] == "bamba":
         return [n in config["attn_layer_indices"] for n in range(config["num_hidden_layers"])]
     kinds = config.get("layers_block_type") or config.get("layer_types") or []
-    hybrid = config["model_type"] in ("granitemoehybrid", "nemotron_h")
+    hybrid = config["model_type"] in ("granitemoehybrid", "nemotron_h", "kimi_linear")
     return [kind in ("attention", "full_attention") for kind in kinds] if hybrid else None
 
 
 def write_metadata(writer: Any, config: dict[str, Any]) -> None:
     """The keys that only such families have."""
-    kind = config["model_type"]
+    kind = config["model_type"].replace("-", "_")
     if kind in MAMBA1:
         inner = config.get("intermediate_size") if kind != "jamba" else None
         writer.add_ssm_conv_kernel(config.get("conv_kernel") or config["mamba_d_conv"])
@@ -60,7 +61,7 @@ def write_metadata(writer: Any, config: dict[str, Any]) -> None:
         writer.add_rope_dimension_sections([11, 11, 10, 0])
     if kind == "exaone_moe":
         writer.add_expert_shared_feed_forward_length(config["moe_intermediate_size"] * config["num_shared_experts"])
-    if kind in ("glm4_moe_lite", "exaone_moe"):
+    if kind in ("glm4_moe_lite", "exaone_moe", "glm_moe_dsa"):
         writer.add_leading_dense_block_count(config["mlp_layer_types"].index("sparse"))
     if kind == "bamba":
         writer.add_rope_scaling_finetuned(True)
@@ -95,10 +96,23 @@ def write_metadata(writer: Any, config: dict[str, Any]) -> None:
 
 
 def _write_more(writer: Any, config: dict[str, Any]) -> None:
-    """Those of encoders and of Falcon."""
-    kind = config["model_type"]
+    """Those of encoders, of models of diffusion, and of a few more."""
+    kind = config["model_type"].replace("-", "_")
+    if kind in ("llada", "dream"):
+        writer.add_causal_attention(False)
+        writer.add_mask_token_id(config["mask_token_id"])
+    if kind == "youtu":
+        writer.add_expert_feed_forward_length(config["intermediate_size"])
+        writer.add_expert_shared_count(0)
+        writer.add_leading_dense_block_count(config["num_hidden_layers"])
+    if kind == "kimi_linear":
+        writer.add_leading_dense_block_count((config["mlp_layer_types"] or ["sparse"]).index("sparse"))
     if kind in ENCODERS:
         writer.add_causal_attention(False)
+    if kind in PADDED:
+        writer.add_context_length(config["max_position_embeddings"] - config["pad_token_id"] - 1)
+    if kind == "distilbert":
+        writer.add_layer_norm_eps(1e-12)
     if kind == "modernbert":
         writer.add_rope_freq_base_swa(config["rope_parameters"]["sliding_attention"]["rope_theta"])
     if kind == "falcon":
@@ -167,26 +181,30 @@ def sizes(config: dict[str, Any]) -> tuple[int, int, int, int, int]:
 
 def prepared(tensors: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """The tensors of a checkpoint with what the converter does to them before it names them."""
-    kind = config["model_type"]
+    kind = config["model_type"].replace("-", "_")
     if kind == "falcon_h1":
         tensors = {name: values * _factor(name, values, config) for name, values in tensors.items()}
     if kind in MAMBA1 + MAMBA2:
         if kind == "granitemoehybrid" and not config["num_local_experts"]:
             tensors = {k: v for name, values in tensors.items() for k, v in _dense(name, values).items()}
         return dict(_recurrent(name, values, config) for name, values in tensors.items())
+    if kind == "kimi_linear":
+        return dict(_kimi(name, values) for name, values in tensors.items())
     if kind == "apertus":
         return {name: values for name, values in tensors.items() if ".act_fn." not in name}
     if kind in DELTA:
         return {k: v for name, values in tensors.items() for k, v in _delta(name, values, config).items()}
-    if kind in ENCODERS:  # without what makes other things of its states
-        return {k: v for k, v in tensors.items() if not k.startswith("pooler.")}
+    if kind in ENCODERS:  # without what makes other things of its states, and rows of positions that no token has
+        first = config["pad_token_id"] + 1 if kind in PADDED else 0
+        kept = {k.removeprefix("roberta."): v for k, v in tensors.items() if not k.startswith("pooler.")}
+        return {k: v[first:] if "position_embeddings" in k else v for k, v in kept.items()}
     if kind == "llama4_text":
         return {k: v for name, values in tensors.items() for k, v in _by_projection(name, values).items()}
     if kind == "lfm2_moe":
         tensors = {name.replace(".expert_bias", ".expert_bias.bias"): values for name, values in tensors.items()}
         return {re.sub(r"^model\.(.*\.experts\.)", r"\1", name): values for name, values in tensors.items()}
     if kind == "gemma3n_text":
-        return _streams(tensors)
+        return _streams(tensors, config)
     if kind == "gemma4_text":
         return {k: v for name, values in tensors.items() for k, v in _scaled_experts(name, values).items()}
     if kind == "mistral4":
@@ -216,6 +234,16 @@ def _delta(name: str, values: Any, config: dict[str, Any]) -> dict[str, Any]:
     if name.endswith("conv1d.weight"):
         values = values.squeeze(1)
     return {name.replace("dt_bias", "dt_proj.bias"): values}
+
+
+def _kimi(name: str, values: Any) -> tuple[str, Any]:
+    """Kimi Linear: filters with two axes of one; of dense layers the names that the published files have."""
+    if name.endswith("_conv1d.weight"):
+        values = values.reshape(1, len(values), 1, -1)
+    elif name.endswith(".A_log"):
+        values = -np.exp(values)
+    name = re.sub(r"\.block_sparse_moe\.((?:gate|up|down)_proj\.)", r".mlp.\1", name)
+    return name.replace(".dt_bias", ".dt_proj.bias"), values
 
 
 def _gates_apart(name: str, values: Any, config: dict[str, Any]) -> dict[str, Any]:
@@ -313,10 +341,12 @@ def _exps(name: str, values: Any) -> dict[str, Any]:
     return {"gate_up_exps.weight" if "gate_up" in name else "down_exps.weight": values}
 
 
-def _streams(tensors: dict[str, Any]) -> dict[str, Any]:
-    """Gemma 3n: what makes streams and what joins them, each in one tensor."""
+def _streams(tensors: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """Gemma 3n: what makes streams and what joins them, each in one tensor; zeros up to the vocabulary's end."""
     found: dict[str, Any] = {}
     for name, values in tensors.items():
+        if ".embed_tokens" in name:
+            values = np.pad(values, ((0, config["vocab_size"] - len(values)), (0, 0)))
         match = re.fullmatch(r"(.*altup_(?:unembed_)?projections)\.(\d+)\.weight", name)
         if match is None:
             found[name + ".weight" * name.endswith("_scale")] = values

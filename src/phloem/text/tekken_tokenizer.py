@@ -1,8 +1,8 @@
 """A `tokenizers` tokenizer from Mistral's `tekken.json`, for folders that have no `tokenizer.json`.
 
 The file lists byte strings in the order in which they are joined, and a pattern that cuts a text into words; ids begin
-behind the control tokens. Control tokens written in a text are read as such, as by every Hugging Face tokenizer;
-Mistral's own library spells them out.
+behind the control tokens. Control tokens written in a prompt are read as such, as by every Hugging Face tokenizer;
+those that a chat message spells stay text, as in Mistral's own library (`template_sources.SPELLED`).
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import base64
 import binascii
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from phloem.core.errors import ModelLoadError
 from phloem.text.gguf_tokenizer import derive_merges, set_ends
-from phloem.text.template_sources import read_json, tekken_version
+from phloem.text.template_sources import SPELLED, read_json, tekken_version
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -71,6 +71,8 @@ def build_backend(file: Path, alphabet: Mapping[str, int]) -> tuple[Tokenizer, d
         cut = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     except Exception as error:  # the library raises bare Exceptions
         raise ModelLoadError(f"{file}: config.pattern is no regular expression: {error}") from None
+    # Control tokens are found before it, words behind it.
+    backend.normalizer = normalizers.Replace(SPELLED, "")  # pyright: ignore[reportAttributeAccessIssue]
     steps: list[Any] = [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps)  # pyright: ignore[reportAttributeAccessIssue]
     backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
 
 TEKKEN = "tekken.json"
+# A noncharacter behind the first character of what might be a control token in somebody's text: nothing reads it as one
+# then, and the tokenizer takes the mark away again.
+SPELLED = "\ufdd0"
 _SYSTEM = 7  # the first version with a place of its own for instructions
 # Mistral's plain instruct format: turns, and instructions in front or, before version 7, in the last turn.
 _INSTRUCT = """{{- bos_token -}}
@@ -25,16 +28,16 @@ _INSTRUCT = """{{- bos_token -}}
 {%- for message in messages -%}
 {%- if message.role == 'user' -%}{%- set found.last = loop.index0 -%}{%- endif -%}
 {%- if message.role in ('system', 'developer') and not OWN -%}
-{%- set found.said = found.said + message.content + '\\n\\n' -%}
+{%- set found.said = found.said + message.contentPLAIN + '\\n\\n' -%}
 {%- endif -%}
 {%- endfor -%}
 {%- for message in messages -%}
 {%- if message.role in ('system', 'developer') -%}
-{%- if OWN -%}{{- '[SYSTEM_PROMPT]' + message.content + '[/SYSTEM_PROMPT]' -}}{%- endif -%}
+{%- if OWN -%}{{- '[SYSTEM_PROMPT]' + message.contentPLAIN + '[/SYSTEM_PROMPT]' -}}{%- endif -%}
 {%- elif message.role == 'user' -%}
-{{- '[INST]' + (found.said if loop.index0 == found.last else '') + message.content + '[/INST]' -}}
+{{- '[INST]' + (found.said if loop.index0 == found.last else '') + message.contentPLAIN + '[/INST]' -}}
 {%- elif message.role == 'assistant' -%}
-{{- message.content + eos_token -}}
+{{- message.contentPLAIN + eos_token -}}
 {%- else -%}
 {{- raise_exception('role ' + message.role + ': the folder has no chat template that knows it (--chat-template)') -}}
 {%- endif -%}
@@ -73,9 +76,19 @@ def find_sources(checkpoint: Checkpoint) -> dict[str, str]:
     if not found and checkpoint.gguf is not None:
         return _gguf_sources(checkpoint.gguf.metadata)
     if not found and (directory / TEKKEN).is_file() and not (directory / "tokenizer.json").is_file():
-        own = tekken_version(read_json(directory / TEKKEN).get("config")) >= _SYSTEM
-        return {"default": _INSTRUCT.replace("OWN", str(own).lower())}
+        return {"default": _instruct(read_json(directory / TEKKEN))}
     return found
+
+
+def _instruct(tekken: dict[str, Any]) -> str:
+    """The plain format of a `tekken.json`, in which control tokens that a message spells stay text."""
+    own, listed = tekken_version(tekken.get("config")) >= _SYSTEM, tekken.get("special_tokens")
+    texts = (
+        [str(entry.get("token_str")) for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    )
+    firsts = sorted({"[", "<", *(text[0] for text in texts if text)})
+    plain = "".join(f".replace({json.dumps(one)}, {json.dumps(one + SPELLED)})" for one in firsts)
+    return _INSTRUCT.replace("OWN", str(own).lower()).replace("PLAIN", plain)
 
 
 def tekken_version(config: Any) -> int:

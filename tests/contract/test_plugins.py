@@ -126,7 +126,7 @@ async def test_policies(name: str) -> None:
 @each(TRANSPORTS)
 def test_transports(name: str) -> None:
     """Rows that one side fills are those that the other finds."""
-    way = TRANSPORTS.get(name)()
+    way = transport_of(name)
     assert members(Transport) <= set(dir(way)) and way.name == name
     listening, address = way.listen("127.0.0.1")
     with listening, ThreadPoolExecutor(1) as other:

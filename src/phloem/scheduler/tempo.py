@@ -1,0 +1,126 @@
+"""How soon and how steadily requests are answered: due times of first tokens, and steps short enough for later ones.
+
+A request is *due* when its first token was promised. Whoever cannot make it any more stands back once, behind those that
+still can: of more prompts than can be computed in time, those that are lost must not make the others late too.
+
+Between tokens a request waits for the prompts of the steps that it shares. How many prompt tokens fit the promise is
+found from the steps themselves: what a prompt token adds to a step is averaged over the last ones, and the next step
+takes as many as the promise has room for. As each step is shorter or longer than promised, the next is longer or
+shorter: no model of the machine is needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from phloem.core.batch import Batch
+    from phloem.core.targets import Target, Targets
+    from phloem.scheduler.metrics import Meter
+    from phloem.scheduler.planner import Planner
+    from phloem.scheduler.policies import WaitingQueue
+    from phloem.scheduler.state import Request, Slots
+
+USUAL_TTFT = 1.0  # seconds, of requests to which nothing was promised
+LATE_SECONDS = 30.0  # by which a request that is late stands back
+LOOKS = 32  # requests that are looked at for that in one step
+STEPS = 2  # the one that runs, and what the prompt's own do beside it
+AIM = 0.9  # of what is promised, as steps are not all alike
+LEARNS = 0.25  # weight of the newest step
+LEAST = 32  # of the prompt tokens of a step, one in so many comes in any case: prompts never stand still
+
+
+def promise(request: Request, target: Target, seconds_a_token: float) -> None:
+    """Write down what a request is promised. To one that has no target of its own nothing is due before its prompt can
+    have been computed."""
+    own = request.num_prompt * seconds_a_token if not target.ttft else 0.0
+    request.due = request.received + (target.ttft or USUAL_TTFT) + own
+    request.itl = target.itl
+
+
+def stand_back(queue: WaitingQueue, soonest: float, seconds_a_token: float) -> None:
+    """Those in front whose first token would be late if their prompts were begun at once, and that have not given way
+    yet. `soonest`: when a prompt without tokens would have its first one."""
+    for request in queue.front(LOOKS):
+        if request.late or request.admitted >= 0:
+            continue
+        if soonest + request.num_prompt * seconds_a_token > request.due:
+            queue.remove(request)
+            request.late = True
+            request.key += LATE_SECONDS
+            queue.add(request)
+
+
+@dataclass(slots=True)
+class Tempo:
+    """Prompt tokens that a step with decoding rows may take. Seconds: of a step without prompts, and of a token."""
+
+    decode: float = 0.0
+    token: float = 0.0
+    mixed: bool = False  # whether a step that also decodes was seen
+
+    def saw(self, batch: Batch, seconds: float) -> None:
+        """A batch has run for so long."""
+        decodes = batch.query_lens == 1
+        if batch.drafts is not None:
+            decodes |= batch.drafts > 0
+        self.took(int(batch.query_lens[~decodes].sum()), int(decodes.sum()), seconds)
+
+    def took(self, prompts: int, decodes: int, seconds: float) -> None:
+        """A step is done: prompt tokens, rows that decode, and how long it ran."""
+        if seconds <= 0:
+            return
+        if not prompts:
+            self.decode += (seconds - self.decode) * (LEARNS if self.decode else 1.0)
+            return
+        if not decodes and self.mixed:
+            return  # a step of prompts alone is larger, and more efficient
+        found = max(0.0, seconds - (self.decode if decodes else 0.0)) / prompts
+        self.token += (found - self.token) * (LEARNS if self.token and (self.mixed or not decodes) else 1.0)
+        self.mixed = self.mixed or decodes > 0
+
+    def prompt_tokens(self, itl: float, most: int) -> int:
+        """Of the next step, where rows are promised a token every `itl` seconds; at most `most`."""
+        if self.token <= 0:
+            return most
+        room = AIM * itl - self.decode
+        return max(min(most, int(room / self.token)), most // LEAST, 1)
+
+    def within(self, slots: Slots, most: int) -> int:
+        """The same for the rows that would decode in the next step."""
+        active = slots.active()
+        decodes = active[slots.length[active] - slots.computed[active] == 1]
+        tightest = float(slots.itl[decodes].min(initial=np.inf))
+        return most if tightest == np.inf else min(most, self.prompt_tokens(tightest, most))
+
+
+class Service:
+    """What the scheduler does about promises. `planner` has a `Tempo` from the first request on that needs one."""
+
+    def __init__(self, planner: Planner, meter: Meter, targets: Targets) -> None:
+        self._planner, self._meter, self._targets = planner, meter, targets
+
+    def accept(self, request: Request) -> None:
+        """Before it gets its place in the queue."""
+        submit = request.submit
+        promise(request, self._targets.of(submit.tier, submit.ttft, submit.itl), self._seconds())
+        if request.itl and self._planner.tempo is None:
+            self._planner.tempo = Tempo()
+
+    def turn(self, now: float) -> None:
+        """Before a step is planned."""
+        if self._planner.policy.due and len(self._planner.queue):
+            meter = self._meter
+            step = meter.forward_total / meter.steps if meter.steps else 0.0
+            stand_back(self._planner.queue, now + STEPS * step, self._seconds())
+
+    def saw(self, batch: Batch, seconds: float) -> None:
+        if self._planner.tempo is not None:
+            self._planner.tempo.saw(batch, seconds)
+
+    def _seconds(self) -> float:
+        """That a token of a prompt takes, whether or not the cache has it."""
+        return self._meter.seconds_a_token * self._planner.fresh

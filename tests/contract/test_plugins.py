@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from disagg_support import transport_of
 from fastapi import APIRouter
 from house import FILES, SRC, parse
 from linear_cases import Source

@@ -1,4 +1,4 @@
-"""Pods found through an API that is a fake: lists, watches, lost events, silence, refusals, and what stays meanwhile."""
+"""Pods found through an API that is a fake: lists, watches, lost events, silence, refusals; what stays meanwhile."""
 
 from __future__ import annotations
 
@@ -235,9 +235,8 @@ async def test_pairs_are_told_apart_by_their_labels(tmp_path: Path) -> None:
     async with found(tmp_path, api, [], **labels) as gate:
         await gate.until(lambda: len(urls(gate)) == 2)
         workers = gate.router.fleet.workers
-        assert [(workers[url].role, workers[url].bootstrap_port) for url in ("http://127.0.0.1:1", "http://[::1]:1")] == [
-            ("prefill", 9001), ("decode", 8998),
-        ]  # fmt: skip
+        found_there = {url: (worker.role, worker.bootstrap_port) for url, worker in workers.items()}
+        assert found_there == {"http://127.0.0.1:1": ("prefill", 9001), "http://[::1]:1": ("decode", 8998)}
 
 
 def test_where_the_api_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ def waits(driver: Driver) -> list[str]:
 
 def test_who_is_due_first_goes_first() -> None:
     driver = Driver(schedule_policy="deadline", targets=FLEX, max_slots=1)
-    driver.submit("running", [11, 12], 40)
+    driver.submit("running", [11, 12], 5, ignore_eos=True)
     driver.step()
     driver.submit("flex", [21, 22], 2, tier="flex")
     driver.submit("usual", [31, 32], 2)

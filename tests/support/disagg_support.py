@@ -19,7 +19,6 @@ from phloem.scheduler.remote import Remote
 from phloem.testing.driver import Driver
 
 
-
 def transport_of(backend: str) -> Transport:
     """Skips the test where what it needs is not installed."""
     try:

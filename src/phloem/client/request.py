@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from phloem.multimodal._reader import Source
 
 
-
-
 @dataclass(frozen=True, slots=True)
 class Caller:
     """What the head of an HTTP request says of whoever sent it: a digest of its key, and targets in seconds."""

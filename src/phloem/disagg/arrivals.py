@@ -314,7 +314,7 @@ class Arrivals:
     def give_up(self, claim: Claim) -> None:
         pass  # it is claimed again
 
-    def restore(self, claim: Claim, pages: NDArray[np.int32]) -> None:
+    def restore(self, claim: Claim, pages: NDArray[np.int32], state: int = 0) -> None:
         self._loads.append((self._coming.pop(claim.request_id), claim, pages.copy()))
 
     def launching(self) -> Pending[None] | None:

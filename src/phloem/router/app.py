@@ -16,8 +16,8 @@ from phloem.client.request import new_id
 from phloem.core.errors import BadRequest, EngineDead, PhloemError, Unauthorized
 from phloem.router import ask as asks
 from phloem.router.fleet import Fleet
-from phloem.router.limits import Buckets, Gate, TooMany
 from phloem.router.kubernetes import Access, Discovery
+from phloem.router.limits import Buckets, Gate, TooMany
 from phloem.router.metrics import Metrics
 from phloem.router.pairs import REGULAR, ROLES
 from phloem.router.relay import SPAN, Relay, Way, told

@@ -1,8 +1,8 @@
 """Servers that are pods: found by their labels through Kubernetes' own API, as they come, get ready, and go.
 
 Each selector is listed, then watched. A watch that ends, breaks or is silent begins with a list again, at least once a
-minute: an event that was lost is made up for then. While the API cannot be asked, the servers that are known stay; whether
-they are well the gateway sees for itself. https://kubernetes.io/docs/reference/using-api/api-concepts/
+minute: an event that was lost is made up for then. While the API cannot be asked, the servers that are known stay;
+whether they are well the gateway sees for itself. https://kubernetes.io/docs/reference/using-api/api-concepts/
 """
 
 from __future__ import annotations

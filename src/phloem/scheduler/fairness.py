@@ -1,9 +1,9 @@
 """Who has had the least comes first: a waiting queue that keeps each client's requests apart.
 
 Each client has a counter of the work that was done for it: tokens of prompts that were computed, and output tokens,
-which weigh twice as much (virtual token counters: Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024).
-The next request is one of the client with the smallest counter. A client that comes, or comes back, begins where the one
-stands that was served last: being idle is not saved up. Among requests of one client the policy decides.
+which weigh twice as much (virtual token counters: Sheng et al., "Fairness in Serving Large Language Models", OSDI
+2024). The next request is one of the client with the smallest counter. A client that comes, or comes back, begins where
+the one stands that was served last: being idle is not saved up. Among requests of one client the policy decides.
 
 Answers are charged when they begin, by how long answers have been, and put right when they end: else a client with many
 long answers would look cheap for as long as they run.

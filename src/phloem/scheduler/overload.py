@@ -21,8 +21,8 @@ RATE_SECONDS = 0.1  # of steps with prompts, before which their rate says nothin
 
 
 class Before(NamedTuple):
-    """What a request that comes now has before it, by accounts that are kept as requests come and go. `fresh`: the share of all prompts so far that was computed, and not
-    found in the cache."""
+    """What a request that comes now has before it, by accounts that are kept as requests come and go. `fresh`: the
+    share of all prompts so far that was computed, and not found in the cache."""
 
     queue: WaitingQueue
     slots: Slots

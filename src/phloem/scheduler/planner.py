@@ -433,7 +433,8 @@ class Planner:
         assert self.further is not None
         if claim is not None:
             start, end = lease.shared, lease.shared + claim.count
-            self.further.restore(claim, np.stack([table[start:end] for table in lease.tables[: self.cache.paged]]))
+            pages = np.stack([table[start:end] for table in lease.tables[: self.cache.paged]])
+            self.further.restore(claim, pages, self.cache.own_state(lease) if self.cache.has_states else 0)
             self.slots.computed[request.slot] += claim.count * self.cache.page_size
             if request.admitted < 0 and not request.handed:
                 request.cached_host, request.cached_storage = (

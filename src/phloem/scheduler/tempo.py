@@ -1,7 +1,7 @@
 """How soon and how steadily requests are answered: due times of first tokens, and steps short enough for later ones.
 
-A request is *due* when its first token was promised. Whoever cannot make it any more stands back once, behind those that
-still can: of more prompts than can be computed in time, those that are lost must not make the others late too.
+A request is *due* when its first token was promised. Whoever cannot make it any more stands back once, behind those
+that still can: of more prompts than can be computed in time, those that are lost must not make the others late too.
 
 Between tokens a request waits for the prompts of the steps that it shares. How many prompt tokens fit the promise is
 found from the steps themselves: what a prompt token adds to a step is averaged over the last ones, and the next step

@@ -1,6 +1,7 @@
 """What was done for requests whose spans somebody wants; for all others nothing is kept.
 
-A decode server's arrivals add what was fetched for them (`disagg/arrivals.py`). Times are of the scheduler's clock, which is the machine's: the door, which makes spans of them, has the same.
+A decode server's arrivals add what was fetched for them (`disagg/arrivals.py`). Times are of the scheduler's clock,
+which is the machine's: the door, which makes spans of them, has the same.
 """
 
 from __future__ import annotations

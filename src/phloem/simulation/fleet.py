@@ -137,9 +137,7 @@ class Fleet:
         self._flights[name] = _Flight(talk, prompt, now, load)
         replica = self.members[worker.bit]
         sampling = SamplingParams(max_new_tokens=output, ignore_eos=True, sampling_seed=0)
-        replica.inbox.append(
-            Submit(id=name, input_ids=ask.prompt, sampling=sampling, tier=talk.tier, user=talk.user)
-        )
+        replica.inbox.append(Submit(id=name, input_ids=ask.prompt, sampling=sampling, tier=talk.tier, user=talk.user))
         if not replica.awake:
             replica.awake = True
             self._push(now, _TURN, replica)

@@ -66,7 +66,7 @@ class Api:
     async def tell(self, *events: dict[str, Any] | bytes) -> None:
         for event in events:
             data = event if isinstance(event, bytes) else json.dumps(event).encode() + b"\n"
-            for writer in self._watches:
+            for writer in list(self._watches):
                 writer.write(b"%x\r\n%b\r\n" % (len(data), data))
                 await writer.drain()
 
@@ -165,9 +165,9 @@ async def test_what_was_lost_is_made_up_for_by_the_next_list(tmp_path: Path) -> 
         await gate.until(lambda: urls(gate) == {"http://127.0.0.3:1"} and api.watches == 1)
         api.pods["app=llm"] = [pod("d", "127.0.0.4")]
         await api.tell({"type": "ERROR", "object": {"code": 410}})  # one that is told to begin anew
-        await gate.until(lambda: urls(gate) == {"http://127.0.0.4:1"})
-        api.cut()
+        await gate.until(lambda: urls(gate) == {"http://127.0.0.4:1"} and api.watches == 1)
         api.pods["app=llm"] = [pod("e", "127.0.0.5")]
+        api.cut()
         await gate.until(lambda: urls(gate) == {"http://127.0.0.5:1"} and api.watches == 1)
         api.pods["app=llm"] = []
         await api.tell(b"no json\n")

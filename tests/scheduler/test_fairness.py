@@ -25,6 +25,15 @@ def request(number: int, key: str, tokens: int = 10, new: int = 0, at: float = 0
     return made
 
 
+def busy() -> FairQueue:
+    """One that is never empty: a request of somebody else runs."""
+    queue = FairQueue("key")
+    other = request(10**6, "z", 1)
+    queue.add(other)
+    queue.take(other)
+    return queue
+
+
 def ids(queue: FairQueue, count: int = 100) -> list[str]:
     return [one.submit.key + one.id[1:] for one in queue.front(count)]
 
@@ -48,16 +57,16 @@ def test_clients_take_turns_by_the_work_that_they_bring() -> None:
 
 
 def test_who_comes_back_has_saved_nothing_up() -> None:
-    queue = FairQueue("key")
+    queue = busy()
     first = request(0, "b")
     queue.add(first)
     queue.take(first)
     queue.ended(first)
     for number in range(1, 30):
-        busy = request(number, "a", 100)
-        queue.add(busy)
-        queue.take(busy)
-        queue.ended(busy)
+        one = request(number, "a", 100)
+        queue.add(one)
+        queue.take(one)
+        queue.ended(one)
     for number in range(30, 34):
         queue.add(request(number, "a", 10))
         queue.add(request(number + 10, "b", 10))
@@ -67,27 +76,27 @@ def test_who_comes_back_has_saved_nothing_up() -> None:
 
 
 def test_answers_are_charged_at_once_and_put_right_at_the_end() -> None:
-    queue = FairQueue("key")
+    queue = busy()
     long, short = request(0, "a", 10, 1000), request(1, "b", 10, 1000)
     for one in (long, short):
         queue.add(one)
         queue.take(one)
-    assert queue.charges() == {"a": 10 + OUTPUT * 128, "b": 10 + OUTPUT * 128}
+    assert queue.charges() == {"z": 1, "a": 10 + OUTPUT * 128, "b": 10 + OUTPUT * 128}
     long.output, short.output = [7] * 500, [7] * 3
     for one in (long, short):
         queue.ended(one)
         queue.ended(one)  # told twice, it counts once
-    assert queue.charges() == {"a": 10 + OUTPUT * 500, "b": 10 + OUTPUT * 3}
+    assert queue.charges() == {"z": 1, "a": 10 + OUTPUT * 500, "b": 10 + OUTPUT * 3}
 
 
 def test_a_preempted_request_is_charged_once() -> None:
-    queue = FairQueue("key")
+    queue = busy()
     one = request(0, "a", 10)
     for _ in range(3):
         queue.add(one)
         queue.take(one)
     queue.ended(one)
-    assert queue.charges() == {"a": 10} and len(queue) == queue.tokens == 0
+    assert queue.charges() == {"z": 1, "a": 10} and len(queue) == queue.tokens == 0
 
 
 def test_the_tokens_ahead_are_those_of_a_fair_share() -> None:
@@ -102,13 +111,23 @@ def test_the_tokens_ahead_are_those_of_a_fair_share() -> None:
 
 
 def test_clients_that_have_nothing_here_are_forgotten() -> None:
-    queue = FairQueue("key")
+    queue = busy()
     for number in range(3 * SWEEP):
         one = request(number, f"k{number}", 10)
         queue.add(one)
         queue.take(one)
         queue.ended(one)
-    assert len(queue.charges()) <= 2 * SWEEP
+    assert len(queue.charges()) <= SWEEP
+
+
+def test_once_nobody_is_here_all_begin_anew() -> None:
+    queue = FairQueue("key")
+    for at, key in enumerate("ab"):
+        one = request(at, key, 10)
+        queue.add(one)
+        queue.take(one)
+        queue.ended(one)
+    assert queue.charges() == {}
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from phloem.core.memory import Paged, groups_of
 from phloem.core.messages import Submit, pack_ids
 from phloem.core.request import SamplingParams
-from phloem.scheduler.plan import BESIDE, HORIZON, KEPT, LONG, Chunk, Means, Pace, spend
+from phloem.scheduler.plan import HORIZON, KEPT, LONG, Chunk, Means, Pace, spend
 from phloem.scheduler.state import Request, Slots
 
 S = 4
@@ -104,7 +104,6 @@ class Naive:
             growth += min(int(slots.limit[slot] - slots.length[slot]), HORIZON)
         promised += math.ceil(int(growth * means.share) / S)
         beside = all(int(slots.length[s] - slots.computed[s]) > self.long for s in self.chunks)
-        beside = beside and len(self.chunks) < BESIDE
         computing = [slots.at(slot).known[: (slots.lease(slot).shared + 1) * S].tolist() for slot in self.chunks]
         for want in self.wants:
             if left <= 0 or not free or (not begun and first - left >= means.pace.worthwhile):
@@ -263,14 +262,6 @@ def test_a_shorter_prompt_that_has_begun_goes_on_beside_a_long_one() -> None:
     prompt(slots, "r3", 10, -1.0)
     spent = spend(slots, iter([]), Means(Pace(16, 16, 16), 16, 500, 0, False))
     assert counts(spent.chunks) == [("r3", 10), ("r1", 2), ("r2", 4)]
-
-
-def test_at_most_so_many_prompts_are_computed_beside_long_ones() -> None:
-    slots = Slots(8, 4000, S, groups_of((Paged(1, 1, 1),)))
-    for index in range(BESIDE):
-        prompt(slots, f"r{index + 1}", 400, float(index))
-    means = Means(Pace(16, 16, 16), 16, 500, 4, True)
-    assert counts(spend(slots, iter([want("w1", 30)]), means).chunks) == [("r1", 16)]
 
 
 def test_it_looks_at_no_more_waiting_requests_than_it_must() -> None:

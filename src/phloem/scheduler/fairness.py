@@ -57,7 +57,7 @@ class FairQueue(WaitingQueue):
         super().__init__()
         self._fair: Fair = fair
         self._clients: dict[str, Client] = {}
-        self._count = 0
+        self._count = self._running = 0  # requests
         self._level = 0.0  # where the client stood that was served last
         self._usual = USUAL_OUTPUT
         self._sweep = SWEEP
@@ -104,6 +104,7 @@ class FairQueue(WaitingQueue):
         self._level = max(self._level, client.served)
         client.served += max(1, request.num_prompt - request.cached_tokens) + OUTPUT * request.charged
         client.running += 1
+        self._running += 1
 
     def remove(self, request: Request) -> None:
         client = self._client(request.submit)
@@ -117,8 +118,12 @@ class FairQueue(WaitingQueue):
         if client is None or request.charged < 0:
             return
         client.running -= 1
+        self._running -= 1
         client.served += OUTPUT * (len(request.output) - request.charged)
         request.charged = -1.0
+        if not self._running and not self._count:
+            self._clients.clear()  # nobody competes: who comes next begins anew
+            self._level = 0.0
         self._usual += LEARNS * (len(request.output) - self._usual)
 
     def clear(self) -> None:
@@ -140,7 +145,7 @@ class FairQueue(WaitingQueue):
         return bool(waiting) and own < most // (len(waiting) + 1)
 
     def charges(self) -> dict[str, float]:
-        """Where each client stands."""
+        """Where each client stands, since somebody has been here all the time."""
         return {name: client.served for name, client in self._clients.items()}
 
     def clients(self) -> list[Client]:
@@ -151,11 +156,17 @@ class FairQueue(WaitingQueue):
         found = self._clients.get(name)
         if found is None:
             if len(self._clients) >= self._sweep:
-                # Whoever has nothing here and stands at the level or below would begin there anyway.
-                kept = {k: v for k, v in self._clients.items() if not v.idle or v.served > self._level}
-                self._clients, self._sweep = kept, max(SWEEP, 2 * len(kept))
+                self._forget()
             found = self._clients[name] = Client(name)
         return found
+
+    def _forget(self) -> None:
+        """Of clients that have nothing here those are remembered that have had the most; the others begin at the level,
+        where most of them are."""
+        idle = sorted((one for one in self._clients.values() if one.idle), key=lambda one: -one.served)
+        for one in idle[SWEEP // 2 :]:
+            del self._clients[one.name]
+        self._sweep = max(SWEEP, 2 * len(self._clients))
 
     def _waiting(self) -> Iterator[Client]:
         return (client for client in self._clients.values() if len(client.waiting))

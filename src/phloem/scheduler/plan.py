@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 KEPT = 4  # a prompt that goes on leaves 1 / KEPT of a step to those that wait
 LONG = 4  # steps of which all a prompt would need: one that needs more leaves that part to shorter ones too
-BESIDE = 4  # prompts that are computed side by side, where all of them but the last are long
 FORCED = 32  # tokens of a chunk behind which drafts stand, at most (see also `Pace.forced`)
 HORIZON = 1024  # output tokens of a running request that admission looks ahead to, at most
 
@@ -232,7 +231,7 @@ def _let_in(spent: Spent, slots: Slots, waiting: Iterable[Chunk], means: Means, 
     """
     size, entries, budget = slots.page_size, means.entries, purse.left
     begun, alone = bool(spent.chunks), slots.num_running == 0
-    beside = not purse.whole and len(spent.chunks) < BESIDE and all(_is_long(c, slots, purse) for c in spent.chunks)
+    beside = not purse.whole and all(_is_long(chunk, slots, purse) for chunk in spent.chunks)
     promised = spent.promised = promised_to(slots, slots.staying(), means.share) - (means.pages - purse.pages)
     computing: dict[tuple[str, int, bytes], NDArray[np.int32]] = {}
     for chunk in spent.chunks:

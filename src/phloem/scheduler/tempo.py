@@ -4,9 +4,8 @@ A request is *due* when its first token was promised. Whoever cannot make it any
 that still can: of more prompts than can be computed in time, those that are lost must not make the others late too.
 
 Between tokens a request waits for the prompts of the steps that it shares. How many prompt tokens fit the promise is
-found from the steps themselves: what a prompt token adds to a step is averaged over the last ones, and the next step
-takes as many as the promise has room for. As each step is shorter or longer than promised, the next is longer or
-shorter: no model of the machine is needed.
+found from the last steps themselves: how long they were for how many prompt tokens, beyond what steps without any take.
+No model of the machine is needed.
 """
 
 from __future__ import annotations
@@ -27,10 +26,12 @@ if TYPE_CHECKING:
 USUAL_TTFT = 1.0  # seconds, of requests to which nothing was promised
 LATE_SECONDS = 30.0  # by which a request that is late stands back
 LOOKS = 32  # requests that are looked at for that in one step
-STEPS = 2  # the one that runs, and what the prompt's own do beside it
+STEPS = 3  # that a first token takes beside its prompt: the one that runs, its own, and what these share with decodes
 AIM = 0.9  # of what is promised, as steps are not all alike
-LEARNS = 0.25  # weight of the newest step
-LEAST = 32  # of the prompt tokens of a step, one in so many comes in any case: prompts never stand still
+LEARNS = 0.25  # weight of the newest step without prompts
+KEEPS = 0.95  # of the weight of older steps with prompts, with each
+ALIKE = 0.01  # steps whose sizes vary less, relative to their mean and squared, tell no slope
+LEAST = 16  # prompt tokens that a step takes in any case: prompts never stand still
 
 
 def promise(request: Request, target: Target, seconds_a_token: float) -> None:
@@ -56,11 +57,17 @@ def stand_back(queue: WaitingQueue, soonest: float, seconds_a_token: float) -> N
 
 @dataclass(slots=True)
 class Tempo:
-    """Prompt tokens that a step with decoding rows may take. Seconds: of a step without prompts, and of a token."""
+    """Prompt tokens that a step with decoding rows may take. `decode`: seconds of a step without prompts. The others:
+    weight, tokens, seconds beyond `decode`, and products of these, summed over the last steps with prompts."""
 
     decode: float = 0.0
-    token: float = 0.0
     mixed: bool = False  # whether a step that also decodes was seen
+    largest: float = 0.0  # prompt tokens of one, lately
+    weight: float = 0.0
+    tokens: float = 0.0
+    seconds: float = 0.0
+    squares: float = 0.0
+    products: float = 0.0
 
     def saw(self, batch: Batch, seconds: float) -> None:
         """A batch has run for so long."""
@@ -77,17 +84,35 @@ class Tempo:
             self.decode += (seconds - self.decode) * (LEARNS if self.decode else 1.0)
             return
         if not decodes and self.mixed:
-            return  # a step of prompts alone is larger, and more efficient
-        found = max(0.0, seconds - (self.decode if decodes else 0.0)) / prompts
-        self.token += (found - self.token) * (LEARNS if self.token and (self.mixed or not decodes) else 1.0)
-        self.mixed = self.mixed or decodes > 0
+            return  # a step of prompts alone tells less of one that decodes too
+        if decodes and not self.mixed:
+            self.mixed, self.weight, self.tokens, self.seconds = True, 0.0, 0.0, 0.0
+            self.squares = self.products = 0.0
+        more = max(0.0, seconds - self.decode) if decodes else seconds
+        self.largest = max(float(prompts), self.largest * KEEPS)
+        self.weight = self.weight * KEEPS + 1
+        self.tokens = self.tokens * KEEPS + prompts
+        self.seconds = self.seconds * KEEPS + more
+        self.squares = self.squares * KEEPS + prompts * prompts
+        self.products = self.products * KEEPS + prompts * more
 
     def prompt_tokens(self, itl: float, most: int) -> int:
-        """Of the next step, where rows are promised a token every `itl` seconds; at most `most`."""
-        if self.token <= 0:
+        """Of the next step, where rows are promised a token every `itl` seconds; at most `most`.
+
+        Seconds are taken for a straight line over tokens, as the last steps show it: small prompts may cost nothing, in
+        the shadow of weights that are read anyway. Nothing is believed of steps twice as large as any of these.
+        """
+        if not self.weight:
             return most
-        room = AIM * itl - self.decode
-        return max(min(most, int(room / self.token)), most // LEAST, 1)
+        mean, each = self.tokens / self.weight, self.seconds / self.tokens
+        spread = self.squares / self.weight - mean * mean
+        slope = each
+        if spread > ALIKE * mean * mean:
+            slope = (self.products / self.weight - mean * self.seconds / self.weight) / spread
+        slope = max(slope, each / 4, 1e-12)
+        room = AIM * itl - self.decode - (self.seconds / self.weight - slope * mean)
+        found = min(room / slope, 2 * self.largest, float(most))
+        return max(int(found), min(LEAST, most), 1)
 
     def within(self, slots: Slots, most: int) -> int:
         """The same for the rows that would decode in the next step."""

@@ -100,6 +100,8 @@ class Agent:
 
     def meet(self, name: str, meta: bytes) -> None:
         """Somebody is read from, until `leave`."""
+        if name == self.name:
+            return  # both servers are this process
         with self._lock:
             known, users = self._peers.pop(name, (b"", 0))
             if meta and meta != known:
@@ -116,6 +118,8 @@ class Agent:
 
     def leave(self, name: str, lost: bool) -> None:
         """Nothing more is read. `lost`: something went wrong, and it is to describe itself anew."""
+        if name == self.name:
+            return
         with self._lock:
             meta, users = self._peers.get(name, (b"", 1))
             self._peers[name] = meta, max(0, users - 1)

@@ -33,9 +33,9 @@ from phloem.scheduler.planner import Planner
 from phloem.scheduler.policies import POLICIES
 from phloem.scheduler.recovery import roll_back
 from phloem.scheduler.results import Results
+from phloem.scheduler.service import Service
 from phloem.scheduler.settings import ScheduleSettings, check
 from phloem.scheduler.state import LATE, Request, Slots
-from phloem.scheduler.tempo import Service
 
 if TYPE_CHECKING:
     from collections.abc import Callable

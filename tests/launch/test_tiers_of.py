@@ -177,7 +177,7 @@ def test_memory_that_was_given_back_is_filled_from_the_store_and_new_weights_fin
     [
         ("gemma3_text", {"hicache_write_policy": "write_back"}, "write_back"),
         ("qwen3_next", {"hicache_write_policy": "write_back"}, "write_back"),
-        ("qwen3_next", {"hicache_size": 1e-4}, "a recurrent state fills"),
+        ("qwen3_next", {"hicache_size": 1.3e-5}, "a recurrent state fills"),
         ("bert", {}, "does not generate"),
         ("qwen3_moe", {"enable_return_routed_experts": True}, "experts"),
     ],

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from disagg_support import transport_of
 from fastapi import APIRouter
 from house import FILES, SRC, parse
 from linear_cases import Source
@@ -126,7 +127,7 @@ async def test_policies(name: str) -> None:
 @each(TRANSPORTS)
 def test_transports(name: str) -> None:
     """Rows that one side fills are those that the other finds."""
-    way = TRANSPORTS.get(name)()
+    way = transport_of(name)
     assert members(Transport) <= set(dir(way)) and way.name == name
     listening, address = way.listen("127.0.0.1")
     with listening, ThreadPoolExecutor(1) as other:

@@ -108,6 +108,8 @@ def prompts_of(count: int, length: int = 200) -> list[list[int]]:
         pytest.param("llama", {"kv_cache_dtype": "int8", "ops": None, "attention_backend": "cpu"}, id="int8"),
         ("deepseek_v3", {}),
         ("gemma3", {}),
+        ("qwen3_next", {}),
+        ("lfm2", {}),
     ],
 )
 def test_text_is_the_same_with_and_without_tiers_and_after_a_restart(
@@ -174,7 +176,8 @@ def test_memory_that_was_given_back_is_filled_from_the_store_and_new_weights_fin
     ("family", "values", "word"),
     [
         ("gemma3_text", {"hicache_write_policy": "write_back"}, "write_back"),
-        ("qwen3_next", {}, "recurrent states"),
+        ("qwen3_next", {"hicache_write_policy": "write_back"}, "write_back"),
+        ("qwen3_next", {"hicache_size": 1.3e-5}, "a recurrent state fills"),
         ("bert", {}, "does not generate"),
         ("qwen3_moe", {"enable_return_routed_experts": True}, "experts"),
     ],

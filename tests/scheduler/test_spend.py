@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from phloem.core.memory import Paged, groups_of
 from phloem.core.messages import Submit, pack_ids
 from phloem.core.request import SamplingParams
-from phloem.scheduler.plan import HORIZON, KEPT, Chunk, Means, Pace, spend
+from phloem.scheduler.plan import HORIZON, KEPT, LONG, Chunk, Means, Pace, spend
 from phloem.scheduler.state import Request, Slots
 
 S = 4
@@ -30,6 +30,7 @@ class Naive:
     wants: list[Chunk]
     means: Means
     pages: int = 0
+    long: int = 0
     decodes: list[int] = field(default_factory=list)
     chunks: dict[int, int] = field(default_factory=dict)  # slot -> tokens
     entries: list[tuple[str, int]] = field(default_factory=list)
@@ -50,15 +51,25 @@ class Naive:
         left = min(means.pace.budget, means.most) - len(self.decodes)
         left = min(max(left, 0), means.pace.mixed) if self.decodes else left
         prompts = sorted((slot for slot in ready if todo[slot] > 1), key=lambda slot: slots.at(slot).place)
-        kept = left // KEPT if prompts and means.entries and means.queued else 0
-        for slot in prompts:
-            if left <= kept:
-                break
-            count = self._tokens(slot, 0, todo[slot], left - kept, covered)
-            if not count:
-                self.lacking = {slot}
-                return self
-            self.chunks[slot], left = count, left - count
+        self.long = LONG * left
+        long = [slot for slot in prompts if todo[slot] > self.long]
+        both = bool(long) and len(long) < len(prompts)
+        kept = left // KEPT if prompts and ((means.entries and means.queued) or both) else 0
+        for turn in (prompts, [slot for slot in prompts if slot not in long]):
+            if turn is not prompts:
+                if not any(slot in long for slot in self.chunks):
+                    break
+                kept = 0  # what long prompts leave goes to shorter ones behind them
+            for slot in turn:
+                if slot in self.chunks:
+                    continue
+                if left <= kept:
+                    break
+                count = self._tokens(slot, 0, todo[slot], left - kept, covered)
+                if not count:
+                    self.lacking = {slot}
+                    return self
+                self.chunks[slot], left = count, left - count
         if means.entries and means.queued:
             left = self._let_in(left, covered)
         if self.chunks:
@@ -92,12 +103,13 @@ class Naive:
             promised += sum(at >= covered[slot] for at in range(0, int(slots.length[slot]), S))
             growth += min(int(slots.limit[slot] - slots.length[slot]), HORIZON)
         promised += math.ceil(int(growth * means.share) / S)
+        beside = all(int(slots.length[s] - slots.computed[s]) > self.long for s in self.chunks)
         computing = [slots.at(slot).known[: (slots.lease(slot).shared + 1) * S].tolist() for slot in self.chunks]
         for want in self.wants:
             if left <= 0 or not free or (not begun and first - left >= means.pace.worthwhile):
                 break
             rest = len(want.known) - want.start
-            if begun and rest > left:
+            if begun and rest > left and not (beside and rest <= self.long):
                 continue
             page = want.known[: want.start + S].tolist()
             if want.sharable and any(page == other for other in computing):
@@ -209,6 +221,47 @@ def test_room_for_drafts_takes_nothing_from_anyone(case: tuple[Slots, list[Chunk
         pages += max(0, math.ceil((chunk.start + chunk.count - int(slots.covered[chunk.request.slot])) / S))
     entering = sum(want.pages for want in wants if want.request in [chunk.request for chunk in spent.entries])
     assert pages + entering <= means.pages or not room.sum()
+
+
+def prompt(slots: Slots, name: str, count: int, key: float) -> Request:
+    """A running request none of whose prompt is computed."""
+    made = request(name, [int(name[1:]) + 20] * count, key, 5)
+    lease: Any = SimpleNamespace(shared=0, held=0, part=0)
+    slots.enter(made, lease, made.prompt)
+    return made
+
+
+def want(name: str, count: int) -> Chunk:
+    made = request(name, [int(name[1:]) + 60] * count, 9.0, 5)
+    return Chunk(made, made.prompt, 0, 0, math.ceil(count / S), 5, True)
+
+
+def counts(chunks: list[Chunk]) -> list[tuple[str, int]]:
+    return [(chunk.request.id, chunk.count) for chunk in chunks]
+
+
+def test_a_long_prompt_leaves_a_part_of_its_steps_to_shorter_ones() -> None:
+    slots = Slots(6, 4000, S, groups_of((Paged(1, 1, 1),)))
+    prompt(slots, "r1", 400, 0.0)
+    alone = Means(Pace(16, 16, 16), 16, 500, 5, True)
+    assert counts(spend(slots, iter([]), alone).chunks) == [("r1", 16)]
+    # A second long prompt waits; one that needs up to LONG steps of its own is begun beside it; short ones end in it.
+    spent = spend(slots, iter([want("w1", 200), want("w2", 16 * LONG)]), alone)
+    assert (counts(spent.chunks), counts(spent.entries)) == ([("r1", 12)], [("w2", 4)])
+    spent = spend(slots, iter([want("w1", 200), want("w2", 3), want("w3", 40)]), alone)
+    assert counts(spent.entries) == [("w2", 3), ("w3", 1)]
+
+
+def test_a_shorter_prompt_that_has_begun_goes_on_beside_a_long_one() -> None:
+    slots = Slots(6, 4000, S, groups_of((Paged(1, 1, 1),)))
+    prompt(slots, "r1", 400, 0.0)
+    prompt(slots, "r2", 50, 1.0)
+    spent = spend(slots, iter([]), Means(Pace(16, 16, 16), 16, 500, 0, False))
+    assert counts(spent.chunks) == [("r1", 12), ("r2", 4)]
+    # Whoever stands in front of a long one takes what it needs.
+    prompt(slots, "r3", 10, -1.0)
+    spent = spend(slots, iter([]), Means(Pace(16, 16, 16), 16, 500, 0, False))
+    assert counts(spent.chunks) == [("r3", 10), ("r1", 2), ("r2", 4)]
 
 
 def test_it_looks_at_no_more_waiting_requests_than_it_must() -> None:

@@ -108,7 +108,11 @@ def test_a_request_through_a_gateway_is_one_tree_of_spans(collector: Collector, 
     assert [(span["service"], span["http.response.status_code"]) for span in first] == [
         ("phloem-router", 200), ("phloem-router", 400),
     ]  # fmt: skip
-    below = [[span for span in spans if span["parent"] == above["id"]] for above in first]
+    attempts = [span for span in spans if span["name"] == "attempt"]
+    assert [(one["parent"], one["http.response.status_code"], one["server.address"]) for one in attempts] == [
+        (first[0]["id"], 200, server.url), (first[1]["id"], 400, server.url),
+    ]  # fmt: skip
+    below = [[span for span in spans if span["parent"] == above["id"] and span not in attempts] for above in first]
     assert [[(one["service"], one["http.response.status_code"], one["failed"]) for one in part] for part in below] == [
         [("phloem", 200, False)], [("phloem", 400, False)],
     ]  # fmt: skip
@@ -120,8 +124,13 @@ def test_a_request_through_a_gateway_is_one_tree_of_spans(collector: Collector, 
         parts = [span for span in spans if span["parent"] == choice["id"]]
         assert [part["name"] for part in parts] == ["queue", "prefill", "decode"]
         ends = [(part["begun"], part["ended"]) for part in parts]
+        chunks = [span for span in spans if span["parent"] == parts[1]["id"]]
+        assert chunks and {chunk["name"] for chunk in chunks} == {"prefill_chunk"}
+        computed = choice["gen_ai.usage.input_tokens"] - choice["phloem.cached_tokens"]
+        assert sum(chunk["phloem.tokens"] for chunk in chunks) == computed
         assert began - 10**9 < ends[0][0] <= ends[0][1] == ends[1][0] <= ends[1][1] == ends[2][0] <= ends[2][1]
-    assert not [span for span in spans if not span["parent"]] and len(spans) == 2 + 2 + 2 + 6
+    assert not [span for span in spans if not span["parent"]]
+    assert len([span for span in spans if span["name"] != "prefill_chunk"]) == 2 + 2 + 2 + 2 + 6
 
 
 @pytest.mark.parametrize("text", ["ftp://here", "http://", "http://a:99999", "host:0", "http://[::1"])

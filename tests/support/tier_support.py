@@ -39,8 +39,10 @@ def disk_in(folder: Path, most: int = 1 << 20, size: int = BLOCK) -> Disk:
 class StoreCopies:
     """Of what a `FakeRunner` keeps of its tokens."""
 
-    def __init__(self, store: Any) -> None:
+    def __init__(self, store: Any, states: Any = None) -> None:
+        """`states`: a state is pretended to fill two rows, and to lie in a third."""
         self._store, self.page_bytes = store, store[0].nbytes
+        self._states, self.state_bytes = states, 0 if states is None else 2 * BLOCK + states[0].nbytes
         self.broken = False
 
     def out(self, pages: Any, rows: Sequence[Row]) -> None:
@@ -52,6 +54,17 @@ class StoreCopies:
             raise RuntimeError("injected: a copy")
         for row, page in zip(rows, np.atleast_2d(pages)[0].tolist(), strict=True):
             self._store[page] = row[: self.page_bytes].view(np.int64)
+
+    def state_out(self, slot: int, rows: Sequence[Row]) -> None:
+        found = self._states[slot].view(np.uint8)
+        for row in rows:
+            row[:] = found[0]
+        rows[2][: len(found)] = found
+
+    def state_into(self, rows: Sequence[Row], slot: int) -> None:
+        found = self._states[slot].view(np.uint8)
+        found[:] = rows[2][: len(found)]
+        assert all((row == found[0]).all() for row in rows[:2]), "rows of two states"
 
 
 class Slow:
@@ -102,7 +115,9 @@ class Tiered:
         write: Any = "write_through",
         policy: Any = "wait_complete",
     ) -> None:
-        self.driver, self.copies = driver, StoreCopies(driver.runner.stores[0])
+        kinds = [group.kind for group in driver.runner.groups]
+        states = driver.runner.stores[-1] if kinds[-1] == "state" else None
+        self.driver, self.copies = driver, StoreCopies(driver.runner.stores[0], states)
         scheduler = driver.scheduler
         around = Surroundings(
             scheduler.between,

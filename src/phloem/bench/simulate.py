@@ -6,6 +6,7 @@ coefficients says, or what the formulae of `phloem plan` say of a model; docs/pl
 
 from __future__ import annotations
 
+import heapq
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from phloem.bench._report import context, write_line
 from phloem.cli._options import parse_own
 from phloem.core.config import opt
 from phloem.core.errors import BadRequest, ConfigError, PhloemError
+from phloem.core.targets import Targets
 from phloem.planning.layouts import Layout, memory, stages
 from phloem.planning.machines import GIB, machine
 from phloem.planning.plan import Load, plan
@@ -30,7 +32,7 @@ from phloem.scheduler.policies import POLICIES as ORDERS
 from phloem.simulation.clockwork import Measured, Planned
 from phloem.simulation.fleet import Fleet
 from phloem.simulation.replica import Size
-from phloem.simulation.traces import MIXES, Mix, conversations, read_trace
+from phloem.simulation.traces import MIXES, Mix, conversations, read_trace, single
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -69,7 +71,11 @@ class Options:
     max_running_requests: int = opt(256, "Most requests in one step of a replica.")
     context_length: int = opt(32768, "Longest prompt plus output; longer prompts lose their beginning.")
     chunked_prefill_size: int = opt(8192, "Tokens of one step.")
+    mixed_prefill_size: int | None = opt(None, "Prompt tokens of a step that also decodes; default: the whole step.")
     schedule_policy: str = opt("lpm", "Order of a replica's waiting requests.")
+    slo: str | None = opt(None, "What requests are promised, as `phloem serve` takes it.")
+    long_rate: float = opt(0.0, "Long prompts a second for each replica beside the workload, of the class 'long',")
+    long_tokens: int = opt(8192, "of so many tokens each.")
     max_queue_seconds: float = opt(0.0, "A replica refuses requests beyond such a predicted wait; 0: none.")
     kv_events: bool = opt(
         False, "The gateway follows the replicas' cache events, instead of guessing from what it sent."
@@ -117,6 +123,8 @@ def _checked(options: Options) -> list[str]:
         # Before minutes are spent on what could not be written.
         if (path := vars(options)[name]) and not os.access(Path(path).absolute().parent, os.W_OK):
             raise BadRequest(f"{name} {path}: its folder is not there, or not to be written to", param=name)
+    if options.long_rate < 0 or options.long_tokens < 1:
+        raise BadRequest("long_rate must not be below 0, long_tokens not below 1", param="long_rate")
     if options.until < 0:
         raise BadRequest("until must not be below 0", param="until")
     if options.context_length < 2 * options.page_size:
@@ -142,13 +150,18 @@ def _talks(options: Options) -> Iterable[Conversation]:
     mix: Mix = replace(MIXES[options.workload], **{name: value for name, value in own.items() if value is not None})
     if mix.turns < 1 or mix.burst <= 0 or mix.think < 0 or mix.systems < 0:
         raise BadRequest("turns must be at least 1, burst above 0, think and systems not below 0", param="turns")
-    return conversations(mix, options.rate * options.replicas, options.seconds, options.seed)
+    found = conversations(mix, options.rate * options.replicas, options.seconds, options.seed)
+    if not options.long_rate:
+        return found
+    long = single(options.long_rate * options.replicas, options.long_tokens, options.seconds, "long")
+    return heapq.merge(found, long, key=lambda talk: talk.start)
 
 
 def _replica(options: Options) -> tuple[StepTime, Size]:
     size = Size(
         options.kv_tokens or 400_000, options.page_size, options.max_running_requests, options.context_length,
         options.chunked_prefill_size, options.schedule_policy, options.max_queue_seconds,
+        options.mixed_prefill_size, Targets.parse(options.slo),
     )  # fmt: skip
     if options.model is None:
         return (Measured() if options.steps is None else Measured.load(Path(options.steps))), _fitting(size)

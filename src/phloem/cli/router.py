@@ -15,6 +15,7 @@ _SECTIONS = {
     "address": "Address and bodies",
     "workers": "Workers",
     "pairs": "Prefill and decode servers",
+    "pods": "Pods of Kubernetes",
     "policy": "Choice of a worker",
     "retries": "Retries and circuit breaker",
     "limits": "Limits and keys",

@@ -22,6 +22,7 @@ from phloem.client.continuation import Continuation
 from phloem.client.counters import Counters
 from phloem.client.flow import Flow
 from phloem.client.pictures import Easel, Painting
+from phloem.client.request import CALLER, NOBODY
 from phloem.core.errors import BadRequest, EngineDead, QueueFull
 from phloem.core.media import with_content
 from phloem.core.messages import (
@@ -280,7 +281,7 @@ class EngineClient:
                     arrival=now,
                     consumer=reader,
                     whole=not (request.stream or params.stop or params.stop_regex),
-                    trace=CURRENT.get(),
+                    trace=span if (span := CURRENT.get()) is not None and span.recorded else None,
                 )
                 if self.tokenizer is not None and not item.pooled:
                     output.decoder = StreamDecoder(self.tokenizer, params)
@@ -303,7 +304,7 @@ def _params_of_choice(params: SamplingParams, choice: int) -> SamplingParams:
 
 
 def _submit_message(output: Continuation, call: str) -> Submit:
-    item = output.item
+    item, caller = output.item, CALLER.get(NOBODY)
     return Submit(
         id=output.id,
         input_ids=pack_ids(with_content(output.prompt_ids, output.media) if output.media else output.prompt_ids),
@@ -329,4 +330,10 @@ def _submit_message(output: Continuation, call: str) -> Submit:
         prefill_host=item.prefill[0],
         prefill_port=item.prefill[1],
         call=call,
+        ttft=item.ttft or caller.ttft,
+        itl=item.itl or caller.itl,
+        tier=item.tier,
+        user=item.user,
+        key=caller.key,
+        traced=output.trace is not None,
     )

@@ -17,7 +17,7 @@ from phloem.core.request import FinishReason
 if TYPE_CHECKING:
     from phloem.client.request import Item
     from phloem.core.media import Media
-    from phloem.core.messages import Chunk
+    from phloem.core.messages import Chunk, Did
     from phloem.core.request import SamplingParams
     from phloem.text.detokenizer import StreamDecoder
     from phloem.utils.tracing import Span
@@ -98,6 +98,7 @@ class Continuation:
     unread: list[str] = field(default_factory=list)  # of the text: what `read` will give
     was_read: bool = True  # the next token begins a new `delta`
     trace: Span | None = None  # of the HTTP request; None: nobody asked
+    did: list[Did] = field(default_factory=list)  # what the engine says that it did, where there is a `trace`
 
     @property
     def text(self) -> str:
@@ -166,6 +167,7 @@ class Continuation:
             self.logprobs.top += chunk.logprobs.top
             self.logprobs.chosen += chunk.logprobs.chosen
         self.hidden += chunk.hidden
+        self.did += chunk.did
         if chunk.routed:
             if not self.routed:
                 self.routed_width = len(chunk.routed) // 2 // max(1, len(self.prompt_ids) + len(self.ids) - 1)

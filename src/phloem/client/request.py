@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,17 @@ if TYPE_CHECKING:
     from phloem.multimodal._reader import Source
 
 
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """What the head of an HTTP request says of whoever sent it: a digest of its key, and targets in seconds."""
+
+    key: str = ""
+    ttft: float = 0.0
+    itl: float = 0.0
+
+
+CALLER: ContextVar[Caller] = ContextVar("phloem.caller")
+NOBODY = Caller()
 FAKE_HOST = "2.2.2.2"  # of gateways that warm a server up: nobody is to be met
 
 
@@ -69,6 +81,10 @@ class Item:
     second: int = 0  # token at which the second text of a pair begins
     audio: bytes = b""  # float32 log-mel features, for a model that hears
     align: Align | None = None  # where its tokens attend in the audio, in place of a continuation
+    ttft: float = 0.0  # seconds to the first token, and between later ones, that are asked for; 0: as they come
+    itl: float = 0.0
+    tier: str = ""  # its class, which may have targets of its own
+    user: str = ""  # whom the client names
     pictures: list[Source] = field(default_factory=list)  # media; of each kind in the order of their places in it
 
 

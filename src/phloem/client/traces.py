@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from phloem.client.continuation import Continuation
 
 NAME = "llm_request"
+CHUNK = "prefill_chunk"  # of what the engine did: it lies below the whole of its prompt
 
 
 def tell(output: Continuation, reason: str) -> None:
@@ -35,7 +36,13 @@ def tell(output: Continuation, reason: str) -> None:
         facts["gen_ai.latency.time_to_first_token"] = output.first_at - start
     whole = output.trace.child(NAME, start, end, facts)
     whole.child("queue", start, begun, {})
+    for name, since, until, count in output.did:
+        if name != CHUNK:
+            whole.child(name, since, until, {"phloem.bytes": count} if count else {})
     if output.first_at:
         computed = {"phloem.tokens": output.prompt_tokens - output.cached_tokens}
-        whole.child("prefill", begun, output.first_at, computed)
+        prefill = whole.child("prefill", begun, output.first_at, computed)
+        for name, since, until, count in output.did:
+            if name == CHUNK:
+                prefill.child(name, since, until, {"phloem.tokens": count})
         whole.child("decode", output.first_at, end, {"phloem.tokens": len(output.ids)})

@@ -20,6 +20,7 @@ import msgspec
 from phloem.core.errors import ConfigError
 from phloem.core.ranges import EPLB_STEPS, check_ranges, check_ranks
 from phloem.core.spellings import attention_groups, one_address, refuse_missing
+from phloem.core.targets import Fair, Targets
 
 
 def opt(default: Any, text: str, *also: str) -> Any:
@@ -30,7 +31,7 @@ def opt(default: Any, text: str, *also: str) -> Any:
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 A2A = Literal["none", "torch"]
-Policy = Literal["fcfs", "lpm", "priority"]
+Policy = Literal["fcfs", "lpm", "priority", "deadline"]
 Whitespace = Literal["compact", "flexible"]
 Eviction = Literal["lru", "lfu", "fifo"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -116,7 +117,9 @@ class ScheduleConfig:
     max_queued_requests: int = opt(4096, "Most waiting requests; beyond, a request is answered 503.")
     max_queue_seconds: float = opt(0.0, "Longest predicted wait for the first token; beyond, 503 at once. 0: any.")
     chunked_prefill_size: int | None = opt(None, "Token budget of one step: prompts are prefilled in such chunks.")
-    schedule_policy: Policy = opt("lpm", "Order of waiting requests: longest cached prefix, arrival, or priority.")
+    schedule_policy: Policy = opt("lpm", "Who waits least: longest cached prefix, arrival, priority, or deadline.")
+    slo: str | None = opt(None, 'What requests are promised, as JSON: {"ttft_ms": 500, "itl_ms": 50, "tiers": {...}}.')
+    fair_queueing: Fair = opt("none", "Whose requests get equal parts while some wait: each API key's, or user's.")
     disable_overlap_schedule: bool = opt(False, "Plan a step only after the one before it has ended.")
     stream_interval: int = opt(1, "Send streamed tokens in groups of this many.")
     watchdog_timeout: float = opt(300.0, "Seconds after which a step that hangs is reported with all stacks.")
@@ -175,9 +178,7 @@ class RuntimeConfig:
     )
     record_graphs_before_ready: bool = opt(False, "Record all steps before answering, instead of on first use or idle.")
     disable_cascade_attention: bool = opt(
-        False,
-        "Read pages that requests share once for each of them, not once a step.",
-        "disable_cascade_attn",
+        False, "Read pages that requests share once for each of them, not once a step.", "disable_cascade_attn"
     )
     check_step_graph: bool = opt(False, "Debug: run recorded and eager steps side by side and compare.")
     enable_deterministic_inference: bool = opt(
@@ -201,9 +202,7 @@ class NodesConfig:
         None, "Which of them this is: 0, the default, plans and answers HTTP; the others execute."
     )
     dist_init_addr: str | None = opt(
-        None,
-        "HOST:PORT at which node 0 listens; also --master-addr with --master-port.",
-        "nccl_init_addr",
+        None, "HOST:PORT at which node 0 listens; also --master-addr with --master-port.", "nccl_init_addr"
     )
     dist_timeout: float = opt(300.0, "Seconds that nodes wait for each other at the start.")
     dist_secret: str | None = opt(None, "What all nodes must know to be let in; PHLOEM_DIST_SECRET sets it too.")
@@ -469,6 +468,7 @@ class Config:
         flat = config.flat()
         check_ranges(flat)
         check_ranks(flat)
+        Targets.parse(config.schedule.slo)
         return config
 
     def flat(self) -> dict[str, Any]:
@@ -486,7 +486,7 @@ class Config:
 
 # Settings whose text may be JSON: in YAML files they may be tables.
 _JSON = (
-    *("speculative_config", "kv_events_config", "dllm_algorithm_config"),
+    *("speculative_config", "kv_events_config", "dllm_algorithm_config", "slo"),
     "hicache_storage_backend_extra_config",
 )
 

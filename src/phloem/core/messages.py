@@ -57,6 +57,12 @@ class Submit(Message):
     prefill_host: str = ""  # for decode: the bootstrap server of who computes the prompt
     prefill_port: int = 0
     call: str = ""  # the same for all prompts and continuations of one call; "": it has but one
+    ttft: float = 0.0  # seconds to the first token, and between later ones, that the client asks for; 0: as they come
+    itl: float = 0.0
+    tier: str = ""  # its class, which may have targets of its own
+    traced: bool = False  # chunks tell what was done for it, and when
+    user: str = ""  # whom the client names, and a digest of the client's key: the queue may tell clients apart by them
+    key: str = ""
 
 
 class Pixels(msgspec.Struct):
@@ -150,6 +156,9 @@ class Logprobs(Message):
     chosen: list[list[tuple[float, int]]] = []
 
 
+Did = tuple[str, float, float, int]  # what, from when to when in seconds of `time.monotonic`, tokens or bytes
+
+
 class Chunk(msgspec.Struct, omit_defaults=True, kw_only=True):
     """New tokens of one request."""
 
@@ -171,6 +180,7 @@ class Chunk(msgspec.Struct, omit_defaults=True, kw_only=True):
     routed: bytes = b""
     hidden: list[bytes] = []  # per token, little-endian float32: the last layer's state that it was chosen from
     dp_rank: int = -1  # the replica that it is of, where there are several
+    did: list[Did] = []  # for a traced request, since its last chunk (`scheduler/traced.py`)
 
 
 class Tokens(Message):

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from phloem.core.batch import Pending
     from phloem.core.errors import PhloemError
+    from phloem.core.messages import Did
     from phloem.disagg.bootstrap import Book, Peer
     from phloem.disagg.transports import Receiver, Row, Transport
     from phloem.kvcache.manager import CacheManager
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 _log = log.get("disagg")
 
+BOOTSTRAP, TRANSFER = "bootstrap", "transfer"  # of what was done for a request
 SILENCE = 2.0  # seconds without a sign of life, and a peer has gone
 WAIT = 300.0  # seconds that prefill may take for a prompt
 
@@ -99,6 +101,7 @@ class Arrival:
     def __init__(self, ask: Ask, deadline: float) -> None:
         self.ask, self.deadline = ask, deadline
         self.why = ""
+        self.did: list[Did] = []  # finding the server, and what it sent
         self.first: Done | None = None
         self.receiver: Receiver | None = None
         self.nbytes = 0
@@ -175,11 +178,14 @@ class Arrivals:
         threading.Thread(target=self._run, args=(found, host, port or PORT), name="phloem-arrival", daemon=True).start()
         return found
 
-    def first(self, request_id: str) -> Done | None:
-        """What prefill says of a request that has stopped waiting; None: its prompt is computed here."""
+    def first(self, request_id: str, did: list[Did] | None = None) -> Done | None:
+        """What prefill says of a request that has stopped waiting; None: its prompt is computed here. `did`: where set,
+        what was done for it is added."""
         found = self._coming.get(request_id)
         if found is None:
             return None
+        if did is not None:
+            did += found.did[:]
         first = found.first
         if first is not None and first.weights != self._target.weights():
             first, found.first, found.why = None, None, "the weights were changed"
@@ -220,6 +226,7 @@ class Arrivals:
         if not self._budget.take(nbytes, lambda: found.dropped):
             raise LinkLost("the request has ended")
         found.nbytes = nbytes
+        begun = monotonic()
         transport, sock = self._connect(peer, host, port)
         link = Link(sock)
         try:
@@ -227,7 +234,8 @@ class Arrivals:
             link.send(ask, SILENCE)
             receiver = found.receiver = transport.receiver(self._target.row_bytes, ask.end - ask.start)
             receiver.greet(link, SILENCE)
-            return self._take(link, ask, receiver)
+            found.did.append((BOOTSTRAP, begun, monotonic(), 0))
+            return self._take(link, found, receiver)
         finally:
             link.close()
 
@@ -238,17 +246,20 @@ class Arrivals:
             self._book.forget(host, port)
             return self._book.connect(self._book.find(host, port))
 
-    def _take(self, link: Link, ask: Ask, receiver: Receiver) -> Done:
+    def _take(self, link: Link, found: Arrival, receiver: Receiver) -> Done:
+        ask = found.ask
         at = ask.start
         while True:
             message = link.receive(SILENCE)
             if isinstance(message, Pages):
                 if message.start != at or not 0 < message.count <= ask.end - at:
                     raise LinkLost(f"pages {message.start} to {message.start + message.count} were not asked for")
+                begun, nbytes = monotonic(), message.count * self._target.row_bytes
                 receiver.take(link, at - ask.start, message.count, SILENCE)
+                found.did.append((TRANSFER, begun, monotonic(), nbytes))
                 at += message.count
                 self.counts.pages += message.count
-                self.counts.nbytes += message.count * self._target.row_bytes
+                self.counts.nbytes += nbytes
             elif isinstance(message, Done):
                 if at != ask.end:
                     raise LinkLost(f"only {at} of {ask.end} pages came")
@@ -303,7 +314,7 @@ class Arrivals:
     def give_up(self, claim: Claim) -> None:
         pass  # it is claimed again
 
-    def restore(self, claim: Claim, pages: NDArray[np.int32]) -> None:
+    def restore(self, claim: Claim, pages: NDArray[np.int32], state: int = 0) -> None:
         self._loads.append((self._coming.pop(claim.request_id), claim, pages.copy()))
 
     def launching(self) -> Pending[None] | None:

@@ -264,6 +264,12 @@ class CacheManager:
             lease.tables[account.group][old : min(first, lease.shared)] = 0
             lease.first[account.index] = first
 
+    def own_state(self, lease: Lease) -> int:
+        """A slot of its own that the next step reads the lease's state from: it is about to be filled."""
+        row = lease.tables[-1]
+        row[0] = next(slot for slot in lease.own if slot != row[1])
+        return int(row[0])
+
     def reserve_one_each(self, leases: list[Lease]) -> bool:
         """One more page for each of these: a decode step's rows at a page border. All or nothing."""
         count = len(leases)

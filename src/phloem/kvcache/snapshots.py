@@ -27,6 +27,7 @@ class Snapshots:
         self.entered = np.zeros(num_slots, dtype=np.int64)  # when a slot came into the tree, in ticks of the tree
         self.owner: dict[int, Node] = {}
         self.loose: list[int] = []  # left the tree; to be freed by whoever called
+        self.watch: Callable[[Node], None] | None = None  # hears of each node that gains one
         self._order: dict[Node, None] = {}  # nodes with an unlocked snapshot, least recently read first
 
     @property
@@ -43,6 +44,8 @@ class Snapshots:
         self.owner[slot] = node
         self.entered[slot] = clock
         self._order[node] = None
+        if self.watch is not None:
+            self.watch(node)
 
     def lock(self, slot: int) -> None:
         self.locks[slot] += 1

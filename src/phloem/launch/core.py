@@ -17,6 +17,7 @@ from phloem.core.errors import BadRequest, ConfigError, EngineDead
 from phloem.core.messages import Failed, FromEngine, Progress, Ready, Stats, Submit, ToEngine
 from phloem.core.ranges import parse_bytes
 from phloem.core.renoising import Renoising
+from phloem.core.targets import Targets
 from phloem.engine import parallel, worker
 from phloem.engine.canvas import CanvasRunner
 from phloem.engine.compiled import CompiledModel
@@ -209,6 +210,8 @@ def _settings(config: Config, checkpoint: Checkpoint, built: Built, speculates: 
         mixed_prefill_size=built.mixed_prefill_size,
         worthwhile_prefill=built.worthwhile_prefill,
         schedule_policy=config.schedule.schedule_policy,
+        targets=Targets.parse(config.schedule.slo),
+        fair=config.schedule.fair_queueing,
         context_length=built.context_length,
         vocab_size=checkpoint.vocab_size,
         eos_ids=checkpoint.eos_ids,

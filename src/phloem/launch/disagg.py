@@ -63,7 +63,7 @@ def check(config: Config) -> None:
 
 def _transports(backend: str | None) -> list[Transport]:
     """Raises ConfigError: there is none of this name."""
-    names = [*PREFERRED, *(name for name in TRANSPORTS.names() if name not in PREFERRED)]
+    names = list(PREFERRED)
     if backend not in (None, "auto"):
         try:
             TRANSPORTS.check(backend or "")

@@ -138,6 +138,13 @@ def tiers_of(config: Config, checkpoint: Checkpoint, built: Built, scheduler: Sc
     copies = PoolCopies(pool)
     row = rounded(copies.page_bytes)
     place = _host_place(config, pool, row, built.decisions)
+    state = -(-copies.state_bytes // row)
+    if place.most_bytes // row < 2 * state + 2:
+        held = place.most_bytes // row
+        why = f"a recurrent state fills {state} rows, of which host memory holds {held}: hicache_size asks for more"
+        built.decisions[-1] = Decision(NAME, "none", why)
+        _log.warning("no cache tiers: %s", why)
+        return None
     keys = Keys(_facts(config, checkpoint, built, pool), pool.page_size)
     extra, own = read_extra(cache.hicache_storage_backend_extra_config)
     storage = _storage(config, extra, own, row, built.decisions)
@@ -174,6 +181,11 @@ def declines(config: Config, built: Built, scheduler: Scheduler, windows: bool =
     if windows and kinds[0] == "pages" and set(kinds[1:]) == {"window"}:
         if config.cache.hicache_write_policy == "write_back":
             return "windows lose their pages before the pool gives up the others (hicache_write_policy write_back)"
+    elif windows and kinds == ["pages", "state"]:
+        if config.cache.hicache_write_policy == "write_back":
+            return "states leave the pool before pages do (hicache_write_policy write_back)"
+        if config.cache.hicache_storage_backend == "dynamic":
+            return "recurrent states need a store that knows at once what it has (hicache_storage_backend dynamic)"
     elif kinds != ["pages"]:
         named = {"window": "sliding windows", "state": "recurrent states", "cross": "audio", "pages": "all tokens"}
         return f"its memory is of several kinds ({', '.join(named[kind] for kind in kinds)})"

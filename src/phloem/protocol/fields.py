@@ -138,6 +138,8 @@ class RequestFields(StoppingFields, kw_only=True):
     seed: Seed | None = None
     custom_logit_processor: str | None = None
     priority: Int32 | None = None
+    slo_ttft_ms: float | None = None
+    slo_itl_ms: float | None = None
     cache_salt: str | None = None
     extra_key: str | None = None
     user: str | None = None
@@ -164,8 +166,6 @@ class RequestFields(StoppingFields, kw_only=True):
     routed_experts_start_len: Int32 | None = None
 
     ignored: ClassVar[dict[str, str]] = {
-        "user": HINT,
-        "service_tier": HINT,
         "safety_identifier": HINT,
         "prompt_cache_key": "prefixes are found by their tokens; use cache_salt to keep them apart",
         "prompt_cache_retention": HINT,

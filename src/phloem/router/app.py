@@ -16,10 +16,11 @@ from phloem.client.request import new_id
 from phloem.core.errors import BadRequest, EngineDead, PhloemError, Unauthorized
 from phloem.router import ask as asks
 from phloem.router.fleet import Fleet
+from phloem.router.kubernetes import Access, Discovery
 from phloem.router.limits import Buckets, Gate, TooMany
 from phloem.router.metrics import Metrics
 from phloem.router.pairs import REGULAR, ROLES
-from phloem.router.relay import Relay, Way, told
+from phloem.router.relay import SPAN, Relay, Way, told
 from phloem.router.settings import BOOTSTRAP_PORT
 from phloem.server.bodies import BodyGate, BodyLimits, header, refuse
 from phloem.server.errors import error_body, messages_error
@@ -103,11 +104,8 @@ class Changed(msgspec.Struct):
     labels: dict[str, Any] | None = None
 
 
-SPAN = "phloem.span"  # in the scope
-
-
 class Router:
-    """The app. `start` once its loop runs."""
+    """The app. `start` once its loop runs. Raises ConfigError: pods are to be found, and there is no Kubernetes."""
 
     def __init__(
         self, settings: Settings, tokens: Tokens | None = None, seed: int | None = None, tracer: Tracer | None = None
@@ -149,14 +147,21 @@ class Router:
             **{("POST", path): self._each_its_own for path in EACH_ITS_OWN},
         }
         self._sweeper: asyncio.Task[None] | None = None
+        self._finder: asyncio.Task[None] | None = None
+        pods = settings.service_discovery
+        self._discovery = Discovery(self.fleet, settings, Access.of(settings)) if pods else None
 
     async def start(self) -> None:
         self.fleet.start()
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep())
+        if self._discovery is not None:
+            self._finder = asyncio.get_running_loop().create_task(self._discovery.run())
 
     async def close(self) -> None:
         if self._sweeper is not None:
             self._sweeper.cancel()
+        if self._finder is not None:
+            self._finder.cancel()
         await self.fleet.close()
 
     async def _sweep(self) -> None:

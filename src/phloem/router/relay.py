@@ -8,7 +8,9 @@ again.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import random
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -33,11 +35,14 @@ if TYPE_CHECKING:
     from phloem.router.policies._base import Chosen
     from phloem.router.settings import Settings
     from phloem.router.worker import Load, Worker
+    from phloem.utils.tracing import Span
 
 _log = log.get("router")
 
 RETRIED = frozenset((408, 429, 500, 502, 503, 504))
 BROKEN = frozenset((500, 502, 503, 504))  # what counts against a worker
+SPAN = "phloem.span"  # of a request's scope, where it has one
+CLIENT_KEY = b"x-client-key"
 HOP = frozenset(
     (b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
      b"trailer", b"transfer-encoding", b"upgrade", b"content-length", b"host", b"expect")
@@ -136,6 +141,7 @@ class Relay:
                 self.metrics.retries += 1
                 await self._pause(attempt, chosen.worker in way.tried)
             way.tried.append(chosen.worker)
+            begun, way.status = time.monotonic(), 0
             try:
                 if await self._try(way, chosen, attempt + 1 == most):
                     return
@@ -144,6 +150,8 @@ class Relay:
                 if way.left:
                     return
                 last = f"{chosen.worker.url}: {error.reason}"
+            finally:
+                _trace(way, chosen, begun)
             _log.info("request %s: %s; attempt %d of %d", way.key, last, attempt + 1, most)
         raise WorkerFailed(f"no worker answered in {most} attempts; the last: {last}", code="worker_failed")
 
@@ -273,9 +281,12 @@ class Relay:
         method = b"GET" if scope["method"] == "HEAD" else scope["method"].encode()
         parts = [b"%b %b%b HTTP/1.1\r\nhost: %b:%d\r\n" % (
             method, path, b"?" + query if query else b"", worker.host.encode(), worker.port)]  # fmt: skip
-        named = False
+        named, sent = False, b""
         for name, value in scope["headers"]:
-            if name in HOP or (key is not None and name in (b"authorization", b"x-api-key")):
+            if key is not None and name in (b"authorization", b"x-api-key"):
+                sent = value
+                continue
+            if name in HOP or name == CLIENT_KEY:
                 continue
             named = named or name == b"x-request-id"
             parts.append(b"%b: %b\r\n" % (name, value))
@@ -283,6 +294,9 @@ class Relay:
             parts.append(b"x-request-id: %b\r\n" % way.key.encode())
         if key is not None:
             parts.append(b"authorization: Bearer %b\r\n" % key.encode())
+        if sent:
+            # Servers may give each client its part; its key is not theirs to know.
+            parts.append(b"%b: %b\r\n" % (CLIENT_KEY, hashlib.sha256(sent).hexdigest()[:16].encode()))
         if worker.role == DECODE:
             parts.append(WHOLE_LOGPROBS + b": 1\r\n")
         if body or method not in (b"GET", b"DELETE"):
@@ -388,3 +402,17 @@ def _why(worker: Worker, now: float) -> str:
 
 def told(worker: Worker) -> dict[str, Any]:
     return worker.told(asyncio.get_running_loop().time())
+
+
+def _trace(way: Way, chosen: Chosen, begun: float) -> None:
+    """An attempt is over: a span of it, below that of the request."""
+    span: Span | None = way.scope.get(SPAN)
+    if span is None:
+        return
+    facts: dict[str, str | int] = {"server.address": chosen.worker.url, "phloem.attempt": len(way.tried)}
+    facts["phloem.cached_tokens"] = int(chosen.cached)
+    if chosen.prefill is not None:
+        facts["phloem.prefill_server"] = chosen.prefill.url
+    if way.status:
+        facts["http.response.status_code"] = way.status
+    span.child("attempt", begun, time.monotonic(), facts)

@@ -13,6 +13,7 @@ from phloem.router.address import parse_url
 
 BOOTSTRAP_PORT = 8998
 _KEY = re.compile(r"[!-~]+")
+_LABEL = re.compile(r"[A-Za-z0-9._/-]{1,317}=[A-Za-z0-9._-]{0,63}")
 
 
 def opt(group: str, default: Any, text: str, *also: str) -> Any:
@@ -61,6 +62,20 @@ class Settings:
     )
     decode: tuple[str, ...] = opt("pairs", (), "A decode server: URL. May be repeated.")
 
+    service_discovery: bool = opt("pods", False, "Find servers that are pods, through Kubernetes' API.")
+    selector: tuple[str, ...] = opt("pods", (), "Labels of their pods, as app=llm; of several, all.")
+    prefill_selector: tuple[str, ...] = opt("pods", (), "Of pairs: labels of pods that compute prompts,")
+    decode_selector: tuple[str, ...] = opt("pods", (), "and of those that answer.")
+    service_discovery_port: int = opt("pods", 30000, "Port at which pods serve.")
+    service_discovery_namespace: str | None = opt("pods", None, "Namespace of the pods; default: the gateway's own.")
+    bootstrap_port_annotation: str = opt(
+        "pods", "sglang.ai/bootstrap-port", "Annotation of prefill pods with the port of their bootstrap server."
+    )
+    kubernetes_api: str | None = opt("pods", None, "URL of the API; default: as pods are told.")
+    kubernetes_account: str = opt(
+        "pods", "/var/run/secrets/kubernetes.io/serviceaccount", "Folder of the service account: token, ca.crt."
+    )
+
     policy: str = opt(
         "policy", "cache_aware", "cache_aware, power_of_two, round_robin, random, consistent_hashing or manual."
     )
@@ -108,7 +123,8 @@ class Settings:
 
     @property
     def paired(self) -> bool:
-        return self.pd_disaggregation or bool(self.prefill or self.decode)
+        pods = self.prefill_selector or self.decode_selector
+        return self.pd_disaggregation or bool(self.prefill or self.decode or pods)
 
     def _check_pairs(self) -> None:
         for text in self.prefill:
@@ -120,6 +136,21 @@ class Settings:
                 raise ConfigError(f"decode: {error.message}", param="decode") from None
         if self.paired and self.worker_urls:
             raise ConfigError("worker_urls: pairs are made of --prefill and --decode alone", param="worker_urls")
+
+    def _check_pods(self) -> None:
+        labels = (*self.selector, *self.prefill_selector, *self.decode_selector)
+        if labels and not self.service_discovery:
+            raise ConfigError("selector: needs service_discovery", param="selector")
+        if self.service_discovery and not labels:
+            raise ConfigError("service_discovery: selector says which pods, as app=llm", param="selector")
+        if self.paired and self.selector:
+            raise ConfigError("selector: of pairs give prefill_selector and decode_selector", param="selector")
+        for label in labels:
+            if not _LABEL.fullmatch(label):
+                raise ConfigError(f"selector: {label!r:.100} is no label: NAME=VALUE", param="selector")
+        if not 0 < self.service_discovery_port <= 65535:
+            text = f"service_discovery_port: {self.service_discovery_port} is not in 1 to 65535"
+            raise ConfigError(text, param="service_discovery_port")
 
     def checked(self) -> Settings:
         """Itself. Raises ConfigError, naming the setting."""
@@ -157,6 +188,7 @@ class Settings:
             except BadRequest as error:
                 raise ConfigError(f"worker_urls: {error.message}", param="worker_urls") from None
         self._check_pairs()
+        self._check_pods()
         if not self.cache_threshold <= 1:
             raise ConfigError(f"cache_threshold: {self.cache_threshold} is not in 0 to 1", param="cache_threshold")
         if not 0 <= self.port <= 65535:

@@ -40,8 +40,9 @@ class Further(Protocol):
         """The request found no room."""
         ...
 
-    def restore(self, claim: Claim, pages: NDArray[np.int32]) -> None:
-        """Copy what was claimed to these pages, int32 [groups, n], in front of the step that is launched next."""
+    def restore(self, claim: Claim, pages: NDArray[np.int32], state: int = 0) -> None:
+        """Copy what was claimed to these pages, int32 [groups, n], and its state, if it has one, to this slot, in front
+        of the step that is launched next."""
         ...
 
     def launching(self) -> Pending[None] | None:

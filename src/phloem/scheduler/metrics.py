@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from phloem.core.batch import StepOutput
+    from phloem.core.updates import Keeper
     from phloem.kvcache.manager import CacheManager
 
 INTERVAL = 1.0  # seconds between two Stats while anything runs
@@ -24,6 +25,18 @@ def usage(cache: CacheManager) -> dict[str, int]:
         "available_tokens": cache.available_pages * size,
         "evictable_tokens": (cache.available_pages - cache.free_pages) * size,
         "evicted_tokens": cache.evicted_pages * size,
+    }
+
+
+def weights(keeper: Keeper | None) -> dict[str, Any]:
+    """Which weights serve, for the server-info endpoint."""
+    if keeper is None:
+        return {}
+    return {
+        "weight_version": keeper.version,
+        "weight_epoch": keeper.epoch,
+        "weights_unfit": keeper.unfit,
+        "asleep": sorted(keeper.asleep),
     }
 
 
@@ -45,6 +58,11 @@ class Meter:
         self._forward = 0.0
         self._busy_until: float | None = None
         self._quiet = True
+
+    @property
+    def seconds_a_token(self) -> float:
+        """Of prompts, in the mean of all steps so far; 0: there was none."""
+        return self.prefill_seconds / self.prefill_tokens if self.prefill_tokens else 0.0
 
     def step_done(self, output: StepOutput, prompts: int = 0) -> None:
         """`prompts`: tokens of the step beyond one a row."""

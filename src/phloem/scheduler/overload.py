@@ -16,25 +16,26 @@ if TYPE_CHECKING:
     from phloem.scheduler.settings import ScheduleSettings
     from phloem.scheduler.state import Request, Slots
 
+ID_BYTES = 4
 RATE_SECONDS = 0.1  # of steps with prompts, before which their rate says nothing
 
 
 class Before(NamedTuple):
-    """What a request that comes now has before it. `fresh`: the share of all prompts so far that was computed, and not
-    found in the cache."""
+    """What a request that comes now has before it, by accounts that are kept as requests come and go. `fresh`: the
+    share of all prompts so far that was computed, and not found in the cache."""
 
     queue: WaitingQueue
     slots: Slots
     meter: Meter
     fresh: float = 1.0
 
-    def seconds(self) -> float:
+    def seconds(self, submit: Submit) -> float:
         """Until it would be computed: the prompts before it, at the rate of the steps with prompts so far. Those that
         wait are taken to be cached as much as others were. 0: nothing waits, or nothing was measured yet."""
         meter, slots = self.meter, self.slots
         if meter.prefill_seconds <= RATE_SECONDS or not meter.prefill_tokens:
             return 0.0
-        tokens = self.fresh * sum(request.num_prompt for request in self.queue.everything())
+        tokens = self.fresh * self.queue.ahead(submit, len(submit.input_ids) // ID_BYTES)
         tokens += sum(max(0, one.num_prompt - int(slots.computed[one.slot])) for one in slots.active_requests())
         return tokens * meter.prefill_seconds / meter.prefill_tokens
 
@@ -47,10 +48,10 @@ def check(
     Of a call with several prompts or continuations the first one decides how long is too long: the others wait for
     their own kin, and where nobody else is there so would the same call whenever it came again.
     """
-    if waiting >= settings.max_queued_requests:
+    if waiting >= settings.max_queued_requests and not before.queue.has_share(submit, settings.max_queued_requests):
         raise QueueFull(f"the queue is full: {waiting} requests are waiting")
     most = settings.max_queue_seconds
-    if most > 0 and (wait := before.seconds()) > most:
+    if most > 0 and (wait := before.seconds(submit)) > most:
         if submit.call and any(request.submit.call == submit.call for request in live.values()):
             return
         text = f"the prompts before it take {wait:.1f} s, and none waits longer than {most:g} s (max_queue_seconds)"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from phloem.scheduler.state import Request, Slots
 
 KEPT = 4  # a prompt that goes on leaves 1 / KEPT of a step to those that wait
+LONG = 4  # steps of which all a prompt would need: one that needs more leaves that part to shorter ones too
 FORCED = 32  # tokens of a chunk behind which drafts stand, at most (see also `Pace.forced`)
 HORIZON = 1024  # output tokens of a running request that admission looks ahead to, at most
 
@@ -141,11 +142,20 @@ def spend(slots: Slots, waiting: Iterable[Chunk], means: Means) -> Spent:
         # With every slot decoding there must be a token for each, or the last ones would starve.
         purse.left = min(max(purse.left - len(decodes), 0), means.pace.mixed)
     prefills = _by_place(slots, active[todo > 1]) if len(decodes) < len(active) else []
-    kept = purse.left // KEPT if prefills and means.entries and means.queued and not means.pace.whole else 0
+    purse.long = LONG * purse.left
+    short = [slot for slot in prefills if slots.length[slot] - slots.computed[slot] <= purse.long]
+    queued = bool(means.entries and means.queued)
+    wanted = bool(prefills) and (queued or 0 < len(short) < len(prefills)) and not means.pace.whole
+    kept = purse.left // KEPT if wanted else 0
     purse.left -= kept
-    if not _go_on(spent, slots, prefills, purse):
+    reached = _go_on(spent, slots, prefills, purse)
+    if spent.lacking:
         return spent
     purse.left += kept
+    if kept and any(slot not in short for slot in prefills[:reached]):
+        _go_on(spent, slots, [slot for slot in prefills[reached:] if slot in short], purse)
+        if spent.lacking:
+            return spent
     if means.entries and means.queued and purse.left > 0:
         _let_in(spent, slots, waiting, means, purse)
     # What was kept for others and not wanted goes to the first prompt.
@@ -169,6 +179,7 @@ class _Purse:
     paged: bool  # else these are states, of which a request takes all it ever needs when it enters
     whole: bool = False  # see `Pace`; the first of a step may be longer than what there is
     forced: int = 0  # see `Pace`
+    long: int = 0  # tokens of a prompt beyond which it is a long one
     used: bool = False
 
     def chunk(self, start: int, todo: int, covered: int) -> int:
@@ -191,11 +202,12 @@ def _by_place(slots: Slots, some: NDArray[np.int32]) -> list[int]:
     return sorted(some.tolist(), key=lambda slot: slots.at(slot).place)
 
 
-def _go_on(spent: Spent, slots: Slots, prefills: list[int], purse: _Purse) -> bool:
-    """Prompts that have begun, one after the other. False: the next one has no pages."""
-    for slot in prefills:
+def _go_on(spent: Spent, slots: Slots, prefills: list[int], purse: _Purse) -> int:
+    """Prompts that have begun, one after the other; how many of them were looked at. The next one may have no pages:
+    then it is lacking."""
+    for at, slot in enumerate(prefills):
         if purse.left <= 0:
-            break
+            return at
         request, start = slots.at(slot), int(slots.computed[slot])
         todo = int(slots.length[slot]) - start
         if purse.forced and start + 1 >= slots.forced[slot]:
@@ -205,19 +217,21 @@ def _go_on(spent: Spent, slots: Slots, prefills: list[int], purse: _Purse) -> bo
             continue  # one of the next steps has room for it
         if count <= 0:
             spent.lacking = [request]
-            return False
+            return at
         spent.chunks.append(Chunk(request, request.known, start, count))
-    return True
+    return len(prefills)
 
 
 def _let_in(spent: Spent, slots: Slots, waiting: Iterable[Chunk], means: Means, purse: _Purse) -> None:
     """Waiting requests whose prompts, and a share of whose output, have pages beside what the running ones will want.
 
-    Beside a prompt that goes on only those enter that end in this step. One whose next page is computed in this very
+    Beside a prompt that goes on only those enter that end in this step; beside long ones alone, also one that is not
+    long. One whose next page is computed in this very
     step waits for it. None overtakes one that has no pages, or a long prompt would never run.
     """
     size, entries, budget = slots.page_size, means.entries, purse.left
     begun, alone = bool(spent.chunks), slots.num_running == 0
+    beside = not purse.whole and all(_is_long(chunk, slots, purse) for chunk in spent.chunks)
     promised = spent.promised = promised_to(slots, slots.staying(), means.share) - (means.pages - purse.pages)
     computing: dict[tuple[str, int, bytes], NDArray[np.int32]] = {}
     for chunk in spent.chunks:
@@ -229,7 +243,7 @@ def _let_in(spent: Spent, slots: Slots, waiting: Iterable[Chunk], means: Means, 
         if want is None:
             break
         rest = len(want.known) - want.start
-        if rest > purse.left and (begun or (purse.whole and purse.used)):
+        if rest > purse.left and ((begun and not (beside and rest <= purse.long)) or (purse.whole and purse.used)):
             continue
         page = page_after(want.known, want.start, size, want.request.namespace)
         if want.sharable and page in computing:
@@ -246,6 +260,10 @@ def _let_in(spent: Spent, slots: Slots, waiting: Iterable[Chunk], means: Means, 
         promised += -(-int(want.growth * means.share) // size)
         computing[page] = want.known
         entries, alone = entries - 1, False
+
+
+def _is_long(chunk: Chunk, slots: Slots, purse: _Purse) -> bool:
+    return int(slots.length[chunk.request.slot]) - chunk.start > purse.long
 
 
 def promised_to(slots: Slots, staying: NDArray[np.int32], share: float) -> int:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from phloem.scheduler.plan import Pace, Plan, Spent
     from phloem.scheduler.policies import Policy, WaitingQueue
     from phloem.scheduler.state import Entry, Request, Slots
+    from phloem.scheduler.tempo import Tempo
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class Planner:
         self.eos_ids = eos_ids
         self.mixture = mixture
         self.further: Further | None = None
+        self.tempo: Tempo | None = None  # where steps are to be short enough for what requests are promised
         self.headroom = Headroom()
         self.refused: list[Refusal] = []
         self.preemptions = 0
@@ -221,8 +223,11 @@ class Planner:
         return bool(decodes.any()) and slots.num_held(STEP) > 0
 
     def _means(self, entries: int, resting: set[int]) -> Means:
+        pace = self.pace
+        if self.tempo is not None:
+            pace = replace(pace, mixed=self.tempo.within(self.slots, pace.mixed))
         return Means(
-            pace=self.pace,
+            pace=pace,
             most=self.throttle.budget,
             pages=self.cache.available_pages,
             entries=entries,
@@ -237,7 +242,7 @@ class Planner:
         groups = Groups(self.slots, cache, self.headroom.share)
         if mixture is not None:
             mixture.begin()
-        for request in self.policy.order(self.queue, self.slots.num_free + SCAN, cache):
+        for request in self.queue.order(self.policy, self.slots.num_free + SCAN, cache):
             if request.inflight:
                 continue  # its last token is not known yet
             if mixture is not None and mixture.full_for(request):
@@ -428,7 +433,8 @@ class Planner:
         assert self.further is not None
         if claim is not None:
             start, end = lease.shared, lease.shared + claim.count
-            self.further.restore(claim, np.stack([table[start:end] for table in lease.tables[: self.cache.paged]]))
+            pages = np.stack([table[start:end] for table in lease.tables[: self.cache.paged]])
+            self.further.restore(claim, pages, self.cache.own_state(lease) if self.cache.has_states else 0)
             self.slots.computed[request.slot] += claim.count * self.cache.page_size
             if request.admitted < 0 and not request.handed:
                 request.cached_host, request.cached_storage = (

@@ -9,6 +9,7 @@ No policy starves a request:
   requests never changes, so the key is fixed: arrival - priority * PRIORITY_SECONDS.
 * `lpm` (longest cached prefix first) ranks the oldest `WINDOW` requests; whoever has been in the window while
   `PATIENCE` others were admitted goes first.
+* `deadline` is by when the first token is due; whoever cannot make it any more stands back once (`tempo.py`).
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
+    from phloem.core.messages import Submit
     from phloem.kvcache.manager import CacheManager
     from phloem.scheduler.state import Request
 
@@ -39,12 +41,29 @@ class WaitingQueue:
         self._items: list[tuple[float, int, Request]] = []  # before `_head`: holes
         self._head = 0
         self.taken = 0  # requests that were admitted from here
+        self.tokens = 0  # of the prompts that wait
 
     def __len__(self) -> int:
         return len(self._items) - self._head
 
     def add(self, request: Request) -> None:
         bisect.insort(self._items, (request.key, request.seq, request), lo=self._head)
+        self.tokens += request.num_prompt
+
+    def order(self, policy: Policy, count: int, cache: CacheManager) -> Iterable[Request]:
+        """At least the first `count` candidates of a step, if there are so many."""
+        return policy.order(self, count, cache)
+
+    def ended(self, request: Request) -> None:
+        """A request is over, wherever it stood; it does not wait here any more."""
+
+    def ahead(self, submit: Submit, tokens: int) -> int:
+        """Tokens of waiting prompts that come before a new one of so many."""
+        return self.tokens
+
+    def has_share(self, submit: Submit, most: int) -> bool:
+        """Whether a request gets in although `most` wait already."""
+        return False
 
     def front(self, count: int) -> list[Request]:
         return [item[2] for item in self._items[self._head : self._head + count]]
@@ -63,6 +82,7 @@ class WaitingQueue:
         at = bisect.bisect_left(items, (request.key, request.seq), lo=head)  # type: ignore[type-var]
         if at >= len(items) or items[at][2] is not request:
             raise KeyError(request.id)
+        self.tokens -= request.num_prompt
         if at - head > len(items) - at:
             del items[at]
             return
@@ -75,16 +95,20 @@ class WaitingQueue:
 
     def clear(self) -> None:
         self._items.clear()
-        self._head = 0
+        self._head = self.tokens = 0
 
 
 @dataclass(frozen=True)
 class Policy:
-    """`key(request)` at arrival; `order(queue, count, cache)`: at least the first `count` candidates of this step."""
+    """`key(request)` at arrival; `order(queue, count, cache)`: at least the first `count` candidates of this step.
+
+    `due`: it goes by what requests are promised, and those that are late stand back.
+    """
 
     name: str
     key: Callable[[Request], float]
     order: Callable[[WaitingQueue, int, CacheManager], list[Request]]
+    due: bool = False
 
 
 def _by_arrival(request: Request) -> float:
@@ -94,6 +118,10 @@ def _by_arrival(request: Request) -> float:
 def _by_priority(request: Request) -> float:
     level = max(-MAX_PRIORITY, min(MAX_PRIORITY, request.submit.priority))
     return request.received - level * PRIORITY_SECONDS
+
+
+def _by_due(request: Request) -> float:
+    return request.due
 
 
 def _as_queued(queue: WaitingQueue, count: int, cache: CacheManager) -> list[Request]:
@@ -124,5 +152,6 @@ POLICIES: dict[str, Policy] = {
         Policy("fcfs", _by_arrival, _as_queued),
         Policy("lpm", _by_arrival, _longest_prefix),
         Policy("priority", _by_priority, _as_queued),
+        Policy("deadline", _by_due, _as_queued, due=True),
     )
 }

@@ -59,7 +59,7 @@ class Remote:
         """What the request waited for is there, or will not come. False: it has ended by its first token."""
         if self.arrivals is None or not request.submit.room or request.handed:
             return True
-        first = self.arrivals.first(request.id)
+        first = self.arrivals.first(request.id, request.did)
         if first is None:
             return True
         request.handed = True

@@ -287,6 +287,7 @@ class Results:
         if self.on_end is not None:
             self.on_end(request, reason)
         self.live.pop(request.id, None)
+        self.queue.ended(request)
         if request.adapter is not None and self.lender is not None:
             self.lender.give_back(request.adapter)
         if answer:
@@ -345,6 +346,8 @@ class Results:
         if request.routed is not None:
             chunk.routed = request.routed.news(request.num_prompt + len(request.output) - 1)
         chunk.pooled = request.pooled
+        if request.did:
+            chunk.did, request.did = request.did, []
         request.fresh = []
         request.sent, request.message = True, self._message
         return chunk

@@ -24,15 +24,16 @@ from phloem.core.messages import Abort, Control, Drain, FromEngine, Submit, ToEn
 from phloem.core.request import FinishReason, RequestStatus
 from phloem.kvcache import audit
 from phloem.kvcache.manager import namespace
-from phloem.scheduler import blocks, overload
+from phloem.scheduler import blocks, overload, traced
 from phloem.scheduler.control import ABORTED, Controls
-from phloem.scheduler.metrics import Meter, usage
+from phloem.scheduler.metrics import Meter, usage, weights
 from phloem.scheduler.mixture import Mixture
 from phloem.scheduler.plan import Plan
 from phloem.scheduler.planner import Planner
-from phloem.scheduler.policies import POLICIES, WaitingQueue
+from phloem.scheduler.policies import POLICIES
 from phloem.scheduler.recovery import roll_back
 from phloem.scheduler.results import Results
+from phloem.scheduler.service import Service
 from phloem.scheduler.settings import ScheduleSettings, check
 from phloem.scheduler.state import LATE, Request, Slots
 
@@ -100,7 +101,7 @@ class Scheduler:
         self.capturer: Capturer | None = None  # writes hidden states for trainers of heads
         self.keeper = keeper
         self.live: dict[str, Request] = {}
-        self.queue = WaitingQueue()
+        self.queue = settings.queue
         self.late: deque[Request] = deque()  # those that wait for something, with or without a slot
         self.inflight: deque[Launched] = deque()
         self.paused = False
@@ -131,6 +132,7 @@ class Scheduler:
         self.duty: Callable[[str], dict[str, Any]] | None = None  # changes which of the two
         self.controls = Controls(self)
         self.meter = Meter(clock())
+        self._service = Service(self.planner, self.meter, settings.targets)
         self._random = random.Random(settings.random_seed)
         self._eos = frozenset(settings.eos_ids)
         self._sequence = 0
@@ -173,7 +175,7 @@ class Scheduler:
             "running": self.slots.num_running,
             "waiting": self.num_waiting,
             "paused": self.paused,
-            **self._weights(),
+            **weights(self.keeper),
             "max_running_requests": self.slots.count,
             "graph_bytes": self.runner.graph_bytes,
             "prepared": self.runner.prepared,
@@ -194,17 +196,6 @@ class Scheduler:
     @further.setter
     def further(self, further: Further | None) -> None:
         self.planner.further = further
-
-    def _weights(self) -> dict[str, Any]:
-        keeper = self.keeper
-        if keeper is None:
-            return {}
-        return {
-            "weight_version": keeper.version,
-            "weight_epoch": keeper.epoch,
-            "weights_unfit": keeper.unfit,
-            "asleep": sorted(keeper.asleep),
-        }
 
     @property
     def weight_version(self) -> str:
@@ -291,6 +282,7 @@ class Scheduler:
         seed = params.sampling_seed
         request.seed = self._random.getrandbits(63) if seed is None else seed & SEED_MASK
         self._sequence += 1
+        self._service.accept(request)
         request.seq, request.key = self._sequence, self._policy.key(request)
         prepared = self.prepare(submit, request.prompt) if self.prepare is not None else None
         if prepared is not None:
@@ -395,9 +387,9 @@ class Scheduler:
         counts: dict[str, Any] = {
             "running": self.slots.num_running,
             "waiting": self.num_waiting,
+            "waiting_tokens": self.queue.tokens,
             **self.results.drafts(),
         }
-        counts |= {"waiting_tokens": sum(request.num_prompt for request in self.queue.everything())}
         counts |= usage(self.cache) | ({} if self.further is None else {"tiers": self.further.stats()})
         return self.meter.stats(now, busy, self.results.output_tokens, counts, self.planner.state())
 
@@ -442,6 +434,7 @@ class Scheduler:
                 self.planner.wait_again(request)
 
     def _arrived(self, request: Request) -> bool:
+        traced.waited(request, self.clock())
         return self.remote is None or self.remote.arrived(request, self.results)
 
     def _begin(self, request: Request) -> bool:
@@ -466,6 +459,7 @@ class Scheduler:
         plan: Plan | None = None
         try:
             self.planner.give_room(self.runner.draft_room)
+            self._service.turn(self.clock())
             plan = self.planner.next_batch()
         except Exception as error:
             log.exception("planning failed")
@@ -515,10 +509,12 @@ class Scheduler:
             log.exception("step %d failed", launched.plan.batch.step)
             self._start_over(launched.plan.rows, error)
             return
-        self._step_began = self.clock()
+        begun, self._step_began = self._step_began, self.clock()
+        traced.step(launched.plan, begun, self._step_began)
         batch = launched.plan.batch
         mixed = self.settings.speculates or batch.canvas is not None
         self.meter.step_done(output, 0 if mixed else batch.num_tokens - batch.num_rows)
+        self._service.saw(batch, output.forward_seconds)
         self.planner.throttle.passed()
         self._cornered = None
         self.planner.committed(launched.plan, output)

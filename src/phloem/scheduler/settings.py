@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 from phloem.core import denoising
 from phloem.core.errors import BadRequest
 from phloem.core.media import FIRST, misfit, reach
+from phloem.core.targets import Fair, Targets
+from phloem.scheduler.fairness import FairQueue
 from phloem.scheduler.plan import Pace
+from phloem.scheduler.policies import WaitingQueue
 
 if TYPE_CHECKING:
     from phloem.kvcache.manager import CacheManager
@@ -42,6 +45,13 @@ class ScheduleSettings:
     forced_tokens: int = 0  # see `Pace.forced`
     block: int = 0  # of a model of diffusion: known tokens that are computed together
     canvas: int = 0  # and places of a canvas
+    targets: Targets = Targets()  # of requests that say none of their own
+    fair: Fair = "none"  # by what the queue tells clients apart, of whom each gets its part; none: it does not
+
+    @property
+    def queue(self) -> WaitingQueue:
+        """A new one."""
+        return WaitingQueue() if self.fair == "none" else FairQueue(self.fair)
 
     def pace(self, slots: int, draft_room: int) -> Pace:
         # With every slot decoding there must be a token for each, or the last ones would starve.

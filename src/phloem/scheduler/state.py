@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from phloem.core.batch import Admission, Follower
     from phloem.core.late import Constraint, Late
     from phloem.core.memory import Group
+    from phloem.core.messages import Did
     from phloem.kvcache.manager import Lease
 
 # Why a slot sits out: the step in flight decides what comes next; or something late has not come.
@@ -52,6 +53,10 @@ class Request:
     output: list[int] = field(default_factory=list)
     status: RequestStatus = RequestStatus.WAITING
     key: float = 0.0  # place in the queue; smaller runs earlier and is preempted later
+    due: float = 0.0  # when its first token was promised
+    itl: float = 0.0  # seconds between two tokens that it was promised; 0: none
+    late: bool = False  # it has given way to those that can still be in time
+    charged: float = -1.0  # output tokens that its client has been charged; -1: it was not admitted yet
     seq: int = 0
     limit: int = 0  # length at which it surely ends
     stops: frozenset[int] = frozenset()
@@ -80,6 +85,7 @@ class Request:
     routed: Routed | None = None
     unshared: bool = False  # nothing of it may come from the cache: the experts of its tokens would not be known
     pooled: bytes = b""
+    did: list[Did] | None = None  # of a traced request
     sent: bool = False
     message: int = -1  # the message that its last chunk is in
     jumped: int = 0  # tokens of the output that a grammar forced
@@ -94,6 +100,7 @@ class Request:
         self.num_prompt = len(self.prompt)
         self.wants_prompt = submit.return_logprob and start >= 0
         self.targets_from = max(start, 1)
+        self.did = [] if submit.traced else None
         self.routed = Routed() if submit.return_routed else None
         asks = submit.return_logprob or submit.return_hidden or submit.return_routed or submit.pooled
         self.plain = not asks and submit.align is None
@@ -203,6 +210,7 @@ class Slots:
         self.next_token = np.full(count, FROM_DEVICE, dtype=np.int32)
         self.samples = np.zeros(count, dtype=np.bool_)
         self.forced = np.full(count, _ALL, dtype=np.int32)  # the first position of what a grammar forced last
+        self.itl = np.full(count, np.inf, dtype=np.float32)  # seconds between tokens that were promised
         self.adapter = np.zeros(count, dtype=np.int32)  # the entry of each slot's adapter; 0: none
         self.num_adapted = 0  # slots with one
         # Active slots that the runner must be told of again.
@@ -306,6 +314,7 @@ class Slots:
         self.next_token[slot] = known[-1]
         self.samples[slot] = not request.scores_only
         self.forced[slot] = _ALL
+        self.itl[slot] = request.itl or np.inf
         if request.adapter is not None:
             self.adapter[slot] = request.adapter.entry
             self.num_adapted += 1

@@ -16,6 +16,7 @@ from phloem.core.errors import PhloemError
 from phloem.core.ranges import parse_bytes
 from phloem.server import openapi
 from phloem.server.bodies import BodyGate, BodyLimits
+from phloem.server.callers import Callers
 from phloem.server.door import Door
 from phloem.server.errors import on_http_error, on_invalid_query, on_phloem_error
 from phloem.server.health import Health
@@ -104,6 +105,7 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
+    app.add_middleware(Callers, keys=config.schedule.fair_queueing != "none")
     if tracer is not None:
         app.add_middleware(Traced, tracer=tracer)
     app.add_middleware(RequestIds)  # added last, so outermost

@@ -137,7 +137,7 @@ class Fleet:
         self._flights[name] = _Flight(talk, prompt, now, load)
         replica = self.members[worker.bit]
         sampling = SamplingParams(max_new_tokens=output, ignore_eos=True, sampling_seed=0)
-        replica.inbox.append(Submit(id=name, input_ids=ask.prompt, sampling=sampling))
+        replica.inbox.append(Submit(id=name, input_ids=ask.prompt, sampling=sampling, tier=talk.tier, user=talk.user))
         if not replica.awake:
             replica.awake = True
             self._push(now, _TURN, replica)
@@ -167,7 +167,7 @@ class Fleet:
                 continue
             if not flight.load.began and chunk.tokens:
                 flight.load.first()
-                self.seen.first(now - flight.began)
+                self.seen.first(now - flight.began, flight.talk.tier)
             if chunk.finish is not None:
                 self._ended(chunk.id, flight, now, failed=chunk.finish.type == "abort")
 

@@ -11,6 +11,7 @@ from phloem.core.batch import StepOutput
 from phloem.core.errors import BadRequest
 from phloem.core.memory import Paged, groups_of
 from phloem.core.messages import Tokens
+from phloem.core.targets import Fair, Targets
 from phloem.kvcache.events import Feed, as_map
 from phloem.kvcache.manager import CacheManager
 from phloem.scheduler.scheduler import Scheduler, ScheduleSettings
@@ -40,7 +41,10 @@ class Size:
     context: int = 32_768
     chunk: int = 8192
     schedule_policy: str = "lpm"
-    max_queue_seconds: float = 0.0  # as of `ScheduleSettings`
+    max_queue_seconds: float = 0.0  # as of `ScheduleSettings`, and so are these
+    mixed: int | None = None
+    targets: Targets = Targets()
+    fair: Fair = "none"
 
 
 class Clock:
@@ -146,6 +150,9 @@ class Replica:
             chunked_prefill_size=size.chunk,
             schedule_policy=size.schedule_policy,
             max_queue_seconds=size.max_queue_seconds,
+            mixed_prefill_size=size.mixed,
+            targets=size.targets,
+            fair=size.fair,
             random_seed=number,
         )
         self.scheduler = Scheduler(self.runner, settings, self.cache, self._take, self.clock)

@@ -60,6 +60,7 @@ class _Stream:
 class Seen:
     def __init__(self, replicas: int) -> None:
         self.ttft: list[float] = []
+        self.tiers: dict[str, list[float]] = {}  # the same of each class
         self.e2e: list[float] = []
         self.gaps = Gaps()
         self.failed = self.unfinished = self.output = 0
@@ -75,8 +76,10 @@ class Seen:
         self.asked_for += 1
         self.prompt, self.reused = self.prompt + tokens, self.reused + reused
 
-    def first(self, seconds: float) -> None:
+    def first(self, seconds: float, tier: str = "") -> None:
         self.ttft.append(seconds)
+        if tier:
+            self.tiers.setdefault(tier, []).append(seconds)
 
     def done(self, seconds: float, tokens: int, now: float) -> None:
         self.e2e.append(seconds)
@@ -132,6 +135,7 @@ class Seen:
             "hit_rate": round(self._cached / max(self._computed, 1), 4),
             "ideal_hit_rate": round(self.reused / max(self.prompt, 1), 4),
             "ttft_ms": _spread(self.ttft),
+            "ttft_ms_of": {tier: _spread(seconds) for tier, seconds in self.tiers.items()},
             "itl_ms": itl,
             "e2e_ms": _spread(self.e2e),
             "preemptions": self._preemptions,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 VOCABULARY = 1 << 30
 ANSWER = 1  # the token that every answer is made of
+SINGLE = 1 << 40  # from which on single prompts are numbered
 BLOCK = 512  # tokens that an id of a trace file stands for
 
 
@@ -46,7 +47,9 @@ class Mix:
 
 # Near the means that Mooncake's paper (FAST 2025) gives of its traces: tokens in and out, and the share that an endless
 # cache would find: conversation 12,035, 343, 0.40; tool and agent 8,596, 182, 0.59.
+# `throughput` has the lengths of the benchmark of that name (docs/benchmarks.md).
 MIXES = {
+    "throughput": Mix(0, 0, 1.0, (256, 0.0), (256, 0.0), (128, 0.0), 1.0, 0.0),
     "chat": Mix(),
     "conversation": Mix(8, 300, 1.0, (8200, 1.1), (4200, 1.0), (343, 0.8), 2.0, 30.0, 1.3),
     "toolagent": Mix(24, 4300, 1.2, (3500, 1.0), (900, 1.0), (182, 0.9), 1.25, 5.0, 1.5),
@@ -64,6 +67,8 @@ class Conversation:
     known: bool = False  # whether its system prompt had been sent before
     fixed: NDArray[np.int32] | None = None  # the prompt, where a trace says it
     at: int = 0
+    tier: str = ""  # its class
+    user: str = ""  # whose it is
     history: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
 
     @property
@@ -123,6 +128,12 @@ def conversations(mix: Mix, rate: float, seconds: float, seed: int) -> Iterator[
         yield Conversation(number, now, turns, systems[which] if which >= 0 else None, which in seen)
         seen.add(which)
         number += 1
+
+
+def single(rate: float, tokens: int, seconds: float, tier: str = "", user: str = "") -> Iterator[Conversation]:
+    """Prompts of so many tokens at even intervals, each answered by one token."""
+    for number in range(int(rate * seconds)):
+        yield Conversation(SINGLE + number, number / rate, [(tokens, 1, 0.0)], tier=tier, user=user)
 
 
 def _length(draw: np.random.Generator, mean: float, sigma: float) -> int:

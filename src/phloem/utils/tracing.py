@@ -36,6 +36,11 @@ class Span:
         self._tracer, self._span, self.context = tracer, span, context
         self._ended = False
 
+    @property
+    def recorded(self) -> bool:
+        """Whether anybody will see it: of many requests a sampler may choose a few."""
+        return self._span.is_recording()
+
     def child(self, name: str, start: float, end: float, attributes: Mapping[str, Any]) -> Span:
         """What was done from `start` to `end`, in seconds of `time.monotonic`."""
         return self._tracer.past(self, name, start, end, attributes)
@@ -56,15 +61,15 @@ class Tracer:
     """Args:
     endpoint: where an OpenTelemetry collector takes OTLP over HTTP: a URL, or HOST:PORT.
     service: what the spans are of.
+    exporter: an exporter of the SDK that takes the spans instead.
 
     Raises:
         ConfigError: OpenTelemetry is not installed, or the endpoint is none.
     """
 
-    def __init__(self, endpoint: str, service: str) -> None:
-        url = check(endpoint)
+    def __init__(self, endpoint: str, service: str, exporter: Any = None) -> None:
+        exporter = exporter or _to_collector(check(endpoint))
         from opentelemetry import trace
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -73,7 +78,7 @@ class Tracer:
         self._trace: Any = trace
         self._words: Any = TraceContextTextMapPropagator()
         self.provider = TracerProvider(resource=Resource.create({"service.name": service}))
-        self.provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=url, timeout=SECONDS)))
+        self.provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self.provider.get_tracer("phloem")
         self.error: Any = trace.StatusCode.ERROR
         self._ahead = time.time_ns() - time.monotonic_ns()
@@ -135,6 +140,12 @@ class Traced:
         finally:
             CURRENT.reset(before)
             span.end(status)
+
+
+def _to_collector(url: str) -> Any:
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+    return OTLPSpanExporter(endpoint=url, timeout=SECONDS)
 
 
 def check(endpoint: str) -> str:

@@ -31,6 +31,13 @@ class Copies(Protocol):
     """`pages`: int32 [groups of pages, n], or [n] where there is one group; row i has those of column i."""
 
     page_bytes: int
+    state_bytes: int  # of a state; 0: there are none
+
+    def state_out(self, slot: int, rows: Sequence[Row]) -> None:
+        """A state to rows, each of which is full but the last."""
+        ...
+
+    def state_into(self, rows: Sequence[Row], slot: int) -> None: ...
 
     def out(self, pages: NDArray[np.int32], rows: Sequence[Row]) -> None:
         """Pages of the pool to rows."""
@@ -58,6 +65,10 @@ class PoolCopies:
                 start += count
             self._groups.append(parts)
         self.page_bytes = start
+        states = [number for number, group in enumerate(pool.groups) if group.kind == "state"]
+        # Of each state the tensors that it lies in, as [slots, words of a slot].
+        self._states = [_words(tensor, tensor[0].nbytes) for number in states for tensor in pool.stored(number)]
+        self.state_bytes = sum(words[0].nbytes for words in self._states)
         self._device = pool.device
         self._on_host = in_host_memory(pool.device)
         # Addresses, for there are some dozen parts of a page: a view of each would cost more than its copy.
@@ -99,6 +110,21 @@ class PoolCopies:
                 for words, start, end in parts:
                     part = whole[:, start - first : end - first].contiguous()
                     words.index_copy_(0, index, part.view(words.dtype))
+
+    def state_out(self, slot: int, rows: Sequence[Row]) -> None:
+        whole = torch.cat([words[slot].view(torch.uint8) for words in self._states]).cpu().numpy()
+        size = len(rows[0])
+        for at, row in enumerate(rows):
+            part = whole[at * size : (at + 1) * size]
+            row[: len(part)] = part
+
+    def state_into(self, rows: Sequence[Row], slot: int) -> None:
+        whole = torch.from_numpy(np.concatenate(rows)).to(self._device)
+        at = 0
+        for words in self._states:
+            count = words[slot].nbytes
+            words[slot].copy_(whole[at : at + count].clone().view(words.dtype))
+            at += count
 
 
 def _words(tensor: Tensor, page_bytes: int) -> Tensor:

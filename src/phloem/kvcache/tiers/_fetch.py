@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class Claim:
     request_id: str
     rows: list[int]
     stored: int = 0
+    state: list[int] = field(default_factory=list[int])  # rows of the state behind them, where there are states
 
     @property
     def count(self) -> int:

@@ -66,5 +66,11 @@ class Keys:
         return found
 
 
+def state_keys(key: bytes, count: int) -> list[bytes]:
+    """Of the rows that hold the state at the end of the page with this key."""
+    digest, page = key[: KEY_BYTES - HASH_BYTES], key[KEY_BYTES - HASH_BYTES :]
+    return [digest + blake2b(b"state %d\0%b" % (at, page), digest_size=HASH_BYTES).digest() for at in range(count)]
+
+
 def _digest(data: bytes) -> bytes:
     return blake2b(data, digest_size=KEY_BYTES - HASH_BYTES).digest()

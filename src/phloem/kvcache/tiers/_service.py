@@ -11,6 +11,8 @@ Who owns what, when
   then. The pages enter the tree with that step, as if it had computed them, and leave it if it never happened.
 * From a store: threads fill rows while the request waits, with none of the pool's pages.
 
+* A recurrent state is copied out as pages are, into rows of its own (`_states.py`), and in to a slot of its request.
+
 A page is written once its whole beginning is: `exists` tells a leading run, and what follows is written behind it. A
 row has the page of every group; where a window has lost one before it was written, the run ends there.
 """
@@ -30,6 +32,7 @@ from phloem.core.errors import BadRequest
 from phloem.kvcache.namespaces import parts
 from phloem.kvcache.node import hashes, path_to
 from phloem.kvcache.tiers._fetch import Claim, Fetch, Waiting
+from phloem.kvcache.tiers._states import States
 from phloem.utils import log
 
 if TYPE_CHECKING:
@@ -41,7 +44,7 @@ if TYPE_CHECKING:
     from phloem.kvcache.manager import CacheManager
     from phloem.kvcache.node import Node
     from phloem.kvcache.radix import Watch
-    from phloem.kvcache.tiers import Tier
+    from phloem.kvcache.tiers import Row, Tier
     from phloem.kvcache.tiers._copies import Copies
     from phloem.kvcache.tiers._keys import Keys
     from phloem.kvcache.tiers.host import Tier as Host
@@ -117,9 +120,11 @@ class Tiers:
         self.host, self.storage, self.settings, self.counts = host, storage, settings, Counts()
         self._cache, self._copies, self._keys, self._around = cache, copies, keys, around
         self._size = cache.page_size
+        at_once = settings.write == "write_through"
+        self._states = States(cache.states, -(-copies.state_bytes // len(host.row(0))), at_once)
         self._chains: dict[str, tuple[str, list[bytes]]] = {}
         self._fetches: dict[str, Fetch] = {}
-        self._loads: list[tuple[Claim, NDArray[np.int32]]] = []
+        self._loads: list[tuple[Claim, NDArray[np.int32], int]] = []
         self._records: list[Node] = []  # that may have to be written
         self._saved: set[int] = set()  # nodes all of whose pages have been written, or are on their way
         self._stale = False  # some of these were not
@@ -155,6 +160,7 @@ class Tiers:
 
     def cleared(self) -> None:
         self._records.clear()
+        self._states.clear()
         self._saved.clear()
         if self._inner is not None:
             self._inner.cleared()
@@ -172,6 +178,7 @@ class Tiers:
         root = path_to(node)[0].parent
         assert root is not None
         keys = self._keys.of(root.name, hashes(node)[left:])
+        keys += [one for key in keys for one in self._states.keys(key)]
         self.host.drop(keys)
         if self.storage is not None:
             self._writer.submit(self.storage.drop, keys)
@@ -189,6 +196,11 @@ class Tiers:
         more = len(keys) - start
         if more and storage.instant:
             more = storage.exists(keys[start:])
+        if self._states.rows:
+            end = self._states.usable(request_id, keys, cached, start + more, lambda some: self._either(some, storage))
+            keys = keys[:end] + (self._states.keys(keys[end - 1]) if end > cached else [])
+            start = min(len(keys), cached + self.host.run(keys, cached))
+            more = len(keys) - start
         if more <= 0 or not self._worth(more):
             return None
         keys = keys[: start + more]
@@ -202,9 +214,15 @@ class Tiers:
         self._readers.submit(self._read, fetch, storage)
         return fetch
 
+    def _either(self, keys: Sequence[bytes], storage: Tier) -> int:
+        """How many keys, from the first on, are in rows or in the store."""
+        at = self.host.run(keys)
+        return at if at == len(keys) else at + storage.exists(keys[at:])
+
     def _begin(self, request_id: str) -> None:
         """Another one of this name may have ended since the last turn: its keys stand for other tokens."""
         self._chains.pop(request_id, None)
+        self._states.forget(request_id)
         before = self._fetches.pop(request_id, None)
         if before is not None:
             before.let_go(self.host)
@@ -244,23 +262,33 @@ class Tiers:
         pages = min(limit, len(tokens)) // self._size
         if self.host.empty or start >= pages:
             return 0
-        return self.host.run(self._chain(request_id, namespace, tokens, pages), start)
+        keys = self._chain(request_id, namespace, tokens, pages)
+        end = start + self.host.run(keys, start)
+        return self._states.usable(request_id, keys, start, end, self.host.run) - start
 
     def claim(self, request_id: str, namespace: str, tokens: NDArray[np.int32], start: int, limit: int) -> Claim | None:
-        if not self.at_hand(request_id, namespace, tokens, start, limit):
+        count = self.at_hand(request_id, namespace, tokens, start, limit)
+        if not count:
             return None
         keys = self._chain(request_id, namespace, tokens, min(limit, len(tokens)) // self._size)
+        if self._states.rows:
+            keys = keys[: start + count]
         found = Claim(request_id, self.host.find(keys, start))
+        if self._states.rows:
+            found.state = self.host.find(self._states.keys(keys[-1]))
+            if len(found.rows) < count or len(found.state) < self._states.rows:  # others have taken their rows
+                self.give_up(found)
+                return None
         fetch = self._fetches.get(request_id)
         if fetch is not None:
             found.stored = sum(key in fetch.arrived for key in keys[start : start + found.count])
         return found if found.count else None
 
     def give_up(self, claim: Claim) -> None:
-        self.host.unpin(claim.rows)
+        self.host.unpin(claim.rows + claim.state)
 
-    def restore(self, claim: Claim, pages: NDArray[np.int32]) -> None:
-        self._loads.append((claim, pages.copy()))
+    def restore(self, claim: Claim, pages: NDArray[np.int32], state: int = 0) -> None:
+        self._loads.append((claim, pages.copy(), state))
         self.counts.add(loaded=claim.count, loaded_stored=claim.stored)
 
     def launching(self) -> Pending[None] | None:
@@ -269,14 +297,16 @@ class Tiers:
         loads, self._loads = self._loads, []
         return self._around.between(lambda: self._load(loads))
 
-    def _load(self, loads: list[tuple[Claim, NDArray[np.int32]]]) -> None:
+    def _load(self, loads: list[tuple[Claim, NDArray[np.int32], int]]) -> None:
         begun = perf_counter()
         try:
-            for claim, pages in loads:
+            for claim, pages, state in loads:
                 self._copies.into([self.host.row(row) for row in claim.rows], pages)
+                if claim.state:
+                    self._copies.state_into([self.host.row(row) for row in claim.state], state)
         finally:
-            for claim, _ in loads:
-                self.host.unpin(claim.rows)
+            for claim, _, _ in loads:
+                self.give_up(claim)
         self.counts.add(load_seconds=perf_counter() - begun)
 
     # out: from the pool to rows, and on
@@ -285,29 +315,34 @@ class Tiers:
         self._horizon = self._cache.mark() if horizon is None else horizon
         self._turns += 1
         if self._loads:  # their step was never launched
-            for claim, _ in self._loads:
-                self.host.unpin(claim.rows)
+            for claim, _, _ in self._loads:
+                self.give_up(claim)
             self._loads.clear()
         if self._records:
             due = [node for node in self._records if node.created <= self._horizon]
             if due:
                 self._records = [node for node in self._records if node.created > self._horizon]
                 self._store(due)
+        for node in self._states.due(self._horizon):
+            self._store_state(node)
         if self._fetches:
             for name in [name for name in self._fetches if name not in live]:
                 self._fetches.pop(name).let_go(self.host)
         if self._turns % SWEEP == 0:
             for name in [name for name in self._chains if name not in live]:
                 del self._chains[name]
+                self._states.forget(name)
 
     def admitted(self, request_id: str, node: Node) -> None:
         """What was fetched for it is copied, or not wanted."""
         self._chains.pop(request_id, None)
+        self._states.forget(request_id)
         fetch = self._fetches.pop(request_id, None)
         if fetch is not None:
             fetch.let_go(self.host)
         if self.settings.write == "write_through_selective" and node.parent is not None:
             self._records.append(node)
+            self._states.note(node)
 
     def _store(self, nodes: Sequence[Node]) -> None:
         """Write what is not kept of these nodes, and of those above them, parents first."""
@@ -343,6 +378,24 @@ class Tiers:
                 self._saved.add(found.uid)
         if keys:
             self._write_out(keys, np.concatenate(pages, axis=1))
+
+    def _store_state(self, node: Node) -> None:
+        """Write the state at the end of a node, which has one. Its pages are written as all pages are."""
+        root = path_to(node)[0].parent
+        assert root is not None
+        if parts(root.name)[2] != self._around.version():
+            return
+        keys = self._states.keys(self._keys.of(root.name, hashes(node)[-1:])[0])
+        if self._kept(keys) == len(keys):
+            return
+        rows, slot = self.host.take(len(keys)), node.state
+        if len(rows) < len(keys):
+            self.host.unpin(rows)
+            self.counts.add(dropped=len(keys))
+            return
+        with self._sending:
+            self._coming.update(keys)
+        self._around.between(lambda: self._copy_out(keys, rows, lambda into: self._copies.state_out(slot, into)))
 
     def _pages_of(self, node: Node) -> NDArray[np.int32]:
         """[groups, pages of the node]; 0 where a window has lost its page, or has one that is not computed yet."""
@@ -380,11 +433,11 @@ class Tiers:
             self._forget_coming(lost)
         if rows:
             some, at = keys[: len(rows)], pages[:, : len(rows)]
-            self._around.between(lambda: self._copy_out(some, at, rows))
+            self._around.between(lambda: self._copy_out(some, rows, lambda into: self._copies.out(at, into)))
 
-    def _copy_out(self, keys: list[bytes], pages: NDArray[np.int32], rows: list[int]) -> None:
+    def _copy_out(self, keys: list[bytes], rows: list[int], copy: Callable[[list[Row]], None]) -> None:
         try:
-            self._copies.out(pages, [self.host.row(row) for row in rows])
+            copy([self.host.row(row) for row in rows])
             self.host.publish(keys, rows)
         except Exception:
             _log.exception("%d pages could not be copied from the pool", len(keys))
@@ -479,7 +532,7 @@ class Tiers:
     @property
     def quiet(self) -> bool:
         """Nothing is on its way."""
-        return not (self._coming or self._fetches or self._loads or self._records)
+        return not (self._coming or self._fetches or self._loads or self._records or self._states.waiting)
 
     def settle(self, seconds: float = FINISH_SECONDS) -> bool:
         """Wait until what was copied has been written. False: it takes longer."""

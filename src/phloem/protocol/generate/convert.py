@@ -10,6 +10,7 @@ from phloem.core.errors import BadRequest
 from phloem.multimodal import KINDS
 from phloem.protocol.fields import dp_rank
 from phloem.protocol.media import of_prompts, with_sound
+from phloem.protocol.promises import promise
 from phloem.protocol.rooms import place
 from phloem.protocol.sampling import namespace, native_params
 
@@ -72,6 +73,7 @@ def to_request(body: GenerateBody) -> GenerateRequest:
             )
         )
     place(items, body)
+    promise(items, body)
     return GenerateRequest(items, bool(body.stream), bool(body.background))
 
 

@@ -13,6 +13,7 @@ from phloem.client.request import GenerateRequest, Item, new_id
 from phloem.core.errors import BadRequest
 from phloem.protocol.fields import dp_rank
 from phloem.protocol.media import MEDIA, seen, with_sound
+from phloem.protocol.promises import promise
 from phloem.protocol.rooms import place
 from phloem.protocol.sampling import namespace, openai_params
 from phloem.protocol.structured import FIELDS, answer_shape
@@ -142,6 +143,7 @@ async def _to_request(body: ChatBody, client: EngineClient, info: ModelInfo) -> 
         pictures=pictures,
     )
     place([item], body)
+    promise([item], body)
     return Conversation(
         GenerateRequest([item], bool(body.stream)),
         tools,

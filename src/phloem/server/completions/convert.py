@@ -8,6 +8,7 @@ from phloem.client.request import GenerateRequest, Item, new_id
 from phloem.core.errors import BadRequest
 from phloem.protocol.fields import dp_rank
 from phloem.protocol.generate.convert import split_ids
+from phloem.protocol.promises import promise
 from phloem.protocol.rooms import place
 from phloem.protocol.sampling import namespace, openai_params
 from phloem.server import token_ids
@@ -54,6 +55,7 @@ def to_request(body: CompletionBody, tokenizer: Tokenizer | None) -> GenerateReq
         for at, prompt in enumerate(prompts)
     ]
     place(items, body)
+    promise(items, body)
     return GenerateRequest(items, bool(body.stream))
 
 

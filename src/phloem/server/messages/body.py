@@ -25,6 +25,9 @@ AS_IN_CHAT = (
     "ignore_eos",
     "seed",
     "priority",
+    "slo_ttft_ms",
+    "slo_itl_ms",
+    "service_tier",
     "cache_salt",
     "extra_key",
     "bootstrap_host",
@@ -126,6 +129,8 @@ class MessagesBody(CountTokensBody, kw_only=True):
     ignore_eos: bool | None = None
     seed: Seed | None = None
     priority: Int32 | None = None
+    slo_ttft_ms: float | None = None
+    slo_itl_ms: float | None = None
     cache_salt: str | None = None
     extra_key: str | None = None
     bootstrap_host: Any = None
@@ -137,7 +142,6 @@ class MessagesBody(CountTokensBody, kw_only=True):
     ignored: ClassVar[dict[str, str]] = {
         **CountTokensBody.ignored,
         "metadata": HINT,
-        "service_tier": HINT,
         "inference_geo": HINT,
     }
     later: ClassVar[dict[str, Later]] = {

@@ -19,7 +19,7 @@ import msgspec
 
 from phloem.core.errors import ConfigError
 from phloem.core.ranges import EPLB_STEPS, check_ranges, check_ranks
-from phloem.core.spellings import attention_groups, one_address, refuse_missing
+from phloem.core.spellings import CP_NAMES, attention_groups, one_address, refuse_missing
 
 
 def opt(default: Any, text: str, *also: str) -> Any:
@@ -151,6 +151,9 @@ class RuntimeConfig:
     attn_dp_size: int = opt(
         1, "Groups of the ranks of tp_size that attend to requests of their own; other layers are shared out by all."
     )
+    attn_cp_size: int = opt(
+        1, "Ranks of tp_size that share out the tokens of a prompt; each keeps all of its keys and values.", *CP_NAMES
+    )
     enable_dp_attention: bool = opt(
         False, "SGLang's spelling of attn_dp_size: dp_size then says how many groups, and there is one replica."
     )
@@ -175,9 +178,7 @@ class RuntimeConfig:
     )
     record_graphs_before_ready: bool = opt(False, "Record all steps before answering, instead of on first use or idle.")
     disable_cascade_attention: bool = opt(
-        False,
-        "Read pages that requests share once for each of them, not once a step.",
-        "disable_cascade_attn",
+        False, "Read pages that requests share once for each of them, not once a step.", "disable_cascade_attn"
     )
     check_step_graph: bool = opt(False, "Debug: run recorded and eager steps side by side and compare.")
     enable_deterministic_inference: bool = opt(
@@ -201,10 +202,9 @@ class NodesConfig:
         None, "Which of them this is: 0, the default, plans and answers HTTP; the others execute."
     )
     dist_init_addr: str | None = opt(
-        None,
-        "HOST:PORT at which node 0 listens; also --master-addr with --master-port.",
-        "nccl_init_addr",
+        None, "HOST:PORT at which node 0 listens; also --master-addr with --master-port.", "nccl_init_addr"
     )
+    use_ray: bool = opt(False, "Let Ray choose the other machines and start their ranks; this one is node 0.")
     dist_timeout: float = opt(300.0, "Seconds that nodes wait for each other at the start.")
     dist_secret: str | None = opt(None, "What all nodes must know to be let in; PHLOEM_DIST_SECRET sets it too.")
 

@@ -31,6 +31,7 @@ _POSITIVE = (
     "eplb_rebalance_num_iterations",
     "dp_size",
     "attn_dp_size",
+    "attn_cp_size",
     "nnodes",
     "dist_timeout",
     "image_step_tokens",
@@ -58,6 +59,11 @@ def check_ranks(flat: dict[str, Any]) -> None:
         if tp % size:
             valid = ", ".join(str(count) for count in range(1, tp + 1) if tp % count == 0)
             raise ConfigError(f"{name} {size}: {what.format(tp)}; valid: {valid}", param=name)
+    if flat["use_ray"] and (tp * flat["pp_size"] == 1 or flat["dp_size"] > 1):
+        why = f"dp_size {flat['dp_size']}: Ray starts the ranks of one model" if tp * flat["pp_size"] > 1 else (
+            "one rank needs no other machine; tp_size or pp_size says how many there are"
+        )
+        raise ConfigError(f"use_ray: {why}", param="use_ray")
     kept = flat["kt_num_gpu_experts"] is not None or flat["kt_weight_path"] is not None
     asked = {
         "enable_eplb": flat["enable_eplb"],

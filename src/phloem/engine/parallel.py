@@ -25,7 +25,7 @@ from phloem.distributed.groups import Groups
 from phloem.distributed.mesh import Mesh
 from phloem.engine.apart import cut
 from phloem.engine.around import RunnerAround
-from phloem.engine.attending import run_part
+from phloem.engine.contexts import run_rows
 from phloem.engine.counts import spread_of
 from phloem.engine.forward import run_forward
 from phloem.engine.inputs import Step
@@ -144,8 +144,8 @@ def ranks_here(config: Config) -> int:
 def mesh_of(config: Config, rank: int) -> Mesh:
     """A rank's place."""
     runtime = config.runtime
-    groups = runtime.attn_dp_size
-    return Mesh.of(rank, pp=runtime.pp_size, dp=groups, tp=runtime.tp_size // groups, ep=runtime.ep_size)
+    dp, cp = runtime.attn_dp_size, runtime.attn_cp_size
+    return Mesh.of(rank, pp=runtime.pp_size, dp=dp, cp=cp, tp=runtime.tp_size // (dp * cp), ep=runtime.ep_size)
 
 
 def refuse(config: Config, checkpoint: Checkpoint) -> None:
@@ -172,9 +172,11 @@ def refuse(config: Config, checkpoint: Checkpoint) -> None:
 
 def shared(ctx: BuildContext, mesh: Mesh, groups: Groups, backend: str = "none") -> BuildContext:
     """What a rank's model is built of: its place, and its ends of the groups. `backend`: of `moe_a2a_backend`."""
-    if mesh.dp.size == 1:
+    if mesh.dp.size * mesh.cp.size == 1:
         return replace(ctx, mesh=mesh, comm=groups.tp)
-    return replace(ctx, mesh=mesh, comm=groups.attn, rows=Rows(groups.tp, mesh.dp, backend != "none"))
+    context = mesh.cp.size > 1
+    rows = Rows(groups.tp, mesh.cp if context else mesh.dp, backend != "none", context)
+    return replace(ctx, mesh=mesh, comm=groups.attn, rows=rows)
 
 
 def has_experts(model: Any) -> bool:
@@ -308,7 +310,7 @@ class Leading:
         with _all_or_none(self._team.groups):
             if self._rows is not None:
                 known = replace(batch, input_ids=inputs.input_ids.numpy().astype(np.int32))
-                return run_part(self._whole, self._rows, self._backend, self._pool, known, step.last)
+                return run_rows(self._whole, self._rows, self._backend, self._pool, known, step.last)
             return run_forward(self._whole, self._backend, self._pool, inputs, inputs.logit_index)
 
 
@@ -374,7 +376,7 @@ class Executor:
         batch = replace(batch, input_ids=np.frombuffer(told.ids, np.int64).astype(np.int32))
         rows, batch_cut = self._whole.rows, cut(batch, _ints(told.lens))
         if rows is not None:
-            self._hidden_LN = run_part(self._whole, rows, self._backend, self._pool, batch_cut, self._last)
+            self._hidden_LN = run_rows(self._whole, rows, self._backend, self._pool, batch_cut, self._last)
             return
         inputs = Step(batch_cut, Wanted.of(batch), self._pool, self._last).inputs
         self._hidden_LN = run_forward(self._whole, self._backend, self._pool, inputs, inputs.logit_index)

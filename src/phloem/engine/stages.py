@@ -46,14 +46,23 @@ class Together:
         made = run_stage(self.model, self._stage, step, given)
         if groups.after is not None:
             give(groups.after, made)
-        if step.logit_index is not None and not len(step.logit_index):
+        rows, index = self.rows, step.logit_index
+        if (index is not None and not len(index)) if rows is None else not rows.wanted:
             # A chunk of which nothing is wanted: the stages behind go on with it while this one begins the next.
             return made[0][:0]
+        if rows is not None and groups.after is None:
+            made = [rows.gather(made[0])]
         if groups.up is not None and groups.up.rank == 0:
             give(groups.up, made)
         elif groups.up is not None:
             return take(groups.up)[0]
         return made[0]
+
+    def gathered(self, hidden_LN: Tensor, order_L: Tensor) -> Tensor:
+        """As `attending.Shared`: on rank 0, and without stages on every rank."""
+        if self.rows is not None and self._stage is None:
+            return self.rows.gather(hidden_LN)[order_L]
+        return hidden_LN[order_L] if self._groups.rank == 0 else hidden_LN
 
     def chosen(self, hidden_LN: Tensor, kind: Kind) -> Tensor:
         """Logits float32 [L, V], or the most likely tokens [L], on rank 0; of the others it does not matter.

@@ -95,7 +95,7 @@ def join(config: Config, rank: int, way: Way) -> Groups:
             return connect(way.comm, at, len(group.members), way.place / group.name, patience)
         return Gloo(at, len(group.members), board.part(group.name), patience, way.here)
 
-    return Groups.join(rank, runtime.pp_size, runtime.tp_size, end_of, runtime.attn_dp_size)
+    return Groups.join(rank, runtime.pp_size, runtime.tp_size, end_of, runtime.attn_dp_size * runtime.attn_cp_size)
 
 
 class _News:
@@ -289,6 +289,8 @@ def decision_of(config: Config, name: str, why: str) -> Decision:
     parts += [f"experts over {runtime.ep_size} of them (ep_size)"] if runtime.ep_size > 1 else []
     if runtime.attn_dp_size > 1:
         parts.append(f"{runtime.attn_dp_size} groups of them attend to rows of their own (attn_dp_size)")
+    if runtime.attn_cp_size > 1:
+        parts.append(f"the tokens of a prompt over {runtime.attn_cp_size} of them (attn_cp_size)")
     if runtime.moe_a2a_backend != "none":
         parts.append("rows go to the ranks of their experts alone (moe_a2a_backend)")
     if nodes.size > 1:

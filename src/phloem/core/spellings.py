@@ -13,7 +13,10 @@ CP_NAMES = ("attention_context_parallel_size", "context_parallel_size")  # of `a
 _NOT_THERE = {
     name: f"there is no {what}"
     for what, names in {
-        "second batch in a pipeline": "pp_async_batch_depth pp_max_micro_batch_size enable_dynamic_chunking",
+        "choice of how many batches a pipeline has: as many as stages (pp_size)": (
+            "pp_async_batch_depth pp_max_micro_batch_size"
+        ),
+        "choice of chunks by their time": "enable_dynamic_chunking",
         "other way of experts than --ep-size, by which every rank sees all tokens": (
             "enable_expert_parallel all2all_backend eplb_config ep_dispatch_algorithm deepep_mode"
         ),

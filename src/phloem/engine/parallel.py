@@ -10,8 +10,9 @@ Legend: T tokens, L rows of hidden states, N hidden size, R rows (requests).
 from __future__ import annotations
 
 import contextlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -81,12 +82,14 @@ class Plan(msgspec.Struct, frozen=True, tag=True):
 
 class Go(msgspec.Struct, frozen=True, tag=True):
     """Run the planned batch of this step; `ids` int64 [T] are its tokens, those of the last step included, and `lens`
-    int32 the rows that rank 0 has cut it into: others would add in another order."""
+    int32 the rows that rank 0 has cut it into: others would add in another order. `head`: what the last stage makes of
+    the wanted states at once; "": `Chosen` asks for it, if anybody does."""
 
     step: int
     epoch: int
     ids: bytes
     lens: bytes
+    head: Kind | Literal[""] = ""
 
 
 class Chosen(msgspec.Struct, frozen=True, tag=True):
@@ -278,6 +281,9 @@ class LeadingModel:
         del hidden_LD, k, scale_LJ, norms
 
     def _chosen(self, hidden_LD: Tensor, kind: Kind) -> Tensor:
+        early = self._whole.found.pop(kind, None)
+        if early is not None:
+            return early
         with _all_or_none(self._groups):
             self._tell(Chosen(len(hidden_LD), kind))
             return self._whole.chosen(hidden_LD, kind)
@@ -300,7 +306,31 @@ class Leading:
 
     def __init__(self, whole: Together, backend: AttentionBackend, pool: KVPool, team: Team) -> None:
         self._whole, self._backend, self._pool, self._team = whole, backend, pool, team
-        self._rows = whole.rows
+        self._rows, self.ahead = whole.rows, whole.ahead
+        self._taking = ThreadPoolExecutor(1, "phloem-stages") if self.ahead else None
+
+    def start(self, step: Step, kind: Kind) -> Future[tuple[Tensor, Tensor]]:
+        """Begin a step on the first stage; the others go on with it. To come: its hidden states [L, N], and what the
+        head made of them. All that were started come before any `run`."""
+        inputs, batch = step.inputs, step.batch
+        ids = inputs.input_ids.numpy().tobytes()
+        self._team.tell(Go(batch.step, batch.epoch, ids, _raw(batch.query_lens), kind))
+        assert self._taking is not None
+        with _all_or_none(self._team.groups):
+            self._whole.head = kind
+            try:
+                run_forward(self._whole, self._backend, self._pool, inputs, inputs.logit_index)
+            finally:
+                self._whole.head = ""
+        return self._taking.submit(self._take)
+
+    def _take(self) -> tuple[Tensor, Tensor]:
+        with torch.inference_mode(), _all_or_none(self._team.groups):
+            return self._whole.taken()
+
+    def hand(self, kind: Kind, found: Tensor) -> None:
+        """What the head made of the states whose tokens are chosen next."""
+        self._whole.found = {kind: found}
 
     def run(self, step: Step, ready: Callable[[], None]) -> Tensor:
         inputs, batch = step.inputs, step.batch
@@ -374,6 +404,7 @@ class Executor:
         else:
             raise ValueError(f"step {told.step} was never planned")
         batch = replace(batch, input_ids=np.frombuffer(told.ids, np.int64).astype(np.int32))
+        self._whole.head = told.head
         rows, batch_cut = self._whole.rows, cut(batch, _ints(told.lens))
         if rows is not None:
             self._hidden_LN = run_rows(self._whole, rows, self._backend, self._pool, batch_cut, self._last)

@@ -42,12 +42,14 @@ class ScheduleSettings:
     forced_tokens: int = 0  # see `Pace.forced`
     block: int = 0  # of a model of diffusion: known tokens that are computed together
     canvas: int = 0  # and places of a canvas
+    waves: int = 1  # see `Pace.waves`
 
     def pace(self, slots: int, draft_room: int) -> Pace:
         # With every slot decoding there must be a token for each, or the last ones would starve.
         budget = max(self.chunked_prefill_size, slots * max(1, 2 * (self.canvas % denoising.WHOLE)))
         mixed, worthwhile = self.mixed_prefill_size or budget, self.worthwhile_prefill or budget
-        return Pace(budget, mixed, worthwhile, draft_room, self.whole_prompts, self.forced_tokens)
+        waves = self.waves if self.overlap else 1
+        return Pace(budget, mixed, worthwhile, draft_room, self.whole_prompts, self.forced_tokens, waves)
 
 
 def check(request: Request, settings: ScheduleSettings, cache: CacheManager, most_tokens: int) -> None:

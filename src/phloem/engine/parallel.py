@@ -265,6 +265,11 @@ class LeadingModel:
         """Of this rank."""
         return self._model.weight_bytes
 
+    @property
+    def busy(self) -> float:
+        """Seconds in which the first of several stages has computed."""
+        return self._whole.busy
+
     def forward(self, step: ForwardBatch) -> Tensor:
         return self._whole.forward(step)
 

@@ -5,6 +5,7 @@ Legend: T tokens, L rows of hidden states, N hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from time import perf_counter
 from typing import TYPE_CHECKING, Literal
 
 from phloem.core.errors import ConfigError
@@ -35,6 +36,7 @@ class Together:
         self.rows = model.rows if isinstance(model, Decoder) else None  # where groups of ranks attend to their own
         self.head: Kind | Literal[""] = ""  # of the step that runs
         self.found: dict[Kind, Tensor] = {}  # of rank 0, what `chosen` would give for the step whose tokens are chosen
+        self.busy = 0.0  # seconds in which this stage has computed
         self._stage: Stage | None = model.stage if isinstance(model, Decoder) else None
         if groups.up is not None and self._stage is None and groups.before is None:
             raise ConfigError("pp_size: this model's layers are not shared out", param="pp_size")
@@ -46,7 +48,9 @@ class Together:
         assert isinstance(self.model, Decoder)
         groups = self._groups
         given = [] if groups.before is None else take(groups.before)
+        begun = perf_counter()
         made = run_stage(self.model, self._stage, step, given)
+        self.busy += perf_counter() - begun
         if groups.after is not None:
             give(groups.after, made)
         rows, index = self.rows, step.logit_index

@@ -65,9 +65,9 @@ def check_ranks(flat: dict[str, Any]) -> None:
         raise ConfigError(f"attn_cp_size {context}: {why}", param="attn_cp_size")
     groups *= context
     if flat["use_ray"] and (tp * flat["pp_size"] == 1 or flat["dp_size"] > 1):
-        why = f"dp_size {flat['dp_size']}: Ray starts the ranks of one model" if tp * flat["pp_size"] > 1 else (
-            "one rank needs no other machine; tp_size or pp_size says how many there are"
-        )
+        why = f"dp_size {flat['dp_size']}: Ray starts the ranks of one model"
+        if tp * flat["pp_size"] == 1:
+            why = "one rank needs no other machine; tp_size or pp_size says how many there are"
         raise ConfigError(f"use_ray: {why}", param="use_ray")
     kept = flat["kt_num_gpu_experts"] is not None or flat["kt_weight_path"] is not None
     asked = {
@@ -81,8 +81,9 @@ def check_ranks(flat: dict[str, Any]) -> None:
         raise ConfigError(f"{name}: experts lie over several ranks with ep_size above 1{also}", param=name)
     if flat["moe_a2a_backend"] != "none":
         if not tp == ep == groups > 1:
-            sizes = f"tp_size {tp}, ep_size {ep} and attn_dp_size (or attn_cp_size) {groups} must be the same number above 1"
-            raise ConfigError(f"moe_a2a_backend: {sizes}", param="moe_a2a_backend")
+            sizes = f"tp_size {tp}, ep_size {ep} and attn_dp_size (or attn_cp_size) {groups}"
+            why = f"moe_a2a_backend: {sizes} must be the same number above 1"
+            raise ConfigError(why, param="moe_a2a_backend")
         if name or flat["expert_distribution_recorder_mode"] is not None:
             name = name or "expert_distribution_recorder_mode"
             raise ConfigError(f"moe_a2a_backend: not with {name}: every rank must see all rows", param=name)

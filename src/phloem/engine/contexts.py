@@ -39,9 +39,11 @@ if TYPE_CHECKING:
     from phloem.layers.rows import Rows
 
 
-def pieces(lens: NDArray[np.int32], slots: NDArray[np.int32], ranks: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+def pieces(
+    lens: NDArray[np.int32], slots: NDArray[np.int32], ranks: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """(Tokens of each piece [P], its rank [P]), row by row: rows are cut into twice as many blocks as there are ranks,
-    block b of which is rank b's or, in the second half, that of its mirror image. Rows too short for that stay whole."""
+    block b of which is rank b's or, in the second half, its mirror image's. Rows too short for that stay whole."""
     blocks = 2 * ranks
     zigzag = np.concatenate([np.arange(ranks), np.arange(ranks)[::-1]])
     counts: list[NDArray[np.int64]] = []
@@ -66,8 +68,8 @@ class Share:
 
 
 def share_of(batch: Batch, ranks: int, rank: int) -> Share:
-    """What a rank has of a step whose tokens are known. A rank for which nothing is left has a token of nobody: layers
-    see rows on every rank, and all meet in each."""
+    """What a rank has of a step whose tokens are known. A rank for which nothing is left has a token of nobody:
+    layers see rows on every rank, and all meet in each."""
     lens, of_P = pieces(batch.query_lens, batch.slots, ranks)
     part = part_of(cut(batch, lens), of_P, ranks, rank)
     fillers = [int(count == 0) for count in part.tokens]
@@ -88,7 +90,7 @@ class SharedMemory:
     """A step's memory on one rank (`layers.context.StepMemory`): what is new goes there from all ranks."""
 
     def __init__(self, own: Memory, rows: Rows, order: Tensor) -> None:
-        """`own`: of this rank's rows, with the places of all that is written, in the order that `order` puts it into."""
+        """`own`: of this rank's rows, with the places of all that is written, in the order that `order` puts it in."""
         assert own.ops is not None
         self._own, self._ops, self._rows, self._order = own, own.ops, rows, order
 

@@ -1,7 +1,7 @@
 """Steps of a pipeline of stages: the first one begins a step while those behind have others.
 
-A step's tokens are chosen when its states have come back (`Flight.land`); until then steps of other requests begin. What
-follows from a token waits for it: a step with a row whose token is still to come lands all that are in flight first.
+A step's tokens are chosen when its states have come back (`Flight.land`); until then steps of other requests begin.
+What follows from a token waits for it: before a step with a row whose token is still to come all in flight land.
 
 Legend: L positions that yield, N hidden size.
 """

@@ -1,8 +1,8 @@
-"""The process that speaks to Ray for one start of an engine: `python -m phloem.launch.ray_driver`, its order on standard
-input. It reserves a bundle of processors on each node, starts the further nodes, and tells when one has ended.
+"""The process that speaks to Ray for one start of an engine: `python -m phloem.launch.ray_driver`, its order on
+standard input. It reserves a bundle of processors on each node, starts the further nodes, and tells when one has ended.
 
-Apart from the engine, so that Ray's threads never wait beside a step, and what ends Ray does not end a process by force.
-What it holds of Ray goes with it: actors and the placement group are of this driver's job.
+It is apart from the engine, so that no thread of Ray's runs beside a step. What it holds of Ray goes with it: actors
+and the placement group are of this driver's job.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class Driver:
             raise Refusal(why.replace("\n", " ")) from None
 
     def place(self) -> str:
-        """Wait for room; the address at which other nodes reach this one. Raises Refusal where there is none in time."""
+        """Wait for room. The address at which other nodes reach this one. Raises Refusal where there is none in time.
+        """
         ray, util = self._ray, importlib.import_module("ray.util")
         here = ray.get_runtime_context().get_node_id()
         bundles = [{"CPU": self._each} for _ in range(self._nodes)]

@@ -51,10 +51,10 @@ def test_all_ranks_together_have_every_token_once_at_its_position(ranks: int) ->
     assert not any(share.filled for share in shares)
     gathered = np.concatenate([share.part.batch.input_ids for share in shares])
     positions: dict[int, tuple[int, int]] = {}
-    for share in shares:
+    for rank, share in enumerate(shares):
         own = share.part.batch
         assert share.part.tokens == shares[0].part.tokens and share.order.tolist() == shares[0].order.tolist()
-        assert share.part.tokens[shares.index(share)] == own.num_tokens
+        assert share.part.tokens[rank] == own.num_tokens
         starts = np.cumsum(own.query_lens) - own.query_lens
         for row in range(own.num_rows):
             assert own.tables[0][row].tolist() == batch.tables[0][own.slots[row]].tolist()
@@ -66,12 +66,12 @@ def test_all_ranks_together_have_every_token_once_at_its_position(ranks: int) ->
                 for at in range(count)]  # fmt: skip
     assert [positions[token] for token in batch.input_ids.tolist()] == expected
     given: list[int] = []
-    for share in shares:
+    for rank, share in enumerate(shares):
         own = share.part.batch
         index = share.part.wanted.at
         if own.prompt_targets:
             index = np.concatenate([index, prompt_positions(own)])
-        assert len(index) == share.part.results[shares.index(share)]
+        assert len(index) == share.part.results[rank]
         given += own.input_ids[index].tolist()
     wanted = np.concatenate([Wanted.of(batch).at, prompt_positions(batch)])
     assert np.array(given)[shares[0].part.order].tolist() == batch.input_ids[wanted].tolist()

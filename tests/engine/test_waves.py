@@ -49,6 +49,10 @@ class Easy:
     easy = np.ones(8, bool)
 
 
+class Last:
+    down = None
+
+
 class Masks:
     def begin(self, slots: Any, wanted: Any) -> None:
         del slots, wanted
@@ -65,7 +69,7 @@ def batch(step: int, slots: list[int], **more: Any) -> Batch:
 
 def waves() -> tuple[Waves, First]:
     first: Any = First()
-    parts: Any = (Easy(), Masks(), None, Chooser(first))
+    parts: Any = (Easy(), Masks(), Last(), Chooser(first))
     return Waves(first, lambda batch, wanted: None, *parts), first  # pyright: ignore
 
 

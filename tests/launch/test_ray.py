@@ -30,7 +30,7 @@ there = pytest.mark.skipif(
 
 
 def test_without_ray_the_start_ends_with_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phloem.launch.ray_nodes.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("phloem.launch.ray_nodes.installed", lambda: False)
     path = checkpoint("llama", tmp_path)
     with pytest.raises(ConfigError, match=r"use_ray: Ray is not installed: pip install 'phloem\[ray\]'"):
         Engine(model_path=str(path), tp_size=2, nnodes=2, use_ray=True, log_level="warning", **SMALL)

@@ -33,7 +33,7 @@ class RayNodes:
     """
 
     def __init__(self, config: Config, lost: Callable[[str], None]) -> None:
-        if importlib.util.find_spec("ray") is None:
+        if not installed():
             why = "Ray is not installed: pip install 'phloem[ray]', on every node"
             raise ConfigError(f"use_ray: {why}", param="use_ray")
         nodes = Nodes.of(config)
@@ -85,6 +85,11 @@ class RayNodes:
             self._changed.notify_all()
         if not (early or self._closing):
             self._lost(f"use_ray: {why}")
+
+
+def installed() -> bool:
+    """Whether Ray is there; it is not imported here."""
+    return importlib.util.find_spec("ray") is not None
 
 
 def _free_port() -> int:

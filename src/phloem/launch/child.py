@@ -163,5 +163,6 @@ def sweep(place: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _how(code: int) -> str:
+def how_ended(code: int) -> str:
+    """By its exit status, which is negative for a signal."""
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"

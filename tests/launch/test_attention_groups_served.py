@@ -41,8 +41,13 @@ PAIR: dict[str, Any] = {"tp_size": 2, "attn_dp_size": 2}
         ("qwen3_next", {**PAIR, "pp_size": 2}, 160),
         (
             "qwen3_moe",
-            {**PAIR, "ep_size": 2, "enable_eplb": True, "eplb_rebalance_num_iterations": 6,
-             "ep_num_redundant_experts": 4},
+            {
+                **PAIR,
+                "ep_size": 2,
+                "enable_eplb": True,
+                "eplb_rebalance_num_iterations": 6,
+                "ep_num_redundant_experts": 4,
+            },
             160,
         ),
     ],

@@ -114,7 +114,7 @@ def test_ray_places_starts_and_starts_again(tmp_path: Path, cluster: Any) -> Non
             victim = rank if module == RANK else node.pid if module == NODE else driver.pid
             answer = struck(server, victim, signal.SIGKILL)
             assert told in answer and '"retryable":true' in answer.replace(" ", ""), answer
-            eventually(lambda: all(gone(pid) for pid in seen), 20)
+            eventually(lambda pids=pids: all(gone(pid) for pid in pids), 20)
             eventually(lambda: server.get("/health").status_code == 200, 120)
         assert server.generate("hello world", 24).json()["output_ids"] == expected
         last = [server.engine_pid(), *(one.pid for module in (NODE, DRIVER, RANK) for one in processes(module))]

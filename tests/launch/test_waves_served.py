@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def test_stages_work_at_the_same_time(tmp_path: Path, monkeypatch: pytest.Monkey
     assert together[2:] == [True] * 10
     plans = [np.frombuffer(plan.slots, np.int32) for plan in told if isinstance(plan, Plan)]
     decodes = [slots for slots in plans if len(slots) == 2]
-    pairs = list(zip(decodes, decodes[1:], strict=False))
+    pairs = list(pairwise(decodes))
     assert len(pairs) > 15 and not any(np.isin(*pair).any() for pair in pairs), "rows of one are not in the next"
     assert not any(isinstance(one, Chosen) for one in told)
 

@@ -124,9 +124,7 @@ def test_shared_tokens_give_the_logits_and_tokens_of_one_rank(name: str, tmp_pat
     ],
     ids=str,
 )
-def test_each_rank_of_a_share_may_have_heads_of_its_own(
-    name: str, sizes: tuple[int, int, int], tmp_path: Path
-) -> None:
+def test_each_rank_of_a_share_may_have_heads_of_its_own(name: str, sizes: tuple[int, int, int], tmp_path: Path) -> None:
     compare(name, checkpoint(name, tmp_path), *sizes)
 
 

@@ -53,8 +53,7 @@ class Driver:
             raise Refusal(why.replace("\n", " ")) from None
 
     def place(self) -> str:
-        """Wait for room. The address at which other nodes reach this one. Raises Refusal where there is none in time.
-        """
+        """Wait for room; gives the address at which others reach this node. Raises Refusal where none is in time."""
         ray, util = self._ray, importlib.import_module("ray.util")
         here = ray.get_runtime_context().get_node_id()
         bundles = [{"CPU": self._each} for _ in range(self._nodes)]

@@ -141,8 +141,7 @@ class StepWork:
 
     def begin(self, order: Order, settle: Settle) -> Flight:
         """Give a step to the device; `settle` is called when only the computation is left to do."""
-        start = perf_counter()
-        desk = self.desk
+        start, desk = perf_counter(), self.desk
         if desk is not None:
             order = replace(order, batch=desk.admit(order.batch))
         batch, drafted = order.batch, 0.0
@@ -177,14 +176,13 @@ class StepWork:
         if late:
             self._values(settle)
             self.masks.begin(slots, wanted)
-        count, beside = len(ids), list[Later]()
+        count, beside, coming = len(ids), list[Later](), None
         if count:
             choice = Choice(wanted, slots, easy, hidden_LN[:count], output, before)
             coming = self.chooser.run(choice)
             beside = [*choice.late, *keep_hidden(output, wanted, slots, hidden_LN, self.last.down)]
         else:
             output.forward_seconds = perf_counter() - before
-            coming = None
         if batch.prompt_targets:
             beside += prompt_logprobs(output, batch, self.slots, hidden_LN[count:], self.model, self.ops, self.last)
         self._replay(known, wanted, coming)

@@ -6,9 +6,11 @@ import importlib.util
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -21,6 +23,7 @@ from phloem import Engine
 from phloem.core.config import Config
 from phloem.core.errors import ConfigError
 from phloem.core.nodes import Nodes
+from phloem.launch.ray_driver import Driver, Refusal
 
 SMALL: dict[str, Any] = {"dtype": "float32", "ops": "reference", "max_total_tokens": 2048, "threads": 1}
 there = pytest.mark.skipif(
@@ -61,15 +64,28 @@ def test_nodes_need_no_address_where_ray_knows_it() -> None:
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Two nodes of Ray, with two processors each; whoever asks for a cluster finds this one."""
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    utils = importlib.import_module("ray.cluster_utils")
-    node = {"num_cpus": 2, "object_store_memory": 80 << 20, "include_dashboard": False}
-    found = utils.Cluster(initialize_head=True, head_node_args=node)
+    found = started()
     try:
-        found.add_node(num_cpus=2, object_store_memory=80 << 20)
         monkeypatch.setenv("RAY_ADDRESS", found.address)
         yield found
     finally:
         found.shutdown()
+
+
+def started(attempts: int = 4) -> Any:
+    """Ray gives each of its nodes half a minute, which beside other work may be too little."""
+    node, found = {"num_cpus": 2, "object_store_memory": 80 << 20, "include_dashboard": False}, None
+    for attempt in range(attempts):
+        try:
+            found = importlib.import_module("ray.cluster_utils").Cluster(initialize_head=True, head_node_args=node)
+            found.add_node(num_cpus=2, object_store_memory=80 << 20)
+            return found
+        except Exception:
+            if found is not None:
+                found.shutdown()
+            if attempt == attempts - 1:
+                raise
+    return None
 
 
 def processes(module: str) -> list[psutil.Process]:
@@ -102,7 +118,9 @@ def test_ray_places_starts_and_starts_again(tmp_path: Path, cluster: Any) -> Non
         raylets = [node.all_processes["raylet"][0].process.pid for node in cluster.list_all_nodes()]
         (node,) = processes(NODE)
         (raylet,) = {parent.pid for parent in node.parents()} & set(raylets)
-        assert raylet == cluster.worker_nodes[0].all_processes["raylet"][0].process.pid, "node 0 is where this runs"
+        assert raylet == next(iter(cluster.worker_nodes)).all_processes["raylet"][0].process.pid, (
+            "node 0 is where this runs"
+        )
         seen = set[int]()
         for module, told in ((RANK, "rank 1 of 2"), (NODE, "node 1 of 2"), (DRIVER, "use_ray")):
             assert server.generate("hello world", 24).json()["output_ids"] == expected
@@ -140,7 +158,7 @@ def free_processors() -> float:
 
 @pytest.mark.slow
 @there
-def test_no_room_and_no_cluster_are_told(tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_ray_has_no_room_for_is_told_and_one_node_reserves_its_own(tmp_path: Path, cluster: Any) -> None:
     path = str(checkpoint("llama", tmp_path))
     small = {"model_path": path, "use_ray": True, "log_level": "warning", **SMALL}
     with pytest.raises(ConfigError, match=r"found no room for 4 nodes with 1 free CPUs each.*within 2 s.*\(here\): 2"):
@@ -149,7 +167,15 @@ def test_no_room_and_no_cluster_are_told(tmp_path: Path, cluster: Any, monkeypat
         assert len(engine.generate("hello", {"max_new_tokens": 4, "ignore_eos": True})["output_ids"]) == 4
         assert free_processors() == 2
     eventually(lambda: free_processors() == 4, 20)
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    with pytest.raises(ConfigError, match="use_ray: "):
-        Engine(tp_size=2, **small)
     assert not processes(DRIVER)
+
+
+def test_no_cluster_is_told() -> None:
+    def init(**options: Any) -> None:
+        assert options["address"] == "auto", "it starts none"
+        raise ConnectionError("nothing runs\nhere")
+
+    order = {"nodes": 2, "each": 1, "seconds": 1.0, "config": {}, "port": 1, "given": None}
+    driver = Driver(SimpleNamespace(init=init), order, threading.Event())
+    with pytest.raises(Refusal, match=r"no cluster of Ray was found: `ray start` .* \(nothing runs here\)"):
+        driver.connect()

@@ -44,3 +44,14 @@ def test_a_tiny_model_on_two_ranks(tmp_path: Path, capfd: pytest.CaptureFixture[
     first, second = record["bytes_read"]
     whole = (path / "model.safetensors").stat().st_size
     assert abs(first - second) < 0.1 * first and 0.48 * whole < first < 0.6 * whole
+
+
+@pytest.mark.slow
+def test_stages_of_a_pipeline_are_told_how_busy_they_are(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = checkpoint("llama", tmp_path)
+    options = ["--dtype", "float32", "--ops", "reference", "--context", "32", "--steps", "4", "--batch", "4"]
+    assert parallel.main([str(path), "--pp-size", "2", *options]) == 0
+    record = json.loads(capfd.readouterr().out.splitlines()[-1])
+    busy = record["first_stage_busy"]
+    assert record["waves"] == 2 and set(busy) == {"one_batch", "in_waves"}
+    assert all(0 < share < 1 for share in busy.values())

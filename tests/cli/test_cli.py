@@ -37,7 +37,7 @@ def test_a_wrong_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -
     assert "did you mean 'serve'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag", ["--use-ray", "--enable-expert-parallel"])
+@pytest.mark.parametrize("flag", ["--distributed-executor-backend", "--enable-expert-parallel"])
 def test_parallelism_that_is_not_there_is_refused_by_name(flag: str) -> None:
     with pytest.raises(ConfigError, match=rf"{flag.split('=')[0].strip('-')}: there is no .*docs/parallel.md"):
         parse("serve", ["model", flag, "2"])

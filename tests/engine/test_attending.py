@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from phloem.core.batch import Batch
-from phloem.engine.attending import part_of
+from phloem.engine.attending import Part, part_of
 from phloem.engine.inputs import prompt_positions
 from phloem.engine.wanted import Wanted
 
@@ -25,9 +25,13 @@ def step() -> Batch:
     )
 
 
+def of_group(batch: Batch, groups: int, group: int) -> Part:
+    return part_of(batch, batch.slots % groups, groups, group)
+
+
 def test_groups_have_all_rows_of_a_step_and_none_twice() -> None:
     whole = step()
-    even, odd = (part_of(whole, 2, group) for group in (0, 1))
+    even, odd = (of_group(whole, 2, group) for group in (0, 1))
     assert even.batch.slots.tolist() == [0, 2] and odd.batch.slots.tolist() == [3, 5]
     assert even.batch.input_ids.tolist() == [*range(101, 108)] and odd.batch.input_ids.tolist() == [100, 108, 109]
     assert even.batch.tables[0].tolist() == [[2, 3], [4, 5]]
@@ -39,15 +43,15 @@ def test_results_of_all_groups_stand_where_the_step_wants_them() -> None:
     whole = step()
     given: list[int] = []  # tokens whose states each group gives, one group behind the other
     for group in (0, 1, 2):
-        part = part_of(whole, 3, group)
+        part = of_group(whole, 3, group)
         index = part.wanted.at
         if part.batch.prompt_targets:
             index = np.concatenate([index, prompt_positions(part.batch)])
         given += part.batch.input_ids[index].tolist()
     expected = whole.input_ids[np.concatenate([Wanted.of(whole).at, prompt_positions(whole)])]
-    assert np.array(given)[part_of(whole, 3, 0).order].tolist() == expected.tolist() == [100, 107, 109, 105, 106, 108]
+    assert np.array(given)[of_group(whole, 3, 0).order].tolist() == expected.tolist() == [100, 107, 109, 105, 106, 108]
 
 
 def test_a_group_may_have_nothing() -> None:
-    part = part_of(step(), 7, 6)
+    part = of_group(step(), 7, 6)
     assert part.batch.num_rows == part.batch.num_tokens == 0 and part.tokens[6] == part.results[6] == 0

@@ -15,7 +15,7 @@ from phloem import Engine
 from phloem.checkpoint.describe import describe
 from phloem.core.config import Config
 from phloem.core.errors import ConfigError
-from phloem.engine.parallel import Go, Plan
+from phloem.engine.parallel import Go, Moved, Plan
 from phloem.launch.core import EngineCore
 
 OPTIONS: dict[str, Any] = {
@@ -37,6 +37,19 @@ PAIR: dict[str, Any] = {"tp_size": 2, "attn_dp_size": 2}
         ("deepseek_v3", {"tp_size": 4, "attn_dp_size": 4, "ep_size": 4, "moe_a2a_backend": "torch"}, 160),
         ("gemma3_text", PAIR, 160),
         ("qwen3_next", PAIR, 160),
+        ("llama", {**PAIR, "pp_size": 2}, 160),
+        ("qwen3_next", {**PAIR, "pp_size": 2}, 160),
+        (
+            "qwen3_moe",
+            {
+                **PAIR,
+                "ep_size": 2,
+                "enable_eplb": True,
+                "eplb_rebalance_num_iterations": 6,
+                "ep_num_redundant_experts": 4,
+            },
+            160,
+        ),
     ],
     ids=lambda value: str(value) if isinstance(value, str) else "",
 )
@@ -71,6 +84,8 @@ def test_groups_answer_as_one_rank_does(name: str, sizes: dict[str, Any], tokens
     assert kinds[groups] > 5, "steps of all groups"
     assert kinds[1] > 0, "steps in which the others have nothing"
     assert sum(isinstance(one, Go) for one in ranks.told) > 20
+    if config.experts.enable_eplb:
+        assert any(isinstance(one, Moved) for one in ranks.told), "experts have moved meanwhile"
     decisions = {name: (value, why) for name, value, why in core.info["decisions"]}
     assert f"{groups} groups of them attend to rows of their own (attn_dp_size)" in decisions["tp_size"][1]
 
@@ -78,7 +93,6 @@ def test_groups_answer_as_one_rank_does(name: str, sizes: dict[str, Any], tokens
 @pytest.mark.parametrize(
     ("values", "why"),
     [
-        ({"tp_size": 2, "pp_size": 2}, "attn_dp_size 2: stages of layers"),
         ({"tp_size": 3}, "attn_dp_size 2: groups of the 3 ranks of tp_size; valid: 1, 3"),
         ({"tp_size": 1}, "attn_dp_size 2: groups of the 1 ranks of tp_size; valid: 1"),
         ({"tp_size": 2, "enable_hierarchical_cache": True}, "attn_dp_size 2: cache tiers"),
@@ -87,7 +101,7 @@ def test_groups_answer_as_one_rank_does(name: str, sizes: dict[str, Any], tokens
         ({"tp_size": 2, "lora_paths": ["/nowhere"]}, "adapters"),
         (
             {"tp_size": 2, "moe_a2a_backend": "torch"},
-            "moe_a2a_backend: tp_size 2, ep_size 1 and attn_dp_size 2",
+            r"moe_a2a_backend: tp_size 2, ep_size 1 and attn_dp_size \(or attn_cp_size\) 2",
         ),
         (
             {"tp_size": 2, "ep_size": 2, "moe_a2a_backend": "torch", "enable_eplb": True},

@@ -144,7 +144,7 @@ def test_what_several_ranks_do_not_serve_is_refused(values: dict[str, Any], why:
 
 
 @pytest.mark.parametrize(
-    "name", ["pp_async_batch_depth", "data-parallel-address", "all2all_backend", "use_ray", "dcp_size"]
+    "name", ["pp_async_batch_depth", "data-parallel-address", "all2all_backend", "cp_strategy", "dcp_size"]
 )
 def test_other_kinds_of_parallelism_are_refused_by_name(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"{name}: there is no .*docs/parallel.md"):

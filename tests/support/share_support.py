@@ -134,7 +134,8 @@ class ThreadRanks:
 
     def __init__(self, config: Config, checkpoint: Checkpoint) -> None:
         size = ranks_of(config)
-        ends = Groups.threads(config.runtime.pp_size, config.runtime.tp_size, dp=config.runtime.attn_dp_size)
+        runtime = config.runtime
+        ends = Groups.threads(runtime.pp_size, runtime.tp_size, dp=runtime.attn_dp_size * runtime.attn_cp_size)
         self.told: list[Told] = []  # all that was said
         self.error: BaseException | None = None
         self._lock = threading.Lock()

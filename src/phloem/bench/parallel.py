@@ -22,7 +22,8 @@ from phloem.cli._options import parse
 from phloem.core.config import opt
 from phloem.core.errors import BadRequest
 from phloem.engine import worker
-from phloem.engine.parallel import ParallelRunner, ranks_of, refuse
+from phloem.engine.parallel import LeadingModel, ParallelRunner, ranks_of, refuse
+from phloem.engine.runner import ModelRunner
 from phloem.launch.ranks import RankProcesses
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.checkpoint.describe import Checkpoint
+    from phloem.core.batch import Runner
     from phloem.core.config import Config
     from phloem.distributed.comm import Comm
     from phloem.distributed.groups import Groups
@@ -134,7 +136,7 @@ def measure(config: Config, options: Options) -> dict[str, Any]:
     model = config.model
     checkpoint = describe(model.model_path, model.load_format, model.revision, model.tokenizer_path)
     refuse(config, checkpoint)
-    alone = config.with_(tp_size=1, pp_size=1, ep_size=1, nnodes=1)
+    alone = config.with_(tp_size=1, pp_size=1, ep_size=1, attn_dp_size=1, attn_cp_size=1, nnodes=1, use_ray=False)
     built = worker.build(alone, checkpoint, lambda phase, seconds: None)
     try:
         one = DecodeSteps(built.runner, steps).seconds()
@@ -161,6 +163,7 @@ def _together(config: Config, checkpoint: Checkpoint, steps: StepOptions) -> dic
             begun = perf_counter()
             decode.run(1, steps.steps)
             seconds = perf_counter() - begun
+            stages = _first_stage(runner, built.runner, steps)
         finally:
             runner.close()
     finally:
@@ -181,4 +184,20 @@ def _together(config: Config, checkpoint: Checkpoint, steps: StepOptions) -> dic
         "meetings": meetings,
         "meetings_share": sum(times.seconds.values()) / seconds,
         "bytes_read": ranks.bytes_read,
+        **stages,
     }
+
+
+def _first_stage(runner: ParallelRunner, inner: Runner, steps: StepOptions) -> dict[str, Any]:
+    """Of several stages: the share of the time in which the first one computes, with all rows in one batch, which is
+    waited for, and with the rows dealt out in as many batches as are on their way at a time."""
+    if not isinstance(inner, ModelRunner) or not isinstance(inner.model, LeadingModel) or inner.waves == 1:
+        return {}
+    found: dict[str, float] = {}
+    for name, waves in (("one_batch", 1), ("in_waves", min(inner.waves, steps.batch))):
+        decode = DecodeSteps(runner, steps, waves)
+        decode.run(0, WARM)
+        busy, begun = inner.model.busy, perf_counter()
+        decode.run(WARM, steps.steps)
+        found[name] = (inner.model.busy - busy) / (perf_counter() - begun)
+    return {"waves": inner.waves, "first_stage_busy": found}

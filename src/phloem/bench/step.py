@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ from phloem.engine.runner import ModelRunner
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from phloem.core.batch import Runner, StepOutput
+    from phloem.core.batch import Pending, Runner, StepOutput
     from phloem.core.config import Config
 
 WARM = 16  # decode steps before those that count: graphs are recorded and kernels compiled in them
@@ -148,9 +148,11 @@ def _prefill(runner: Runner, tokens: int) -> dict[str, Any]:
 
 
 class DecodeSteps:
-    """Decode steps of all rows, each launched while the one before it runs."""
+    """Decode steps of all rows, each launched while the one before it runs. In several `waves` a step has one of so
+    many parts of the rows, in turn, and as many steps are on their way."""
 
-    def __init__(self, runner: Runner, options: Options) -> None:
+    def __init__(self, runner: Runner, options: Options, waves: int = 1) -> None:
+        self._waves = waves
         self._runner, self._start, self._steps = runner, options.context, options.steps
         rows = options.batch
         self._tables = _tables(runner, rows, options.context + WARM + options.steps + 1)
@@ -158,21 +160,24 @@ class DecodeSteps:
         greedy, known = SamplingParams(temperature=0.0), np.ones(options.context + 1, np.int32)
         self._entries = [Admission(int(slot), f"row {slot}", greedy, 1, known, options.context) for slot in self._slots]
 
-    def _batch(self, number: int) -> Batch:
-        rows, ones, first = len(self._slots), self._ones, number == 0
-        ids = np.full(rows, 1 if first else FROM_DEVICE, np.int32)
-        lens = np.full(rows, self._start + number, np.int32)
-        entries = self._entries if first else []
-        return Batch(number, self._slots, ones, lens, ids, self._tables, ones, entries)
+    def _batch(self, number: int, wave: int) -> Batch:
+        part = slice(wave, None, self._waves)
+        slots, ones, first = self._slots[part], self._ones[part], number == 0
+        ids = np.full(len(slots), 1 if first else FROM_DEVICE, np.int32)
+        lens = np.full(len(slots), self._start + number, np.int32)
+        tables, entries = tuple(table[part] for table in self._tables), self._entries[part] if first else []
+        return Batch(number * self._waves + wave, slots, ones, lens, ids, tables, ones, entries)
 
     def run(self, begin: int, count: int) -> list[StepOutput]:
+        """So many steps of each row."""
         outputs: list[StepOutput] = []
-        pending = self._runner.launch(self._batch(begin))
-        for number in range(begin + 1, begin + count):
-            following = self._runner.launch(self._batch(number))
-            outputs.append(pending.result())
-            pending = following
-        return [*outputs, pending.result()]
+        pending: deque[Pending[StepOutput]] = deque()
+        for number in range(begin, begin + count):
+            for wave in range(self._waves):
+                pending.append(self._runner.launch(self._batch(number, wave)))
+                if len(pending) > self._waves:
+                    outputs.append(pending.popleft().result())
+        return [*outputs, *(one.result() for one in pending)]
 
     def seconds(self) -> float:
         """Of one step, over as many as are asked for; the first ones are not counted."""

@@ -19,7 +19,7 @@ import msgspec
 
 from phloem.core.errors import ConfigError
 from phloem.core.ranges import EPLB_STEPS, check_ranges, check_ranks
-from phloem.core.spellings import attention_groups, one_address, refuse_missing
+from phloem.core.spellings import CP_NAMES, attention_groups, one_address, refuse_missing
 from phloem.core.targets import Fair, Targets
 
 
@@ -154,6 +154,9 @@ class RuntimeConfig:
     attn_dp_size: int = opt(
         1, "Groups of the ranks of tp_size that attend to requests of their own; other layers are shared out by all."
     )
+    attn_cp_size: int = opt(
+        1, "Ranks of tp_size that share out the tokens of a prompt; each keeps all of its keys and values.", *CP_NAMES
+    )
     enable_dp_attention: bool = opt(
         False, "SGLang's spelling of attn_dp_size: dp_size then says how many groups, and there is one replica."
     )
@@ -204,6 +207,7 @@ class NodesConfig:
     dist_init_addr: str | None = opt(
         None, "HOST:PORT at which node 0 listens; also --master-addr with --master-port.", "nccl_init_addr"
     )
+    use_ray: bool = opt(False, "Let Ray choose the other machines and start their ranks; this one is node 0.")
     dist_timeout: float = opt(300.0, "Seconds that nodes wait for each other at the start.")
     dist_secret: str | None = opt(None, "What all nodes must know to be let in; PHLOEM_DIST_SECRET sets it too.")
 

@@ -31,6 +31,9 @@ class Nodes:
         """
         nodes, runtime = config.nodes, config.runtime
         size, world, rank = nodes.nnodes, runtime.pp_size * runtime.tp_size, nodes.node_rank or 0
+        if nodes.use_ray and rank:
+            why = "Ray starts the other nodes: node_rank is for those that are started by hand"
+            raise ConfigError(f"use_ray: {why}", param="use_ray")
         if rank >= size:
             many = f"there are {size} nodes (nnodes), 0 to {size - 1}" if size > 1 else "nnodes is 1"
             raise ConfigError(f"node_rank {rank}: {many}", param="node_rank")
@@ -43,6 +46,8 @@ class Nodes:
         if runtime.dp_size > 1:
             why = f"dp_size {runtime.dp_size}: each replica is on one machine; use `phloem router` for several"
             raise ConfigError(f"nnodes {size}: {why}", param="nnodes")
+        if nodes.dist_init_addr is None and nodes.use_ray:
+            return Nodes(size, rank, world // size)  # Ray knows this machine's address (`launch.ray_nodes`)
         if nodes.dist_init_addr is None:
             raise ConfigError(f"nnodes {size}: dist_init_addr, HOST:PORT of node 0, is needed", param="dist_init_addr")
         host, port = address_of(nodes.dist_init_addr)
@@ -76,3 +81,8 @@ def address_of(text: str, name: str = "dist_init_addr") -> tuple[str, int]:
     if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65536:
         raise ConfigError(f"{name}: {text!r} is not HOST:PORT", param=name)
     return host, int(port)
+
+
+def address_text(host: str, port: int) -> str:
+    """HOST:PORT, or [HOST]:PORT, as `address_of` reads it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -31,6 +31,7 @@ _POSITIVE = (
     "eplb_rebalance_num_iterations",
     "dp_size",
     "attn_dp_size",
+    "attn_cp_size",
     "nnodes",
     "dist_timeout",
     "image_step_tokens",
@@ -49,15 +50,25 @@ _POSITIVE = (
 
 def check_ranks(flat: dict[str, Any]) -> None:
     """Raises ConfigError for ranks, or for experts over them, that no model can have: before any process is started."""
-    tp, ep, groups = flat["tp_size"], flat["ep_size"], flat["attn_dp_size"]
+    tp, ep, groups, context = flat["tp_size"], flat["ep_size"], flat["attn_dp_size"], flat["attn_cp_size"]
     whats = {
         "ep_size": (ep, "experts are shared out among the {} ranks of tp_size"),
         "attn_dp_size": (groups, "groups of the {} ranks of tp_size"),
+        "attn_cp_size": (context, "tokens are shared out among the {} ranks of tp_size"),
     }
     for name, (size, what) in whats.items():
         if tp % size:
             valid = ", ".join(str(count) for count in range(1, tp + 1) if tp % count == 0)
             raise ConfigError(f"{name} {size}: {what.format(tp)}; valid: {valid}", param=name)
+    if min(groups, context) > 1:
+        why = f"each of {groups} groups (attn_dp_size) has requests of its own, whole"
+        raise ConfigError(f"attn_cp_size {context}: {why}", param="attn_cp_size")
+    groups *= context
+    if flat["use_ray"] and (tp * flat["pp_size"] == 1 or flat["dp_size"] > 1):
+        why = f"dp_size {flat['dp_size']}: Ray starts the ranks of one model"
+        if tp * flat["pp_size"] == 1:
+            why = "one rank needs no other machine; tp_size or pp_size says how many there are"
+        raise ConfigError(f"use_ray: {why}", param="use_ray")
     kept = flat["kt_num_gpu_experts"] is not None or flat["kt_weight_path"] is not None
     asked = {
         "enable_eplb": flat["enable_eplb"],
@@ -70,8 +81,9 @@ def check_ranks(flat: dict[str, Any]) -> None:
         raise ConfigError(f"{name}: experts lie over several ranks with ep_size above 1{also}", param=name)
     if flat["moe_a2a_backend"] != "none":
         if not tp == ep == groups > 1:
-            sizes = f"tp_size {tp}, ep_size {ep} and attn_dp_size {groups} must be the same number above 1"
-            raise ConfigError(f"moe_a2a_backend: {sizes}", param="moe_a2a_backend")
+            sizes = f"tp_size {tp}, ep_size {ep} and attn_dp_size (or attn_cp_size) {groups}"
+            why = f"moe_a2a_backend: {sizes} must be the same number above 1"
+            raise ConfigError(why, param="moe_a2a_backend")
         if name or flat["expert_distribution_recorder_mode"] is not None:
             name = name or "expert_distribution_recorder_mode"
             raise ConfigError(f"moe_a2a_backend: not with {name}: every rank must see all rows", param=name)

@@ -7,12 +7,16 @@ from typing import Any
 from phloem.core.errors import ConfigError
 
 MASTER = ("master_addr", "master_port")  # an address in two parts
+CP_NAMES = ("attention_context_parallel_size", "context_parallel_size")  # of `attn_cp_size`
 
 # What other engines have and this one does not: refused by name, and not taken for a slip of the pen.
 _NOT_THERE = {
     name: f"there is no {what}"
     for what, names in {
-        "second batch in a pipeline": "pp_async_batch_depth pp_max_micro_batch_size enable_dynamic_chunking",
+        "choice of how many batches a pipeline has: as many as stages (pp_size)": (
+            "pp_async_batch_depth pp_max_micro_batch_size"
+        ),
+        "choice of chunks by their time": "enable_dynamic_chunking",
         "other way of experts than --ep-size, by which every rank sees all tokens": (
             "enable_expert_parallel all2all_backend eplb_config ep_dispatch_algorithm deepep_mode"
         ),
@@ -20,10 +24,11 @@ _NOT_THERE = {
             "data_parallel_size_local data_parallel_address data_parallel_rpc_port data_parallel_start_rank "
             "data_parallel_hybrid_lb data_parallel_external_lb"
         ),
-        "context parallelism": (
-            "cp_size attn_cp_size dcp_size decode_context_parallel_size prefill_context_parallel_size"
+        "context parallelism of decoding, or beside tp_size: attn_cp_size is of the ranks of tp_size": (
+            "cp_size dcp_size decode_context_parallel_size prefill_context_parallel_size"
         ),
-        "Ray": "use_ray distributed_executor_backend",
+        "other arrangement of a prompt than zigzag, which attn_cp_size alone asks for": "enable_prefill_cp cp_strategy",
+        "choice of executors: use_ray asks for Ray": "distributed_executor_backend",
     }.items()
     for name in names.split()
 }

@@ -99,7 +99,8 @@ def give(comm: Comm, tensors: list[Tensor]) -> None:
         head[1 + 4 * at : 1 + 4 * at + len(about)] = torch.tensor(about)
     comm.broadcast(head)
     for x in tensors:
-        comm.broadcast(x.contiguous())
+        if x.numel():
+            comm.broadcast(x.contiguous())
 
 
 def take(comm: Comm) -> list[Tensor]:
@@ -108,5 +109,6 @@ def take(comm: Comm) -> list[Tensor]:
     found: list[Tensor] = []
     for at in range(head[0]):
         kind, dims, *shape = head[1 + 4 * at : 5 + 4 * at]
-        found.append(comm.broadcast(torch.empty(shape[:dims], dtype=_TYPES[kind])))
+        made = torch.empty(shape[:dims], dtype=_TYPES[kind])
+        found.append(comm.broadcast(made) if made.numel() else made)
     return found

@@ -9,7 +9,7 @@ Legend: R rows, T tokens, L wanted positions, N hidden size.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -26,10 +26,19 @@ if TYPE_CHECKING:
 
     from phloem.attention import AttentionBackend
     from phloem.core.batch import Batch
-    from phloem.engine.forward import Passes
     from phloem.engine.transfer import LastTokens
     from phloem.kvcache.pool import KVPool
     from phloem.layers.rows import Rows
+
+
+class Shared(Protocol):
+    """What a rank has of a model (`engine.stages.Together`)."""
+
+    def forward(self, step: ForwardBatch, /) -> Tensor: ...
+
+    def gathered(self, hidden_LN: Tensor, order_L: Tensor, /) -> Tensor:
+        """Hidden states of all groups' wanted positions, those of one group behind another's, in the step's order."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -43,15 +52,19 @@ class Part:
     order: NDArray[np.int64]  # [L]: where each wanted position of the step is among those of all groups, in their order
 
 
-def part_of(batch: Batch, groups: int, group: int) -> Part:
-    """What a group has of a step whose tokens are known. It may be nothing."""
-    of_R = batch.slots % groups
+def places(of: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Where each thing is when those of one group stand behind those of another; `of`: the group of each."""
+    found = np.empty(len(of), np.int64)
+    found[np.argsort(of, kind="stable")] = np.arange(len(of))
+    return found
+
+
+def part_of(batch: Batch, of_R: NDArray[np.int32], groups: int, group: int) -> Part:
+    """What a group has of a step whose tokens are known. It may be nothing. `of_R`: each row's group."""
     of_T = np.repeat(of_R, batch.query_lens)
     wanted = Wanted.of(batch).at
     index = np.concatenate([wanted, prompt_positions(batch)]) if batch.prompt_targets else wanted
     of_L = of_T[index]
-    order = np.empty(len(index), np.int64)
-    order[np.argsort(of_L, kind="stable")] = np.arange(len(index))
     mine = np.flatnonzero(of_R == group)
     new = {int(row): at for at, row in enumerate(mine)}
     own = replace(
@@ -65,21 +78,21 @@ def part_of(batch: Batch, groups: int, group: int) -> Part:
         prompt_targets={new[row]: targets for row, targets in batch.prompt_targets.items() if row in new},
     )
     tokens, results = (np.bincount(of, minlength=groups).tolist() for of in (of_T, of_L))
-    return Part(own, Wanted.of(own), tokens, results, order)
+    return Part(own, Wanted.of(own), tokens, results, places(of_L))
 
 
 def run_part(
-    whole: Passes, rows: Rows, backend: AttentionBackend, pool: KVPool, batch: Batch, last: LastTokens
+    whole: Shared, rows: Rows, backend: AttentionBackend, pool: KVPool, batch: Batch, last: LastTokens
 ) -> Tensor:
-    """Hidden states [L, N] of the whole step's wanted positions, on every rank; all of them run it together."""
-    part = part_of(batch, rows.dp.size, rows.dp.rank)
+    """Hidden states [L, N] of the whole step's wanted positions, on rank 0; all of them run it together."""
+    part = part_of(batch, batch.slots % rows.dp.size, rows.dp.size, rows.dp.rank)
     rows.begin(part.tokens, part.results)
     if part.batch.num_rows:
         inputs = Step(part.batch, part.wanted, pool, last).inputs
         hidden_LN = run_forward(whole, backend, pool, inputs, inputs.logit_index)
     else:
         hidden_LN = whole.forward(_idle(pool, backend))
-    return rows.gather(hidden_LN)[torch.from_numpy(part.order)]
+    return whole.gathered(hidden_LN, torch.from_numpy(part.order))
 
 
 def _idle(pool: KVPool, backend: AttentionBackend) -> ForwardBatch:

@@ -91,6 +91,12 @@ class Chooser:
         return self._whole.run(choice)
 
 
+def most_likely(slots: Slots, wanted: Wanted, easy: bool) -> bool:
+    """Whether every position's most likely token is all that is asked of the head; else it gives whole rows, or the
+    best of some. `easy`: as in `Choice`."""
+    return easy or bool(slots.argmax_only[wanted.slots].all())
+
+
 class MostLikely:
     """Every row wants its most likely token alone: no logits are kept."""
 
@@ -99,7 +105,7 @@ class MostLikely:
 
     def run(self, choice: Choice) -> Coming | None:
         wanted = choice.wanted
-        if not choice.easy and not self._slots.argmax_only[wanted.slots].all():
+        if not most_likely(self._slots, wanted, choice.easy):
             return None
         tokens_L = self._model.greedy(choice.hidden_LN)
         choice.forward_ends()

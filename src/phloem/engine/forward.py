@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from phloem.attention import begin
+from phloem.attention import Memory, begin
 from phloem.attention._both_ways import both_ways
 from phloem.layers.context import ForwardBatch
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from phloem.attention import AttentionBackend
     from phloem.engine.inputs import Step, StepInputs
     from phloem.kvcache.pool import KVPool
+    from phloem.layers.context import StepMemory
     from phloem.models import Model
 
 
@@ -42,11 +43,18 @@ class Passes(Protocol):
 
 
 def run_forward(
-    model: Passes, backend: AttentionBackend, pool: KVPool, inputs: StepInputs, index: Tensor | None
+    model: Passes,
+    backend: AttentionBackend,
+    pool: KVPool,
+    inputs: StepInputs,
+    index: Tensor | None,
+    memory: StepMemory | None = None,
 ) -> Tensor:
-    """One forward pass, eagerly: hidden states of the rows `index` (None: of all tokens)."""
-    memory = begin(backend, inputs.rows(), pool)
+    """One forward pass, eagerly: hidden states of the rows `index` (None: of all tokens). `memory`: what layers attend
+    by; None: the backend's, over the pool."""
+    memory = begin(backend, inputs.rows(), pool) if memory is None else memory
     if inputs.spans is not None:
+        assert isinstance(memory, Memory)
         memory = both_ways(memory, backend.ops, inputs.spans)
     step = ForwardBatch(inputs.input_ids, inputs.positions, memory, index, inputs.adapters, inputs.embeds, inputs.deep)
     if pool.routes is None or index is None:

@@ -10,8 +10,9 @@ Legend: T tokens, L rows of hidden states, N hidden size, R rows (requests).
 from __future__ import annotations
 
 import contextlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -25,7 +26,7 @@ from phloem.distributed.groups import Groups
 from phloem.distributed.mesh import Mesh
 from phloem.engine.apart import cut
 from phloem.engine.around import RunnerAround
-from phloem.engine.attending import run_part
+from phloem.engine.contexts import run_rows
 from phloem.engine.counts import spread_of
 from phloem.engine.forward import run_forward
 from phloem.engine.inputs import Step
@@ -81,12 +82,14 @@ class Plan(msgspec.Struct, frozen=True, tag=True):
 
 class Go(msgspec.Struct, frozen=True, tag=True):
     """Run the planned batch of this step; `ids` int64 [T] are its tokens, those of the last step included, and `lens`
-    int32 the rows that rank 0 has cut it into: others would add in another order."""
+    int32 the rows that rank 0 has cut it into: others would add in another order. `head`: what the last stage makes of
+    the wanted states at once; "": `Chosen` asks for it, if anybody does."""
 
     step: int
     epoch: int
     ids: bytes
     lens: bytes
+    head: Kind | Literal[""] = ""
 
 
 class Chosen(msgspec.Struct, frozen=True, tag=True):
@@ -144,8 +147,8 @@ def ranks_here(config: Config) -> int:
 def mesh_of(config: Config, rank: int) -> Mesh:
     """A rank's place."""
     runtime = config.runtime
-    groups = runtime.attn_dp_size
-    return Mesh.of(rank, pp=runtime.pp_size, dp=groups, tp=runtime.tp_size // groups, ep=runtime.ep_size)
+    dp, cp = runtime.attn_dp_size, runtime.attn_cp_size
+    return Mesh.of(rank, pp=runtime.pp_size, dp=dp, cp=cp, tp=runtime.tp_size // (dp * cp), ep=runtime.ep_size)
 
 
 def refuse(config: Config, checkpoint: Checkpoint) -> None:
@@ -172,9 +175,11 @@ def refuse(config: Config, checkpoint: Checkpoint) -> None:
 
 def shared(ctx: BuildContext, mesh: Mesh, groups: Groups, backend: str = "none") -> BuildContext:
     """What a rank's model is built of: its place, and its ends of the groups. `backend`: of `moe_a2a_backend`."""
-    if mesh.dp.size == 1:
+    if mesh.dp.size * mesh.cp.size == 1:
         return replace(ctx, mesh=mesh, comm=groups.tp)
-    return replace(ctx, mesh=mesh, comm=groups.attn, rows=Rows(groups.tp, mesh.dp, backend != "none"))
+    context = mesh.cp.size > 1
+    rows = Rows(groups.tp, mesh.cp if context else mesh.dp, backend != "none", context)
+    return replace(ctx, mesh=mesh, comm=groups.attn, rows=rows)
 
 
 def has_experts(model: Any) -> bool:
@@ -260,6 +265,11 @@ class LeadingModel:
         """Of this rank."""
         return self._model.weight_bytes
 
+    @property
+    def busy(self) -> float:
+        """Seconds in which the first of several stages has computed."""
+        return self._whole.busy
+
     def forward(self, step: ForwardBatch) -> Tensor:
         return self._whole.forward(step)
 
@@ -276,6 +286,9 @@ class LeadingModel:
         del hidden_LD, k, scale_LJ, norms
 
     def _chosen(self, hidden_LD: Tensor, kind: Kind) -> Tensor:
+        early = self._whole.found.pop(kind, None)
+        if early is not None:
+            return early
         with _all_or_none(self._groups):
             self._tell(Chosen(len(hidden_LD), kind))
             return self._whole.chosen(hidden_LD, kind)
@@ -298,7 +311,31 @@ class Leading:
 
     def __init__(self, whole: Together, backend: AttentionBackend, pool: KVPool, team: Team) -> None:
         self._whole, self._backend, self._pool, self._team = whole, backend, pool, team
-        self._rows = whole.rows
+        self._rows, self.ahead = whole.rows, whole.ahead
+        self._taking = ThreadPoolExecutor(1, "phloem-stages") if self.ahead else None
+
+    def start(self, step: Step, kind: Kind) -> Future[tuple[Tensor, Tensor]]:
+        """Begin a step on the first stage; the others go on with it. To come: its hidden states [L, N], and what the
+        head made of them. All that were started come before any `run`."""
+        inputs, batch = step.inputs, step.batch
+        ids = inputs.input_ids.numpy().tobytes()
+        self._team.tell(Go(batch.step, batch.epoch, ids, _raw(batch.query_lens), kind))
+        assert self._taking is not None
+        with _all_or_none(self._team.groups):
+            self._whole.head = kind
+            try:
+                run_forward(self._whole, self._backend, self._pool, inputs, inputs.logit_index)
+            finally:
+                self._whole.head = ""
+        return self._taking.submit(self._take)
+
+    def _take(self) -> tuple[Tensor, Tensor]:
+        with torch.inference_mode(), _all_or_none(self._team.groups):
+            return self._whole.taken()
+
+    def hand(self, kind: Kind, found: Tensor) -> None:
+        """What the head made of the states whose tokens are chosen next."""
+        self._whole.found = {kind: found}
 
     def run(self, step: Step, ready: Callable[[], None]) -> Tensor:
         inputs, batch = step.inputs, step.batch
@@ -308,7 +345,7 @@ class Leading:
         with _all_or_none(self._team.groups):
             if self._rows is not None:
                 known = replace(batch, input_ids=inputs.input_ids.numpy().astype(np.int32))
-                return run_part(self._whole, self._rows, self._backend, self._pool, known, step.last)
+                return run_rows(self._whole, self._rows, self._backend, self._pool, known, step.last)
             return run_forward(self._whole, self._backend, self._pool, inputs, inputs.logit_index)
 
 
@@ -372,9 +409,10 @@ class Executor:
         else:
             raise ValueError(f"step {told.step} was never planned")
         batch = replace(batch, input_ids=np.frombuffer(told.ids, np.int64).astype(np.int32))
+        self._whole.head = told.head
         rows, batch_cut = self._whole.rows, cut(batch, _ints(told.lens))
         if rows is not None:
-            self._hidden_LN = run_part(self._whole, rows, self._backend, self._pool, batch_cut, self._last)
+            self._hidden_LN = run_rows(self._whole, rows, self._backend, self._pool, batch_cut, self._last)
             return
         inputs = Step(batch_cut, Wanted.of(batch), self._pool, self._last).inputs
         self._hidden_LN = run_forward(self._whole, self._backend, self._pool, inputs, inputs.logit_index)

@@ -9,6 +9,7 @@ and the cores would wait until it is done with them.
 from __future__ import annotations
 
 import queue
+from collections import deque
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -58,7 +59,7 @@ class Between:
 
 
 class Pipeline(Generic[J]):
-    """Begins and lands steps in their order, with at most one in flight while another is begun.
+    """Begins and lands steps in their order, with at most `ahead` in flight while another is begun.
 
     Args:
         begin: gives a batch to the device. It must not wait for the step in flight, but for what it gives it to do
@@ -68,6 +69,7 @@ class Pipeline(Generic[J]):
             from the token sampled last).
         idle: called while nothing is asked for; False when it has nothing more to do.
         settles: see `begin`.
+        ahead: how many may be in flight; where it is more than one, nothing settles.
     """
 
     def __init__(
@@ -76,44 +78,47 @@ class Pipeline(Generic[J]):
         needs_values: Callable[[J], bool],
         idle: Callable[[], bool] | None = None,
         settles: bool = False,
+        ahead: int = 1,
     ) -> None:
         self.busy_since = 0.0  # perf_counter at which the oldest step in flight began; 0 when there is none
         self._begin = begin
         self._needs_values = needs_values
         self._idle = idle
-        self._settles = settles
+        self._settles, self._ahead = settles, ahead
         self._beginning = 0.0  # perf_counter at which the step that is being begun was; 0 between two
-        self._flying: tuple[Answer, Flight] | None = None
+        self._flying: deque[tuple[Answer, Flight, float]] = deque()  # the oldest first, and when it began
 
     def run(self, source: queue.SimpleQueue[tuple[J, Any] | Between | None]) -> None:
         """Serve until None comes; a step that fails is answered and the next one runs."""
         while (item := self._next(source)) is not None:
             if isinstance(item, Between):
-                self._land()
+                self._land_all()
                 self._between(item)
                 continue
             batch, answer = item
-            if self._flying is not None and self._asks(batch):
-                self._land()
+            if self._flying and self._asks(batch):
+                self._land_all()
             began = self._beginning = perf_counter()
             self.busy_since = self.busy_since or began
             try:
                 flight = self._begin(batch, self.settle)
             except BaseException as error:  # the scheduler fails the step's requests; the thread must live on
                 self._beginning = 0.0
-                self._land()
+                self._land_all()
                 self.busy_since = 0.0
                 answer.fail(error)
                 continue
             self._beginning = 0.0
-            self._land()
-            self._flying, self.busy_since = (answer, flight), began
-        self._land()
+            while len(self._flying) >= self._ahead:
+                self._land()
+            self._flying.append((answer, flight, began))
+            self.busy_since = self._flying[0][2]
+        self._land_all()
 
     def settle(self, values: bool = False) -> None:
         """The step that is being begun will now compute, or needs `values`: answer for the one before it."""
         if self._settles or values:
-            self._land()
+            self._land_all()
 
     @staticmethod
     def _between(item: Between) -> None:
@@ -132,15 +137,15 @@ class Pipeline(Generic[J]):
 
     def _next(self, source: queue.SimpleQueue[tuple[J, Any] | Between | None]) -> tuple[J, Any] | Between | None:
         """The next step; whatever is in flight is landed when it has ended before that one comes."""
-        while self._flying is not None:
-            if self._flying[1].ready():
+        while self._flying:
+            if self._flying[0][1].ready():
                 if self._settles:
                     try:
                         return source.get_nowait()
                     except queue.Empty:
                         pass
                 self._land()
-                break
+                continue
             try:
                 return source.get(timeout=POLL_SECONDS)
             except queue.Empty:
@@ -155,10 +160,13 @@ class Pipeline(Generic[J]):
                 wait = NEXT_SECONDS
         return source.get()
 
+    def _land_all(self) -> None:
+        while self._flying:
+            self._land()
+
     def _land(self) -> None:
-        if self._flying is None:
-            return
-        (answer, flight), self._flying = self._flying, None
+        """The oldest in flight."""
+        answer, flight, _ = self._flying.popleft()
         try:
             output = flight.land()
         except BaseException as error:
@@ -166,4 +174,4 @@ class Pipeline(Generic[J]):
         else:
             answer.set(output)
         finally:
-            self.busy_since = self._beginning
+            self.busy_since = self._flying[0][2] if self._flying else self._beginning

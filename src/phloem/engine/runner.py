@@ -29,6 +29,7 @@ from phloem.engine.slots import Slots
 from phloem.engine.thread import Launched, Order, StepThread
 from phloem.engine.transfer import LastTokens
 from phloem.engine.wanted import Wanted
+from phloem.engine.waves import Starts, Waves
 from phloem.models import Conditioned
 from phloem.platforms._facts import StepFacts
 
@@ -95,13 +96,23 @@ class StepWork:
         self.desk = None if desk is None else desk(self.last)
         self._forward = Forward(recorded if leading is None else [leading], Eager(model, backend, pool))
         self.chooser = Chooser(model, ops, self.slots, self.last, self.masks)
+        self.waves = self._in_waves(leading)
         self._filler = Filler(model, ops, self.slots, self.last)
         self._refiller = Refiller(model, ops, self.slots, self.last) if isinstance(model, Conditioned) else None
         self._drafting = None if drafting is None else drafting.make(self.slots, self.last)
 
+    def _in_waves(self, leading: Way | None) -> Waves | None:
+        """What begins steps of a pipeline while its later stages have others."""
+        if not isinstance(leading, Starts) or not leading.ahead:
+            return None
+        chooses = self.slots, self.masks, self.last, self.chooser
+        return Waves(leading, lambda batch, wanted: self._step(batch, wanted, None)[0], *chooses)
+
     def needs_values(self, batch: Batch) -> bool:
         """Whether the step can only be begun when the one before has landed. Beside the host it waits for those values
         only where they are looked at: the device is computing then."""
+        if self.waves is not None:
+            return self.waves.waits(batch)
         return self._on_host and self._follows(batch)
 
     def _follows(self, batch: Batch) -> bool:
@@ -130,14 +141,15 @@ class StepWork:
 
     def begin(self, order: Order, settle: Settle) -> Flight:
         """Give a step to the device; `settle` is called when only the computation is left to do."""
-        start = perf_counter()
-        desk = self.desk
+        start, desk = perf_counter(), self.desk
         if desk is not None:
             order = replace(order, batch=desk.admit(order.batch))
         batch, drafted = order.batch, 0.0
         self._admit(order)
         if batch.places is not None:
             return self._fill(batch, batch.places, settle)
+        if self.waves is not None and self.waves.takes(batch):
+            return self.waves.begin(batch, start)
         if batch.drafting is not None and self._drafting is not None:
             settle()
             batch, drafted = self._drafting.run(batch)
@@ -164,14 +176,13 @@ class StepWork:
         if late:
             self._values(settle)
             self.masks.begin(slots, wanted)
-        count, beside = len(ids), list[Later]()
+        count, beside, coming = len(ids), list[Later](), None
         if count:
             choice = Choice(wanted, slots, easy, hidden_LN[:count], output, before)
             coming = self.chooser.run(choice)
             beside = [*choice.late, *keep_hidden(output, wanted, slots, hidden_LN, self.last.down)]
         else:
             output.forward_seconds = perf_counter() - before
-            coming = None
         if batch.prompt_targets:
             beside += prompt_logprobs(output, batch, self.slots, hidden_LN[count:], self.model, self.ops, self.last)
         self._replay(known, wanted, coming)
@@ -301,6 +312,7 @@ class ModelRunner:
             model, backend, pool, ops, max_slots, facts, recorded, streams, sharing, logprobs, desk, leading, drafting
         )
         self.cuts_back = work.cuts_back  # drafts may be refused
+        self.waves = 1 if work.waves is None else work.waves.most  # steps that may be on their way at a time
         self.row_bits = ops.row_bits and work.stands_apart  # of a token, whether decoded, drafted or forced
         self._steps = StepThread(
             work.begin,
@@ -308,7 +320,8 @@ class ModelRunner:
             work.forget,
             give_back=give_back,
             idle=work.gaps.idle if work.gaps is not None else None,
-            settles=facts.on_host,
+            settles=facts.on_host and self.waves == 1,
+            ahead=max(1, self.waves - 1),
         )
         if work.gaps is not None:
             work.gaps.leave_when(self._steps.waiting)

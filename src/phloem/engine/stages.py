@@ -5,6 +5,7 @@ Legend: T tokens, L rows of hidden states, N hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from time import perf_counter
 from typing import TYPE_CHECKING, Literal
 
 from phloem.core.errors import ConfigError
@@ -26,12 +27,16 @@ Kind = Literal["logits", "greedy"]
 class Together:
     """A rank's share, and its groups.
 
-    Chunks of prompts follow each other through the stages of a pipeline; a batch that gives tokens is waited for.
+    Chunks of prompts follow each other through the stages of a pipeline. So do batches that give tokens where `head`
+    says what is made of their states: the last stage makes it at once, and what it gives is taken later (`taken`).
     """
 
     def __init__(self, model: Model, groups: Groups) -> None:
         self.model, self._groups = model, groups
         self.rows = model.rows if isinstance(model, Decoder) else None  # where groups of ranks attend to their own
+        self.head: Kind | Literal[""] = ""  # of the step that runs
+        self.found: dict[Kind, Tensor] = {}  # of rank 0, what `chosen` would give for the step whose tokens are chosen
+        self.busy = 0.0  # seconds in which this stage has computed
         self._stage: Stage | None = model.stage if isinstance(model, Decoder) else None
         if groups.up is not None and self._stage is None and groups.before is None:
             raise ConfigError("pp_size: this model's layers are not shared out", param="pp_size")
@@ -43,17 +48,44 @@ class Together:
         assert isinstance(self.model, Decoder)
         groups = self._groups
         given = [] if groups.before is None else take(groups.before)
+        begun = perf_counter()
         made = run_stage(self.model, self._stage, step, given)
+        self.busy += perf_counter() - begun
         if groups.after is not None:
             give(groups.after, made)
-        if step.logit_index is not None and not len(step.logit_index):
+        rows, index = self.rows, step.logit_index
+        if (index is not None and not len(index)) if rows is None else not rows.wanted:
             # A chunk of which nothing is wanted: the stages behind go on with it while this one begins the next.
             return made[0][:0]
+        if rows is not None and groups.after is None:
+            made = [rows.gather(made[0])]
+        if self.head and groups.after is None:
+            of = self.model.head if self.head == "logits" else self.model.greedy
+            made = [made[0], of(made[0])]
         if groups.up is not None and groups.up.rank == 0:
             give(groups.up, made)
-        elif groups.up is not None:
+        elif groups.up is not None and not self.head:
             return take(groups.up)[0]
         return made[0]
+
+    @property
+    def ahead(self) -> int:
+        """Steps that other stages may still have while rank 0 begins one."""
+        staged = self._stage is not None and self.rows is None
+        return self._stage.axis.size - 1 if staged and self._stage is not None else 0
+
+    def taken(self) -> tuple[Tensor, Tensor]:
+        """On rank 0: hidden states [L, N], and what the head made of them, of the oldest step with a `head` that has
+        not been taken. Waits for it."""
+        assert self._groups.up is not None
+        hidden_LN, found = take(self._groups.up)
+        return hidden_LN, found
+
+    def gathered(self, hidden_LN: Tensor, order_L: Tensor) -> Tensor:
+        """As `attending.Shared`: on rank 0, and without stages on every rank."""
+        if self.rows is not None and self._stage is None:
+            return self.rows.gather(hidden_LN)[order_L]
+        return hidden_LN[order_L] if self._groups.rank == 0 else hidden_LN
 
     def chosen(self, hidden_LN: Tensor, kind: Kind) -> Tensor:
         """Logits float32 [L, V], or the most likely tokens [L], on rank 0; of the others it does not matter.

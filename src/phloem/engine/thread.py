@@ -85,7 +85,7 @@ class StepThread:
         forget: drops what a step that ran out of memory has left, and every request.
         give_back: frees what the device's allocator keeps without using it; called after `forget`.
         idle: as in `Pipeline`.
-        settles: as in `Pipeline`.
+        settles, ahead: as in `Pipeline`.
     """
 
     def __init__(
@@ -97,9 +97,12 @@ class StepThread:
         give_back: Callable[[], None] | None,
         idle: Callable[[], bool] | None,
         settles: bool,
+        ahead: int = 1,
     ) -> None:
         saved = _Saved(begin, forget, give_back)
-        self._pipeline = Pipeline[Order](saved.begin, lambda order: needs_values(order.batch), idle, settles=settles)
+        self._pipeline = Pipeline[Order](
+            saved.begin, lambda order: needs_values(order.batch), idle, settles=settles, ahead=ahead
+        )
         self._queue: queue.SimpleQueue[tuple[Order, Any] | Between | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 

@@ -15,7 +15,7 @@ def option_of(config: Config) -> tuple[str, int]:
     """The option that asks for several ranks, and its value."""
     runtime = config.runtime
     sizes = {"tp_size": runtime.tp_size, "pp_size": runtime.pp_size, "ep_size": runtime.ep_size}
-    sizes["attn_dp_size"] = runtime.attn_dp_size
+    sizes |= {"attn_dp_size": runtime.attn_dp_size, "attn_cp_size": runtime.attn_cp_size}
     sizes["nnodes"] = config.nodes.nnodes
     return next(((name, size) for name, size in sizes.items() if size > 1), ("tp_size", 1))
 
@@ -48,8 +48,6 @@ def _refuse_ungrouped(config: Config) -> None:
     """Raises ConfigError for something that is not done where groups of ranks attend to requests of their own."""
     size, running = config.runtime.attn_dp_size, config.schedule.max_running_requests
     reasons = {
-        "stages of layers have one group each (pp_size)": config.runtime.pp_size > 1,
-        "all groups are on one machine (nnodes)": config.nodes.nnodes > 1,
         "cache tiers are of one prefix cache (enable_hierarchical_cache)": config.cache.enable_hierarchical_cache,
         "cache events are of one prefix cache (kv_events_config)": config.cache.kv_events_config is not None,
         "prefill and decode servers have one prefix cache (disaggregation_mode)": (

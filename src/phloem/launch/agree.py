@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 # Settings that decide what ranks compute, how they meet, or what becomes of them. What node 0 alone does with the rest
 # (sampling, grammars, the pool's size, HTTP) the others need not know.
 SETTINGS = (
-    *("nnodes", "tp_size", "pp_size", "ep_size", "dp_size", "attn_dp_size", "moe_a2a_backend"),
-    *("tp_comm", "on_engine_death"),
+    *("nnodes", "tp_size", "pp_size", "ep_size", "dp_size", "attn_dp_size", "attn_cp_size"),
+    *("moe_a2a_backend", "tp_comm", "on_engine_death"),
     *("load_format", "dtype", "quantization", "context_length", "model_impl"),
     *("page_size", "kv_cache_dtype", "max_running_requests", "chunked_prefill_size"),
     *("device", "attention_backend", "ops", "enable_deterministic_inference"),

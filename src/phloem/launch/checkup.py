@@ -11,7 +11,7 @@ from time import monotonic, perf_counter, time
 from typing import TYPE_CHECKING
 
 from phloem.checkpoint.describe import described
-from phloem.core.errors import EngineDead
+from phloem.core.errors import ConfigError, EngineDead
 from phloem.core.nodes import Nodes
 from phloem.launch.agree import facts_of
 from phloem.launch.node import heard, joined
@@ -51,6 +51,8 @@ def look(config: Config) -> list[tuple[str, str]]:
         ConfigError: nodes differ, or one does not come in time.
         EngineDead: one has gone meanwhile.
     """
+    if config.nodes.use_ray:
+        raise ConfigError("use_ray: nodes that Ray chooses are compared when they start", param="use_ray")
     nodes = Nodes.of(config)
     facts = facts_of(config, described(config.model), "doctor --nodes")
     own = f"phloem {facts['version of phloem']}, torch {facts['version of torch']}"

@@ -50,14 +50,15 @@ class Child:
         rank: its number in the world.
         heard: called in that thread, with what it says.
         ended: called at its end, with the reason.
+        module: what is run.
     """
 
-    def __init__(self, rank: int, heard: Heard, ended: Ended) -> None:
+    def __init__(self, rank: int, heard: Heard, ended: Ended, module: str = "phloem.launch.rank") -> None:
         self.rank = rank
         self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._pipe = theirs.fileno()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "phloem.launch.rank"],
+            [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             env=child_environment(MALLOC),
             pass_fds=[theirs.fileno()],
@@ -104,7 +105,15 @@ class Child:
                     why = said.why or why
                     self._heard(self, said)
         code = self.process.wait()
-        self._ended(self, why or f"its process ({self.process.pid}) {_how(code)}")
+        self._ended(self, why or f"its process ({self.process.pid}) {how_ended(code)}")
+
+    def leave(self, seconds: float) -> None:
+        """Tell it that nothing comes any more, and close when it has ended, or after so long."""
+        with contextlib.suppress(OSError):
+            self._ours.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+        self.close()
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -154,5 +163,6 @@ def sweep(place: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _how(code: int) -> str:
+def how_ended(code: int) -> str:
+    """By its exit status, which is negative for a signal."""
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"

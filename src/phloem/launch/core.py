@@ -224,6 +224,7 @@ def _settings(config: Config, checkpoint: Checkpoint, built: Built, speculates: 
         forced_tokens=assemble.MOST_ROWS if isinstance(built.runner, ModelRunner) and built.runner.row_bits else 0,
         block=0 if built.denoising is None else built.denoising.unit,
         canvas=0 if built.denoising is None else built.denoising.canvas,
+        waves=built.runner.waves if isinstance(built.runner, ModelRunner) else 1,
         sees=built.tower is not None,
         whole_pictures=built.tower is not None and built.tower.whole,
     )

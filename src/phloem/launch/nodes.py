@@ -88,7 +88,8 @@ class FurtherNodes:
     ) -> None:
         self._nodes, self._facts, self._heard, self._lost = nodes, facts, heard, lost
         self._secret, self._timeout = config.nodes.dist_secret or "", config.nodes.dist_timeout
-        self._again = config.server.on_engine_death == "restart"
+        # Those that Ray has started do not come again: another start has others.
+        self._again = config.server.on_engine_death == "restart" and not config.nodes.use_ray
         self._patience = config.schedule.watchdog_timeout
         self._all: dict[int, Node] = {}
         self._strangers: set[Stream] = set()
@@ -123,6 +124,11 @@ class FurtherNodes:
             if self._problem:
                 raise ConfigError(self._problem)
             self._closing.wait(WAIT)
+
+    def fail(self, why: str) -> None:
+        """Nobody needs to be waited for: no start is possible."""
+        with self._lock:
+            self._problem = self._problem or why
 
     @property
     def all(self) -> list[Node]:

@@ -26,6 +26,7 @@ from phloem.engine.parallel import End, LostStep, Team, Told, encode_told, mesh_
 from phloem.launch.agree import facts_of
 from phloem.launch.child import LEAVE_SECONDS, Child, Said, end, meeting_place, watch
 from phloem.launch.nodes import FurtherNodes, Node, listening_beside
+from phloem.launch.ray_nodes import RayNodes
 from phloem.launch.wire import Echo
 from phloem.utils import log
 from phloem.utils.ipc import frame
@@ -94,7 +95,7 @@ def join(config: Config, rank: int, way: Way) -> Groups:
             return connect(way.comm, at, len(group.members), way.place / group.name, patience)
         return Gloo(at, len(group.members), board.part(group.name), patience, way.here)
 
-    return Groups.join(rank, runtime.pp_size, runtime.tp_size, end_of, runtime.attn_dp_size)
+    return Groups.join(rank, runtime.pp_size, runtime.tp_size, end_of, runtime.attn_dp_size * runtime.attn_cp_size)
 
 
 class _News:
@@ -123,16 +124,20 @@ class RankProcesses:
     """
 
     def __init__(self, config: Config) -> None:
-        self.size, self._nodes = ranks_of(config), Nodes.of(config)
+        self.size = ranks_of(config)
         self._folder: Path | None = None  # where those of this node meet, until all have
         self._sending, self._closing, self._cause = threading.Lock(), False, ""
         self._groups: Groups | None = None
-        self._news, self._further = _News(), self._listen(config)
+        self._further: FurtherNodes | None = None
+        self._placed = RayNodes(config, self._unplaced) if config.nodes.use_ray else None
+        config = config if self._placed is None else self._placed.config
+        self._news, self._nodes = _News(), Nodes.of(config)
         self.bytes_read: list[int] = []  # by each rank, of the checkpoint's files, once all have loaded
         self.ranks: list[Child] = []  # of this node
         self._watcher = threading.Thread(target=self._watch, name="phloem-ranks", daemon=True)
-        name, why = choose(config.runtime.tp_comm)
         try:
+            name, why = choose(config.runtime.tp_comm)
+            self._further = self._listen(config)
             groups = self._groups = self._meet(config, name)
             self._watcher.start()
         except BaseException as error:
@@ -216,6 +221,8 @@ class RankProcesses:
         end(self.ranks, LEAVE_SECONDS if phase == "drained" and not self._cause else 0.0)
         if self._groups is not None:
             self._groups.abort()
+        if self._placed is not None:
+            self._placed.close()
         self._forget_place()
 
     def _forget_place(self) -> None:
@@ -256,6 +263,11 @@ class RankProcesses:
     def _ended(self, rank: Child, why: str) -> None:
         self._lost(f"rank {rank.rank} of {self.size} has gone: {why}")
 
+    def _unplaced(self, why: str) -> None:
+        if self._further is not None:
+            self._further.fail(why)
+        self._lost(why)
+
     def _lost(self, cause: str) -> None:
         if self._closing or self._cause:
             return
@@ -277,10 +289,13 @@ def decision_of(config: Config, name: str, why: str) -> Decision:
     parts += [f"experts over {runtime.ep_size} of them (ep_size)"] if runtime.ep_size > 1 else []
     if runtime.attn_dp_size > 1:
         parts.append(f"{runtime.attn_dp_size} groups of them attend to rows of their own (attn_dp_size)")
+    if runtime.attn_cp_size > 1:
+        parts.append(f"the tokens of a prompt over {runtime.attn_cp_size} of them (attn_cp_size)")
     if runtime.moe_a2a_backend != "none":
         parts.append("rows go to the ranks of their experts alone (moe_a2a_backend)")
     if nodes.size > 1:
-        parts.append(f"{nodes.size} nodes (nnodes), whose ranks meet by gloo")
+        placed = ", placed by Ray" if config.nodes.use_ray else ""
+        parts.append(f"{nodes.size} nodes (nnodes){placed}, whose ranks meet by gloo")
     where = "those of one" if nodes.size > 1 else "ranks"
     parts += [f"{where} meet by {name} ({why}), so that steps are not recorded", "rank 0 chooses the tokens"]
     return Decision("tp_size", runtime.tp_size, "; ".join(["as asked", *parts]))

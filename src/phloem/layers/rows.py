@@ -1,8 +1,9 @@
-"""Data parallelism of attention: each group of ranks attends to rows of its own, and all compute the others' layers.
+"""Groups of ranks that attend to rows of their own, while all compute the layers that do not attend.
 
 Before a feed-forward block the rows of all groups are gathered, behind it each rank goes on with its own. Which rows
-those are is said before each step. A group may have none: its ranks then take part in what all compute, and that is
-all they do.
+those are is said before each step. They are of different requests (data parallelism of attention), and a group may have
+none: its ranks then take part in what all compute, and that is all they do. Or they are tokens of the same requests
+(context parallelism), whose keys and values are gathered too.
 
 Legend: T tokens of this rank's group, A tokens of all groups, L rows that are wanted, N hidden size.
 """
@@ -29,10 +30,11 @@ class Rows:
         comm: all ranks of the stage, group by group; None: nothing is computed.
         dp: the groups, and that of this rank.
         dispatch: rows go to the ranks that have their experts, and to no others; each group is one rank then.
+        context: what is a row here is a token of a request, of which other groups have others.
     """
 
-    def __init__(self, comm: Comm | None, dp: Axis, dispatch: bool = False) -> None:
-        self.comm, self.dp, self.dispatch = comm, dp, dispatch
+    def __init__(self, comm: Comm | None, dp: Axis, dispatch: bool = False, context: bool = False) -> None:
+        self.comm, self.dp, self.dispatch, self.context = comm, dp, dispatch, context
         self._each = 1 if comm is None else comm.size // dp.size  # ranks of a group
         self.begun = False  # before the first step all ranks compute the same rows
         self._tokens = self._wanted = self._now = [0] * dp.size
@@ -41,6 +43,16 @@ class Rows:
         """A step: tokens of each group, and rows of each whose next token is wanted."""
         self._tokens, self._wanted = list(tokens), list(wanted)
         self._now, self.begun = self._tokens, True
+
+    @property
+    def option(self) -> str:
+        """By which there are several groups."""
+        return f"{'attn_cp_size' if self.context else 'attn_dp_size'} {self.dp.size}"
+
+    @property
+    def wanted(self) -> int:
+        """Rows of all groups whose next token is wanted."""
+        return sum(self._wanted)
 
     def narrow(self) -> None:
         """From here on the wanted rows alone are computed."""
@@ -55,8 +67,9 @@ class Rows:
             return x
         if len(x) < most:
             x = torch.cat((x, x.new_zeros((most - len(x), *x.shape[1:]))))
-        firsts = self.comm.all_gather(x)[:: self._each]
-        return torch.cat([part[:count] for part, count in zip(firsts, counts, strict=True)])
+        # Of each group the rank that has the same heads as this one.
+        alike = self.comm.all_gather(x)[self.comm.rank % self._each :: self._each]
+        return torch.cat([part[:count] for part, count in zip(alike, counts, strict=True)])
 
     def own(self, x: Tensor) -> Tensor:
         """[A, ...] -> [T, ...]: the rows of this rank's group."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from phloem.core.errors import ModelLoadError
+from phloem.core.memory import State
 from phloem.layers.attention import AttentionOptions
 from phloem.layers.embed import Embedding, Head, Positions
 from phloem.layers.rope import rope_spec
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from phloem.core.memory import MemorySpec
     from phloem.distributed.mesh import Axis
     from phloem.layers.context import Adapted, AttentionSpec, BuildContext, ForwardBatch, Tap
+    from phloem.layers.rows import Rows
     from phloem.layers.weight import Weight
     from phloem.models import Tower
     from phloem.models._index import Progress
@@ -192,11 +194,26 @@ class Decoder(Layer):
         own = type(self)
         if self.rows is not None and (own.trunk is not Decoder.trunk or own.finish is not Decoder.finish):
             why = "layers of this model read more than what the one before gives"
-            raise ModelLoadError(f"attn_dp_size {self.rows.dp.size}: {why}")
+            raise ModelLoadError(f"{self.rows.option}: {why}")
+        if self.rows is not None and self.rows.context:
+            self._refuse_in_parts(self.rows)
         if ctx.mesh.pp.size > 1:
             self.stage = self._stage(ctx.mesh.pp, pools)
         elsewhere = () if self.stage is None else self.stage.elsewhere
         self.index = WeightIndex(self.weights(), ctx, self.embed.weight.names[0], elsewhere)
+
+    def _refuse_in_parts(self, rows: Rows) -> None:
+        """Raises ModelLoadError where tokens of one prompt cannot be computed by different ranks at the same time."""
+        specs = self.attention_specs
+        reasons = {
+            "recurrent layers take the tokens of a prompt in one after the other": any(
+                isinstance(one, State) for one in self.memory
+            ),
+            "tokens attend to later ones": any(spec.block or not spec.causal for spec in specs),
+        }
+        why = next((reason for reason, found in reasons.items() if found), "")
+        if why:
+            raise ModelLoadError(f"{rows.option}: {why}")
 
     def _stage(self, axis: Axis, pools: list[range]) -> Stage:
         own = type(self)

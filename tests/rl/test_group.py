@@ -230,7 +230,6 @@ def test_an_adapter_that_is_broadcast_is_the_one_of_its_tensors(old: Path, tmp_p
                 trainer.end()
 
 
-
 # NCCL: stand-ins for torch's store and group, as there is no GPU here; everything else is what runs on one.
 
 

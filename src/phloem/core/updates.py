@@ -24,7 +24,8 @@ class Keeper(Protocol):
         """New weights, read, checked and made ready beside the steps: how many tensors. One at a time.
 
         `source`: tensors (args: tensors, [(name, Tensor)]), blobs (blobs, load_format), disk (path, load_format),
-        group (group, names, dtypes, shapes, load_format), ipc (handles, {device: socket}), random. Between `begin` and `end` they are collected.
+        group (group, names, dtypes, shapes, load_format), ipc (handles, {device: socket}), random. Between `begin` and
+        `end` they are collected.
 
         Raises:
             BadRequest: at once, or of the work: naming what is wrong. Nothing has changed then.

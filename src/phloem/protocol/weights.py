@@ -115,8 +115,8 @@ class FromDistributedBody(UpdateBody, kw_only=True):
 
 
 class FromIpcBody(UpdateBody, kw_only=True):
-    """`POST /update_weights_from_ipc`: for each device the socket at which a sender of checkpoint-engine's kind lends its
-    memory."""
+    """`POST /update_weights_from_ipc`: for each device the socket at which a sender of checkpoint-engine's kind lends
+    its memory."""
 
     zmq_handles: dict[Name, Name] | None = None
 

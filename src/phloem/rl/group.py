@@ -39,7 +39,9 @@ def backend_for(asked: str, *, host: bool) -> str:
     if host and found != HOST_BACKEND:
         raise BadRequest(f"backend {found!r:.50}: this engine runs on the host, use gloo", param="backend")
     if not dist.is_backend_available(found):
-        raise BadRequest(f"backend {found!r:.50}: this torch is built without it; gloo is always there", param="backend")
+        raise BadRequest(
+            f"backend {found!r:.50}: this torch is built without it; gloo is always there", param="backend"
+        )
     return found
 
 
@@ -110,7 +112,9 @@ class Group:
             flat = torch.empty(end, dtype=torch.uint8, device=self._device)
             self._broadcast([flat])
             return flattened(flat, places)
-        values = [torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in zip(shapes, types, strict=True)]
+        values = [
+            torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in zip(shapes, types, strict=True)
+        ]
         self._broadcast(values)
         return list(zip(names, values, strict=True))
 

@@ -114,7 +114,9 @@ def tensors_in(found: Any, memory: Memory, room: int) -> Tensors:
         raise BadRequest("a bucket is a list of tensors, and None stands behind the last one")
     tensors: Tensors = []
     for one in found:
-        missing = [name for name in ("name", "dtype", "shape", "offset") if not isinstance(one, dict) or name not in one]
+        missing = [
+            name for name in ("name", "dtype", "shape", "offset") if not isinstance(one, dict) or name not in one
+        ]
         if missing:
             raise BadRequest(f"a tensor of the bucket lacks {', '.join(missing)}")
         name, shape, dtype, start = one["name"], shape_in(one["shape"]), dtype_in(one["dtype"]), count_in(one["offset"])

@@ -58,8 +58,8 @@ class TokenizerManager:
             yield [self._with_experts(one) for one in found] if isinstance(found, list) else self._with_experts(found)
 
     def _with_experts(self, answer: dict[str, Any]) -> dict[str, Any]:
-        """Where the caller tokenises by itself (`skip_tokenizer_init`) verl reads the experts as a tensor, int32 [tokens,
-        layers, top_k]; everywhere else as text, by `extract_routed_experts_from_meta_info`."""
+        """Where the caller tokenises by itself (`skip_tokenizer_init`) verl reads the experts as a tensor, int32
+        [tokens, layers, top_k]; everywhere else as text, by `extract_routed_experts_from_meta_info`."""
         meta = answer["meta_info"]
         if self.server_args.skip_tokenizer_init and "routed_experts" in meta:
             (size,) = (value for name, value, _ in self.engine.ready["decisions"] if name == "routed_experts")

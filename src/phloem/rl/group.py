@@ -39,9 +39,7 @@ def backend_for(asked: str, *, host: bool) -> str:
     if host and found != HOST_BACKEND:
         raise BadRequest(f"backend {found!r:.50}: this engine runs on the host, use gloo", param="backend")
     if not dist.is_backend_available(found):
-        raise BadRequest(
-            f"backend {found!r:.50}: this torch is built without it; gloo is always there", param="backend"
-        )
+        raise BadRequest(f"backend {found!r:.50}: this torch is built without it, use gloo", param="backend")
     return found
 
 

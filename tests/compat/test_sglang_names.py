@@ -294,7 +294,7 @@ def test_weights_of_each_rank_go_to_an_engine_as_verl_sends_them(engine: Any, ne
 
 @pytest.mark.slow
 def test_experts_are_a_tensor_where_the_caller_tokenises(tmp_path: Path) -> None:
-    """verl reads `meta_info["routed_experts"]` [tokens, layers, top_k] with `skip_tokenizer_init`, else it decodes text."""
+    """verl reads a tensor [tokens, layers, top_k] in `meta_info` with `skip_tokenizer_init`, else it decodes text."""
     path = tiny_checkpoint("olmoe", tmp_path / "model")
     config = json.loads((path / "config.json").read_text())
     shape = (3 + 8 - 1, config["num_hidden_layers"], config["num_experts_per_tok"])

@@ -193,7 +193,7 @@ def test_what_the_model_has_no_use_for_is_told_to_the_sender_and_changes_nothing
     tensors = {**weights(new), "model.nobody.weight": torch.ones(3)}
     if begun:
         engine.begin_weight_update()
-    with Sender(tensors) as sender, pytest.raises(PhloemError, match="no weight is called 'model.nobody.weight'"):
+    with Sender(tensors) as sender, pytest.raises(PhloemError, match=r"no weight is called 'model\.nobody\.weight'"):
         engine.update_weights_from_ipc(sender.handles)
     assert any(b"model.nobody.weight" in answer for answer in sender.said)
     if begun:
@@ -343,7 +343,7 @@ COUNTER = b"/torch_12_34_5"
 
 
 def card_handle(**change: Any) -> bytes:
-    """What checkpoint-engine sends of a buffer on a GPU: plainly pickled, by the number that its own process has for it."""
+    """What checkpoint-engine sends of a buffer on a GPU: plainly pickled, by the number that its process has for it."""
     parts = {
         "cls": torch.Tensor, "size": torch.Size([2 * BUCKET]), "stride": (1,), "offset": 0,
         "storage": torch.storage.TypedStorage, "dtype": torch.uint8, "device": 0, "handle": b"h" * 66,

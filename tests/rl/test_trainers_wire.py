@@ -63,7 +63,10 @@ SLIME: list[tuple[str, str, Any, int, str]] = [
         {"serialized_named_tensors": ["Li4="], "load_format": "slime.custom.load", "flush_cache": False},
         400, "no code of a caller's is run",
     ),
-    ("POST", "/pull_weights", {"local_checkpoint_dir": "/a", "source_dir": "/b", "target_version": 3}, 400, "not fetched"),
+    (
+        "POST", "/pull_weights",
+        {"local_checkpoint_dir": "/a", "source_dir": "/b", "target_version": 3}, 400, "not fetched",
+    ),
     ("POST", "/generate", {"input_ids": [5, 6], "sampling_params": SHORT, "return_sampling_mask": True}, 400, "mask"),
 ]  # fmt: skip
 MILES: list[tuple[str, str, Any, int, str]] = [

@@ -1,5 +1,5 @@
-"""Weights in buckets, as checkpoint-engine hands them over: its sender lends one piece of memory, and says over a socket
-of ZeroMQ, bucket by bucket, which tensors lie where in it.
+"""Weights in buckets, as checkpoint-engine hands them over: its sender lends one piece of memory, and says over a
+socket of ZeroMQ, bucket by bucket, which tensors lie where in it.
 
 The sender asks and this engine answers, an empty answer for yes, any other for what is wrong:
 
@@ -114,10 +114,8 @@ def tensors_in(found: Any, memory: Memory, room: int) -> Tensors:
         raise BadRequest("a bucket is a list of tensors, and None stands behind the last one")
     tensors: Tensors = []
     for one in found:
-        missing = [
-            name for name in ("name", "dtype", "shape", "offset") if not isinstance(one, dict) or name not in one
-        ]
-        if missing:
+        given = one if isinstance(one, dict) else {}
+        if missing := [name for name in ("name", "dtype", "shape", "offset") if name not in given]:
             raise BadRequest(f"a tensor of the bucket lacks {', '.join(missing)}")
         name, shape, dtype, start = one["name"], shape_in(one["shape"]), dtype_in(one["dtype"]), count_in(one["offset"])
         size = prod(shape) * dtype.itemsize

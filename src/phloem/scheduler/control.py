@@ -229,7 +229,7 @@ class Controls:
         self._works.append((call_id, work, lambda loaded: (f"adapter {name} is loaded", {"loaded": loaded})))
 
     def _sent(self, fields: dict[str, Any]) -> Sent:
-        """`broadcast`: what is received before anything else is looked at, so that the trainer's group stays in step."""
+        """`broadcast` is received before anything else is looked at, so that the trainer's group stays in step."""
         announced = fields.get("broadcast")
         if announced is None:
             return Sent(**fields)

@@ -9,31 +9,58 @@ secret word, by a question mark; the tool then answers with the word. In its sec
 program gives half of the reward for asking and half for saying it. What the tool says is masked out of the loss
 (`env_mask`).
 
-Ids go in and out: the second turn goes on from the very ids of the first, which the server has in its cache. Weights
-are pushed when the trainer has made a step, as in `grpo.py`, with the step as their version. For one answer to each
-prompt the trainer's own model computes what the server said of its tokens: `logprob_diff` is how far they are apart.
+Ids go in and out: the second turn goes on from the very ids of the first, which the server has in its cache. When the
+trainer has made a step, its weights are copied into memory that the server, on the same machine, reads: only handles go
+over HTTP, with the step as their version. For one answer to each prompt the trainer's own model computes what the server
+said of its tokens: `logprob_diff` is how far they are apart.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import tempfile
 import time
 from dataclasses import dataclass, field
 from itertools import count
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
 import httpx
 import torch
 from datasets import Dataset
-from grpo import arguments, push
+from grpo import arguments
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 
-TOKENS = 12  # of a turn
+TOKENS = 10  # of a turn
 WORDS = ("river", "copper", "lantern", "orchard")
 TASK = "A tool knows a secret word. Ask it a question, and then tell me the word."
+BRIEF = {"role": "system", "content": "Be brief."}
+
+
+class Lent:
+    """A copy of a model's weights in shared memory, made once and filled anew for each push."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        # Handles that another process may open; the default ones are for a process's own children.
+        torch.multiprocessing.set_sharing_strategy("file_system")
+        self._copies = {name: tensor.detach().clone().share_memory_() for name, tensor in _weights(model).items()}
+        self._handles = base64.b64encode(bytes(ForkingPickler.dumps(list(self._copies.items())))).decode()
+
+    def push(self, http: httpx.Client, model: torch.nn.Module, version: str) -> None:
+        for name, tensor in _weights(model).items():
+            self._copies[name].copy_(tensor)
+        body = {"serialized_named_tensors": [self._handles], "weight_version": version}
+        http.post("/update_weights_from_tensor", json=body).raise_for_status()
+
+
+def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    found = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        found.pop("lm_head.weight", None)
+    return found
 
 
 @dataclass
@@ -43,6 +70,7 @@ class Rollouts:
     http: httpx.Client
     tokenizer: PreTrainedTokenizerBase
     group: int  # answers to a prompt
+    lent: Lent | None = None
     pushed: int = -1  # step whose weights the server has
     seen: list[dict[str, float]] = field(default_factory=list)  # of each call, what `__call__` says of it
     began: float = field(default_factory=time.monotonic)
@@ -50,7 +78,9 @@ class Rollouts:
     def __call__(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
         step = trainer.state.global_step
         if step != self.pushed:
-            push(self.http, trainer.accelerator.unwrap_model(trainer.model), f"step-{step}")
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            self.lent = self.lent or Lent(model)
+            self.lent.push(self.http, model, f"step-{step}")
             self.pushed = step
         started = [self._ids(prompt) for prompt in prompts]
         first = self._generate(started, seed=2 * step)
@@ -134,18 +164,18 @@ def reward(prompts: list[Any], asked: list[bool], answered: list[str], **_: Any)
     return [0.5 * ask + 0.5 * (ask and say) for ask, say in zip(asked, said, strict=True)]
 
 
-def train(url: str, path: str, steps: int, group: int = 8, rate: float = 2e-5, log: str = "") -> list[dict[str, float]]:
+def train(url: str, path: str, steps: int, group: int = 8, rate: float = 4e-5, log: str = "") -> list[dict[str, float]]:
     """Train the checkpoint at `path`, which the server at `url` serves. Gives of each step its mean reward and what
     `Rollouts` has seen; `log`: a file that has a line of each as it is made."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.chat_template:
-        rows: list[Any] = [[{"role": "user", "content": TASK + "!" * at}] for at in range(len(WORDS))]
+        rows: list[Any] = [[BRIEF, {"role": "user", "content": TASK + "!" * at}] for at in range(len(WORDS))]
     else:
         rows = [TASK + "!" * at for at in range(len(WORDS))]
     with tempfile.TemporaryDirectory() as folder, httpx.Client(base_url=url, timeout=600) as http:
         config = GRPOConfig(
             output_dir=folder, use_cpu=True, bf16=False, max_steps=steps, learning_rate=rate, num_generations=group,
-            per_device_train_batch_size=2 * group, max_completion_length=4 * TOKENS, temperature=1.0, beta=0.0,
+            per_device_train_batch_size=group, max_completion_length=4 * TOKENS, temperature=1.0, beta=0.0,
             lr_scheduler_type="constant", logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True,
             gradient_checkpointing=False,
             model_init_kwargs={"dtype": "float32"},
@@ -171,7 +201,7 @@ def train(url: str, path: str, steps: int, group: int = 8, rate: float = 2e-5, l
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--rate", type=float, default=2e-5)
+    parser.add_argument("--rate", type=float, default=4e-5)
     parser.add_argument("--log", default="", help="a file for a line of JSON for each step")
     options = parser.parse_args()
     for step in train(options.url, options.model, options.steps, rate=options.rate, log=options.log):

@@ -11,8 +11,8 @@ program gives half of the reward for asking and half for saying it. What the too
 
 Ids go in and out: the second turn goes on from the very ids of the first, which the server has in its cache. When the
 trainer has made a step, its weights are copied into memory that the server, on the same machine, reads: only handles go
-over HTTP, with the step as their version. For one answer to each prompt the trainer's own model computes what the server
-said of its tokens: `logprob_diff` is how far they are apart.
+over HTTP, with the step as their version. For one answer to each prompt the trainer's own model computes what the
+server said of its tokens: `logprob_diff` is how far they are apart.
 """
 
 from __future__ import annotations

@@ -182,7 +182,7 @@ class Keeper(updates.Keeper):
             )
         if source == "ipc":
             address = ipc.address_for(dict(args.get("handles") or {}), self._index.ctx.device)
-            return submit(lambda: push.add(self._lent(address)))
+            return submit(lambda: push.add(self._in_buckets(address)))
         if source == "random":
             shapes = {name: self._index.stored_shape(name) for name in self._index.names()}
             return submit(lambda: push.add((name, torch.randn(shape)) for name, shape in shapes.items()))
@@ -206,7 +206,7 @@ class Keeper(updates.Keeper):
     def _on_device(self, record: Made) -> torch.Tensor:
         return _lent.opened(device_handle(record), self._index.ctx.device).clone()
 
-    def _lent(self, address: str) -> Tensors:
+    def _in_buckets(self, address: str) -> Tensors:
         """Bucket by bucket, each checked as it comes, so that the sender is told."""
         seen = Push(self._index, self._rename, None if self._tower is None else self._tower.owns)
         return ipc.receive(address, self._index.ctx.device, seen.add, self._limit, self._stopped)

@@ -25,7 +25,9 @@ from phloem import Engine
 from phloem.core.errors import BadRequest, PhloemError
 from phloem.platforms import _lent
 from phloem.rl import ipc
-from phloem.rl._records import records
+from phloem.rl._records import Made, records
+from phloem.rl._shared import device_handle
+from phloem.rl.payload import _Reader
 from phloem.testing.checkpoints import tiny_checkpoint
 
 zmq = pytest.importorskip("zmq", reason="buckets are announced over ZeroMQ")
@@ -407,6 +409,24 @@ def test_handles_of_a_device_are_checked_before_they_are_opened(
     with pytest.raises(BadRequest, match=told):
         ipc.lent_memory(card_handle(**change), CARD)
     assert len(card["args"]) == (0 if change else 1)
+
+
+def test_tensors_of_a_payload_may_lie_on_the_device(card: dict[str, Any]) -> None:
+    """As verl serialises them on a GPU: by the UUID of the device, each tensor with a handle of its own."""
+    card["memory"] = torch.arange(6.0).view(2, 3)
+    named = card_handle(dtype=torch.float32, size=torch.Size([2, 3]), stride=(3, 1), bytes=24, device="1f-2e")
+
+    def lent(record: Any) -> torch.Tensor:
+        return _lent.copied(device_handle(record), CARD)
+
+    (_, args) = records(named)
+    reader = _Reader(24, lent)
+    found = reader.tensor(Made("rebuild_cuda_tensor", args))
+    assert torch.equal(found, card["memory"]) and found is not card["memory"] and card["settled"] == 1
+    with pytest.raises(BadRequest, match="more than the 24 bytes"):
+        reader.tensor(Made("_rebuild_cuda_tensor_modified", args))
+    with pytest.raises(BadRequest, match="on a GPU"):
+        _Reader(24).tensor(Made("rebuild_cuda_tensor", args))
 
 
 def test_a_device_s_memory_on_a_host_is_refused_with_the_remedy() -> None:

@@ -73,6 +73,13 @@ class Lent:
         torch.cuda.ipc_collect()
 
 
+def copied(handle: Handle, device: torch.device) -> torch.Tensor:
+    """A copy on this device, which is there. Raises BadRequest."""
+    found = opened(handle, device).clone()
+    torch.cuda.synchronize(device)
+    return found
+
+
 def opened(handle: Handle, device: torch.device) -> torch.Tensor:
     """The lender's own memory. Raises BadRequest: it is another device's, or gone."""
     own = name_of(device)

@@ -204,7 +204,7 @@ class Keeper(updates.Keeper):
         )
 
     def _on_device(self, record: Made) -> torch.Tensor:
-        return _lent.opened(device_handle(record), self._index.ctx.device).clone()
+        return _lent.copied(device_handle(record), self._index.ctx.device)
 
     def _in_buckets(self, address: str) -> Tensors:
         """Bucket by bucket, each checked as it comes, so that the sender is told."""

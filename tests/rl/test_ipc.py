@@ -166,6 +166,7 @@ def test_buckets_give_the_weights_of_a_fresh_start(engine: Engine, new: Path, en
     assert sender.said == [b""] * (len(sender._buckets()) + 1 + ends)
 
 
+@pytest.mark.slow
 def test_http_both_ways_of_asking(engine: Engine, new: Path) -> None:
     before = ids(engine)
     with http_door(engine) as url:
@@ -187,6 +188,7 @@ def test_http_both_ways_of_asking(engine: Engine, new: Path) -> None:
             assert answer.status_code == 400 and told in answer.json()["error"]["message"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("begun", [False, True])
 def test_what_the_model_has_no_use_for_is_told_to_the_sender_and_changes_nothing(
     engine: Engine, new: Path, begun: bool
@@ -204,6 +206,7 @@ def test_what_the_model_has_no_use_for_is_told_to_the_sender_and_changes_nothing
     assert ids(engine) == before
 
 
+@pytest.mark.slow
 def test_a_sender_that_goes_away_in_the_middle_changes_nothing(engine: Engine, new: Path) -> None:
     before = ids(engine)
     with Sender(weights(new), few=1) as sender, pytest.raises(PhloemError, match="has gone in the middle"):
@@ -369,7 +372,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     def count(name: str) -> Any:
         return lambda *_: seen.__setitem__(name, seen[name] + 1)
 
-    monkeypatch.setattr(_lent.reductions, "rebuild_cuda_tensor", rebuild)
+    monkeypatch.setattr(_lent, "rebuild_cuda_tensor", rebuild)
     monkeypatch.setattr(_lent, "name_of", lambda device: "GPU-1f-2e")
     monkeypatch.setattr(torch.cuda, "synchronize", count("settled"))
     monkeypatch.setattr(torch.cuda, "ipc_collect", count("collected"))
@@ -393,7 +396,7 @@ def test_a_device_s_memory_is_opened_on_the_engine_s_own_device_and_copied(card:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"dtype": torch.float32}, "one row of bytes"),
+        ({"dtype": torch.float32, "bytes": 8 * BUCKET}, "one row of bytes"),
         ({"size": torch.Size([4 * BUCKET])}, "outside of its memory"),
         ({"handle": None}, "that is none"),
         ({"handle": b"h" * 5000}, "that is none"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.multiprocessing import reductions
+from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
 from phloem.core.errors import BadRequest
 
@@ -88,7 +88,7 @@ def opened(handle: Handle, device: torch.device) -> torch.Tensor:
     if handle.device and handle.device not in (own, own.removeprefix("GPU-")):
         raise BadRequest(f"the tensors are on {handle.device:.60}, this engine is on {own}")
     try:
-        return reductions.rebuild_cuda_tensor(
+        return rebuild_cuda_tensor(
             torch.Tensor, torch.Size(handle.shape), handle.stride, handle.offset, torch.storage.TypedStorage,
             _dtype(handle.dtype), device.index or 0, handle.memory, handle.size, handle.start, False, handle.counter,
             handle.counter_at, handle.event, handle.wait,

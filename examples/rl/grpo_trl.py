@@ -34,9 +34,9 @@ from grpo import arguments
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 
-TOKENS = 10  # of a turn
+TOKENS = 8  # of a turn
 WORDS = ("river", "copper", "lantern", "orchard")
-TASK = "A tool knows a secret word. Ask it a question, and then tell me the word."
+TASK = "Ask the tool for the secret word, and then say it."
 BRIEF = {"role": "system", "content": "Be brief."}
 
 

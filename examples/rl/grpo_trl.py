@@ -5,8 +5,8 @@
     python examples/rl/grpo_trl.py --url http://127.0.0.1:30000 --model MODEL --steps 30 --log steps.jsonl
 
 Needs `trl` (1.16) and `datasets`. MODEL is a folder with a chat template. In its first turn the model may ask for a
-secret word, by a question mark; the tool then answers with the word. In its second turn it is to say the word. A
-program gives half of the reward for asking and half for saying it. What the tool says is masked out of the loss
+secret digit, by a question mark; the tool then answers with it. In its second turn the model is to say it. A program
+gives half of the reward for asking and half for saying it. What the tool says is masked out of the loss
 (`env_mask`).
 
 Ids go in and out: the second turn goes on from the very ids of the first, which the server has in its cache. When the
@@ -35,9 +35,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 
 TOKENS = 8  # of a turn
-WORDS = ("river", "copper", "lantern", "orchard")
-TASK = "Ask the tool for the secret word, and then say it."
-BRIEF = {"role": "system", "content": "Be brief."}
+DIGITS = "3752"
+TASK = "Which digit is the secret? Ask the tool, and then say it."
+BRIEF = {"role": "system", "content": "You ask short questions."}
 
 
 class Lent:
@@ -84,11 +84,11 @@ class Rollouts:
             self.pushed = step
         started = [self._ids(prompt) for prompt in prompts]
         first = self._generate(started, seed=2 * step)
-        heard, asked = [], []
+        heard, asked, digits = [], [], []
         for at, turn in enumerate(first):
             asks = "?" in self.tokenizer.decode(turn["output_ids"])
-            word = WORDS[len(self._text(prompts[at])) % len(WORDS)]
-            told = f" Tool: the word is {word}. Answer:" if asks else " Tool: nobody asked. Answer:"
+            digits.append(DIGITS[len(self._text(prompts[at])) % len(DIGITS)])
+            told = f" Tool: the secret is {digits[-1]}. Answer:" if asks else " Tool: nobody asked. Answer:"
             heard.append(self.tokenizer.encode(told, add_special_tokens=False))
             asked.append(asks)
         longer = [start + one["output_ids"] + tool for start, one, tool in zip(started, first, heard, strict=True)]
@@ -101,13 +101,15 @@ class Rollouts:
             "logprobs": [_logprobs(one) + [0.0] * len(tool) + _logprobs(two) for one, tool, two in turns],
             "env_mask": [[1] * own + [0] * told + [1] * then for own, told, then in parts],
             "asked": asked,
-            "answered": [self.tokenizer.decode(two["output_ids"]) for _, _, two in turns],
+            "said": [
+                digit in self.tokenizer.decode(two["output_ids"]) for digit, two in zip(digits, second, strict=True)
+            ],
         }
         self._note(found, [one["meta_info"] for one in second], trainer)
         return found
 
     def _note(self, found: dict[str, list[Any]], second: list[dict[str, Any]], trainer: GRPOTrainer) -> None:
-        said = [word_in(text) for text in found["answered"]]
+        said = found["said"]
         versions = {one["weight_version"] for one in second}
         assert len(versions) == 1, versions
         apart = [self._apart(trainer, found, at) for at in range(0, len(said), self.group)]
@@ -154,24 +156,19 @@ def _logprobs(turn: dict[str, Any]) -> list[float]:
     return [value for value, *_ in turn["meta_info"]["output_token_logprobs"]]
 
 
-def word_in(text: str) -> bool:
-    return any(word in text for word in WORDS)
-
-
-def reward(prompts: list[Any], asked: list[bool], answered: list[str], **_: Any) -> list[float]:
-    """Half for a question, half for any of the secret words, which the model knows from the tool alone."""
-    said = [word_in(text) for text in answered]
+def reward(prompts: list[Any], asked: list[bool], said: list[bool], **_: Any) -> list[float]:
+    """Half for a question, and half for the secret, which the model knows from the tool alone."""
     return [0.5 * ask + 0.5 * (ask and say) for ask, say in zip(asked, said, strict=True)]
 
 
-def train(url: str, path: str, steps: int, group: int = 8, rate: float = 4e-5, log: str = "") -> list[dict[str, float]]:
+def train(url: str, path: str, steps: int, group: int = 8, rate: float = 1e-4, log: str = "") -> list[dict[str, float]]:
     """Train the checkpoint at `path`, which the server at `url` serves. Gives of each step its mean reward and what
     `Rollouts` has seen; `log`: a file that has a line of each as it is made."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.chat_template:
-        rows: list[Any] = [[BRIEF, {"role": "user", "content": TASK + "!" * at}] for at in range(len(WORDS))]
+        rows: list[Any] = [[BRIEF, {"role": "user", "content": TASK + "!" * at}] for at in range(len(DIGITS))]
     else:
-        rows = [TASK + "!" * at for at in range(len(WORDS))]
+        rows = [TASK + "!" * at for at in range(len(DIGITS))]
     with tempfile.TemporaryDirectory() as folder, httpx.Client(base_url=url, timeout=600) as http:
         config = GRPOConfig(
             output_dir=folder, use_cpu=True, bf16=False, max_steps=steps, learning_rate=rate, num_generations=group,
@@ -201,7 +198,7 @@ def train(url: str, path: str, steps: int, group: int = 8, rate: float = 4e-5, l
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--rate", type=float, default=4e-5)
+    parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--log", default="", help="a file for a line of JSON for each step")
     options = parser.parse_args()
     for step in train(options.url, options.model, options.steps, rate=options.rate, log=options.log):

@@ -199,9 +199,10 @@ def train(url: str, path: str, steps: int, group: int = 8, rate: float = 1e-4, l
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rate", type=float, default=1e-4)
+    parser.add_argument("--group", type=int, default=8, help="answers to a prompt")
     parser.add_argument("--log", default="", help="a file for a line of JSON for each step")
     options = parser.parse_args()
-    for step in train(options.url, options.model, options.steps, rate=options.rate, log=options.log):
+    for step in train(options.url, options.model, options.steps, options.group, options.rate, options.log):
         print(
             f"step {step['step']}: reward {step['reward']:.3f}, logprob diff {step['logprob_diff']:.2e}, weights "
             f"step-{step['version']:.0f}, {step['cached']:.0%} of the second turns cached"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from phloem.attention import begin
 from phloem.attention._both_ways import both_ways
+from phloem.engine.branches import Echoing
 from phloem.layers.context import ForwardBatch
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from phloem.attention import AttentionBackend
     from phloem.engine.inputs import Step, StepInputs
     from phloem.kvcache.pool import KVPool
+    from phloem.layers.context import StepMemory
     from phloem.models import Model
 
 
@@ -45,9 +47,14 @@ def run_forward(
     model: Passes, backend: AttentionBackend, pool: KVPool, inputs: StepInputs, index: Tensor | None
 ) -> Tensor:
     """One forward pass, eagerly: hidden states of the rows `index` (None: of all tokens)."""
-    memory = begin(backend, inputs.rows(), pool)
-    if inputs.spans is not None:
-        memory = both_ways(memory, backend.ops, inputs.spans)
+    memory: StepMemory
+    if inputs.echo is not None:
+        rows, source = inputs.echo
+        memory = Echoing(begin(backend, rows, pool), source, len(inputs.input_ids))
+    else:
+        memory = begin(backend, inputs.rows(), pool)
+        if inputs.spans is not None:
+            memory = both_ways(memory, backend.ops, inputs.spans)
     step = ForwardBatch(inputs.input_ids, inputs.positions, memory, index, inputs.adapters, inputs.embeds, inputs.deep)
     if pool.routes is None or index is None:
         return model.forward(step)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import phloem
 from phloem.core.batch import Batch
 from phloem.core.errors import ConfigError
+from phloem.engine import growing
 from phloem.engine.branches import ROOT, Branches
 from phloem.engine.growing import TreeWork
 from phloem.speculation.capture import aux_layers
@@ -128,10 +129,12 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_branches_beside_the_first_come_to_count(
-    folder: Path, plain: phloem.Engine, moved: list[int], temperature: float
+    folder: Path, plain: phloem.Engine, moved: list[int], monkeypatch: pytest.MonkeyPatch, temperature: float
 ) -> None:
     """What is likeliest to a drafting model is not always first in its trees: then keys and values are moved, and the
-    tokens behind them are still those of plain decoding. Texts are longer than a page."""
+    tokens behind them are still those of plain decoding. Texts are longer than a page. (A model that drafts for itself
+    by the request's draws is always right at first, so that what it draws is made no likelier than it is.)"""
+    monkeypatch.setattr(growing, "SHARED", 0.05)
     params = {"max_new_tokens": 60, "temperature": temperature, "sampling_seed": 2, "ignore_eos": True}
     prompts = ["Paris is sugar, ", "the dog a page table " * 3, "x y z 1 2 3"]
     with phloem.Engine(model_path=str(folder / "target"), **TIGHT, **asked(folder, "another")) as engine:
@@ -142,17 +145,19 @@ def test_branches_beside_the_first_come_to_count(
         got = engine.generate(prompts, params)
         told = engine.get_server_info()["internal_states"][0]["prepared"]["speculation"]
     assert [one["output_ids"] for one in got] == [one["output_ids"] for one in want]
-    assert all(one["meta_info"]["spec_accept_length"] > 1.8 for one in got)
-    assert told["accept_length"] > 1.8 and set(told["acceptance"]) >= {"draft_model 1", "draft_model 2"}
+    assert all(one["meta_info"]["spec_accept_length"] > 1.2 for one in got)
+    assert told["accept_length"] > 1.2 and set(told["acceptance"]) >= {"draft_model 1", "draft_model 2"}
     assert moved and max(moved) >= 1
 
 
 @pytest.mark.slow
-def test_hidden_states_are_those_of_plain_decoding(folder: Path, plain: phloem.Engine) -> None:
+def test_hidden_states_are_those_of_plain_decoding(folder: Path) -> None:
     params = {"max_new_tokens": 24, "temperature": 0.8, "sampling_seed": 4, "ignore_eos": True}
-    with phloem.Engine(model_path=str(folder / "target"), **TIGHT, **asked(folder, "itself")) as engine:
+    model, told = str(folder / "target"), {"enable_return_hidden_states": True}
+    with phloem.Engine(model_path=model, **TIGHT, **told, **asked(folder, "itself")) as engine:
         got: Any = engine.generate("Paris is ", params, return_hidden_states=True)
-    want: Any = plain.generate("Paris is ", params, return_hidden_states=True)
+    with phloem.Engine(model_path=model, **TIGHT, **told, speculative_algorithm="none") as engine:
+        want: Any = engine.generate("Paris is ", params, return_hidden_states=True)
     ours, theirs = (
         [np.array(state, np.float32).reshape(-1, 32)[-1] for state in one["meta_info"]["hidden_states"]]
         for one in (got, want)
@@ -268,6 +273,5 @@ def test_models_whose_drafts_cannot_branch_are_refused(
     folder: Path, tmp_path: Path, model: str, more: dict[str, Any], reason: str
 ) -> None:
     path = tiny_checkpoint(model, tmp_path / model, num_hidden_layers=LAYERS)
-    with pytest.raises(ConfigError, match=reason) as caught:
+    with pytest.raises(ConfigError, match=f"speculative_eagle_topk: .*{reason}"):
         phloem.Engine(model_path=str(path), **TIGHT, **head_of(folder / "eagle"), **more)
-    assert caught.value.param == "speculative_eagle_topk"

@@ -47,6 +47,9 @@ class Store:
     def reclaim(self, ref: Any, *, reason: str = "") -> None:
         self.reclaimed.append((ref, reason))
 
+    def abort(self, sample_id: str, *, reason: str = "") -> None:
+        self.reclaimed.append((sample_id, reason))
+
     def track_external_attempt(self, sample_id: str, **more: Any) -> None:
         del sample_id, more
 
@@ -107,7 +110,7 @@ def test_its_client_takes_what_the_server_captures(server: tuple[str, Path], mod
         made(
             contracts.PromptTask, task_id=f"task-{at}", run_id="run", source_id="rows", prompt_id=str(at), attempt=0,
             payload={"input_ids": text, "loss_mask": [0, *[1] * (len(text) - 1)]}, metadata={}, sampling_config={},
-            max_new_tokens=1, strategy="eagle3",
+            max_new_tokens=1, max_length=64, strategy="eagle3",
         )
         for at, text in enumerate(texts)
     ]  # fmt: skip

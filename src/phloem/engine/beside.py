@@ -84,7 +84,7 @@ def prepare(loaded: Loaded | None, place: Place, decisions: list[Decision]) -> P
     if loaded is None:
         return None
     decisions.append(loaded.decision)
-    own = _without_spare(loaded, place, decisions)
+    given = _without_spare(loaded, place, decisions)
     model, pool = loaded.model, part_of(place.pool, loaded.first, len(loaded.model.memory))
     group = pool.groups[pool.group_of[0]]
     if any(pool.groups[number] != group for number in pool.group_of.values()) or group.kind != "pages" or group.window:
@@ -106,9 +106,9 @@ def prepare(loaded: Loaded | None, place: Place, decisions: list[Decision]) -> P
     def make(slots: Slots, last: LastTokens) -> DraftWork:
         if loaded.tree is None:
             return DraftWork(loaded, forward, backend.ops, pool, slots, last)
-        return TreeWork(loaded, forward, backend.ops, pool, slots, last, own)
+        return TreeWork(loaded, forward, backend.ops, pool, slots, last, given)
 
-    return Prepared(loaded, make, own)
+    return Prepared(loaded, make, given)
 
 
 def with_spare(loaded: Loaded | None, groups: Sequence[Group], counts: Sequence[int], page_size: int) -> list[int]:

@@ -205,7 +205,7 @@ def with_draw(ids_k: NDArray[np.int64], scores_k: NDArray[np.float64], drawn: in
     shares = np.exp(scores_k)
     found = np.flatnonzero(ids_k == drawn)
     own = float(shares[found[0]]) if len(found) else 0.0
-    first = max(own, SHARED)
+    first = max(own, SHARED, 1e-9)
     others = [place for place in range(len(ids_k)) if ids_k[place] != drawn and np.isfinite(scores_k[place])]
     left = (1 - first) / max(1 - own, 1e-9)
     scores = [float(np.log(max(shares[place] * left, 1e-30))) for place in others]

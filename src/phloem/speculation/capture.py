@@ -128,7 +128,10 @@ def _see(model: Decoder, step: ForwardBatch, lengths: Sequence[int], media: Sequ
         raise ConfigError(f"hidden states of pictures cannot be captured: {why}", param="model_path")
     items = {item.digest: item for own in media for item in own}
     made = dict(zip(items, tower.encode(list(items.values()), partial(PackedMemory, model.ops)), strict=True))
-    index, values, positions, begin = list[Tensor](), list[Tensor](), list[Tensor](), 0
+    index: list[Tensor] = []
+    values: list[Tensor] = []
+    positions: list[Tensor] = []
+    begin = 0
     for length, own in zip(lengths, media, strict=True):
         for item in own:
             index += [torch.arange(begin + start, begin + start + count) for start, count in item.spans]

@@ -57,8 +57,10 @@ class Eyes:
 
     def placed(self, text: str, made: Sequence[Made]) -> tuple[str, list[Made]]:
         """A conversation's text, or its beginning, with what stands for its media where their marks are; and those."""
-        rest: dict[str, int] = {kind: text.count(processor.mark) for kind, processor in self._reader.processors.items()}
-        own = list[Made]()
+        marks = {kind: processor.mark for kind, processor in self._reader.processors.items()}
+        # The second is what templates write that know no model (`_places.with_places`).
+        rest = {kind: text.count(mark) or text.count(f"<{kind}>") for kind, mark in marks.items()}
+        own: list[Made] = []
         for one in made:
             if rest[one.kind]:
                 rest[one.kind] -= 1

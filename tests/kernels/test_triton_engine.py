@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pools import pool_of
+from tree_support import OWN, SHAPE, SPECS, S, check_attention
 from triton_support import need_interpreter
 
 from phloem.attention import Memory, begin
@@ -131,3 +132,10 @@ def test_float8_cache_with_scales(name: str, dtype: torch.dtype, heads: int) -> 
 
 def backend_of(module: ModuleType, ops: Ops) -> Any:
     return module.Backend(ops, [SPEC], torch.device("cpu"), torch.float8_e4m3fn)
+
+
+def test_drafts_that_branch() -> None:
+    """Trees of drafts in a pool of two layers, one of them a window, against dense attention (`tree_support`)."""
+    pool = pool_of(SPECS, OWN + SHAPE.spare_pages(S), S, torch.float32, torch.device("cpu"))
+    backend = backend_file.Backend(table.table(), SPECS, torch.device("cpu"), torch.float32)
+    check_attention(backend, pool, 2e-5)

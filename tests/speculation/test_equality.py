@@ -119,7 +119,7 @@ def test_one_prompt_many_samples(plain: phloem.Engine, speculating: phloem.Engin
         ({"speculative_algorithm": "medusa"}, "unknown speculative algorithm 'medusa'"),
         ({"speculative_algorithm": "eagle"}, "eagle needs speculative_draft_model_path"),
         ({"speculative_num_steps": 40}, "40 is not in 1 to 31"),
-        ({"speculative_eagle_topk": 8}, "tree of drafts"),
+        ({"speculative_eagle_topk": 8}, "a tree of drafts comes from a model"),
     ],
 )
 def test_an_engine_that_cannot_speculate_as_asked_does_not_start(

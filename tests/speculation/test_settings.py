@@ -60,6 +60,24 @@ def test_models_draft_shorter_chains(said: str, name: str) -> None:
     assert read(speculative_algorithm="nextn").draft_model is None  # the model's own checkpoint has the layer
 
 
+HEAD = {"speculative_algorithm": "EAGLE", "speculative_draft_model_path": "x"}
+
+
+def test_a_tree_is_as_deep_as_its_steps_and_as_large_as_its_tokens() -> None:
+    found = read(**HEAD, speculative_eagle_topk=4)
+    assert (found.topk, found.steps, found.drafts, found.rows) == (4, 5, 7, 8)
+    found = read(**HEAD, speculative_eagle_topk=4, speculative_num_steps=3, speculative_num_draft_tokens=16)
+    assert (found.topk, found.steps, found.drafts) == (4, 3, 15)
+    found = read(**HEAD, speculative_eagle_topk=3, speculative_num_steps=1)
+    assert (found.steps, found.drafts) == (1, 3)  # what one step finds
+    found = read(**HEAD, speculative_eagle_topk=2, speculative_num_steps=9, speculative_num_draft_tokens=5)
+    assert (found.steps, found.drafts) == (4, 4)  # no deeper than it is large
+    assert read(**HEAD, speculative_eagle_topk=1, speculative_num_steps=3) == read(**HEAD, speculative_num_steps=3)
+    said = json.dumps({"method": "eagle", "model": "x", "num_speculative_tokens": 3})
+    found = read(speculative_config=said, speculative_eagle_topk=2)
+    assert (found.topk, found.steps, found.drafts) == (2, 3, 7)
+
+
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
@@ -73,7 +91,15 @@ def test_models_draft_shorter_chains(said: str, name: str) -> None:
         ({"speculative_num_steps": 5, "speculative_num_draft_tokens": 5}, "verified as 6 tokens"),
         ({"speculative_num_steps": 0}, "0 is not in 1 to 31"),
         ({"speculative_num_draft_tokens": 1}, "0 is not in 1 to 31"),
-        ({"speculative_eagle_topk": 4}, "tree of drafts"),
+        ({"speculative_eagle_topk": 4}, "a tree of drafts comes from a model"),
+        ({"speculative_eagle_topk": 4, "speculative_algorithm": "suffix"}, "not from suffix"),
+        ({**HEAD, "speculative_eagle_topk": 17}, "17 is not in 1 to 16"),
+        ({**HEAD, "speculative_eagle_topk": 0}, "0 is not in 1 to 16"),
+        ({**HEAD, "speculative_eagle_topk": 2, "speculative_num_steps": 0}, "0 is not in 1 to 31"),
+        (
+            {**HEAD, "speculative_eagle_topk": 2, "speculative_num_steps": 2, "speculative_num_draft_tokens": 8},
+            "find 6 drafts, with the token before them 7",
+        ),
         ({"speculative_accept_threshold_single": 0.9}, "only 1.0 is exact"),
         ({"speculative_accept_threshold_acc": 0.5}, "only 1.0 is exact"),
         ({"speculative_algorithm": "suffix", "speculative_draft_model_path": "x"}, "drafts without a model"),

@@ -161,6 +161,16 @@ def said_by(head: Path, model_head_VN: Tensor) -> Callable[[Tensor], int]:
     return lambda x: (best := int((x @ tensors["lm_head.weight"].T).argmax())) + int(tensors["d2t"][best])
 
 
+def said_logits(head: Path, model_head_VN: Tensor) -> Callable[[Tensor], Tensor]:
+    """Logits over the model's vocabulary by a head's own ones, -inf for what it cannot say, or by the model's."""
+    tensors = load_file(head / "model.safetensors")
+    if "lm_head.weight" not in tensors:
+        return lambda x: x @ model_head_VN.T
+    ids = torch.arange(len(tensors["d2t"])) + tensors["d2t"]
+    empty = torch.full((len(model_head_VN),), float("-inf"))
+    return lambda x: empty.index_copy(0, ids, x @ tensors["lm_head.weight"].T)
+
+
 def chain(run: Run, say: Callable[[Tensor], int], tokens: Sequence[int], states: Tensor, count: int) -> list[int]:
     """`count` drafts behind `tokens`; `states`: the model's, of all tokens but the last."""
     ids, found = list(tokens[1:]), list[int]()

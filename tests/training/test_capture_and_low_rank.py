@@ -94,21 +94,33 @@ def test_a_server_captures_while_it_serves_and_the_head_is_the_same(place: Path,
 
 def test_the_answer_says_what_was_captured(place: Path, server: Server) -> None:
     features = {"aux": "aux_hidden_state", "last_hidden": "hidden_state"}
+    passed = [{"name": "loss_mask", "data": [0] * count, "shape": [1, count, 1], "dtype": "int64"} for count in (3, 2)]
     body: dict[str, Any] = {
         "input_ids": [[5, 6, 7], [8, 9]],
         "sampling_params": {"max_new_tokens": 1, "temperature": 0},
         "spec_capture": [
-            {"store_id": "s", "sample_id": str(at), "gen": 3, "replace": False, "features": features} for at in range(2)
+            {
+                "store_id": "s",
+                "sample_id": f"run:{at}",
+                "gen": 3,
+                "replace": False,
+                "features": features,
+                "auth_token": "read, and no more",
+                "passthrough": [passed[at]],
+            }
+            for at in range(2)
         ],
     }
     answers = httpx.post(f"{server.url}/generate", json=body, timeout=60).json()
     for answer, count, at in zip(answers, (3, 2), "01", strict=True):
         assert len(answer["output_ids"]) == 1
         told = answer["meta_info"]["spec_capture"]
-        assert (told["store_id"], told["sample_id"], told["gen"]) == ("s", at, 3)
-        assert told["features"]["aux_hidden_state"]["shape"] == [count, 96]
-        file = load_file(place / "store" / "s" / f"{at}.safetensors")
-        assert file["hidden_state"].shape == (count, 32)
+        assert (told["store_id"], told["sample_id"], told["gen"]) == ("s", f"run:{at}", 3)
+        assert told["features"]["aux_hidden_state"]["shape"] == [1, count, 96]
+        assert told["features"]["loss_mask"] == {"shape": [1, count, 1], "dtype": "int64"}
+        assert told["layers"] == [2, 3, 3] and told["aux_layer_ids"] == [1, 2, 2]
+        file = load_file(place / "store" / "s" / f"run:{at}.safetensors")
+        assert file["hidden_state"].shape == (1, count, 32) and not file["loss_mask"].any()
     again = httpx.post(f"{server.url}/generate", json=body, timeout=60)
     assert again.status_code == 400 and "replace is false" in again.text
     wrong: list[tuple[dict[str, Any], str]] = [
@@ -119,6 +131,12 @@ def test_the_answer_says_what_was_captured(place: Path, server: Server) -> None:
         ({"store_id": "s", "sample_id": "9", "features": {"aux": "x" * 200}}, "features"),
         ({"store_id": "s", "sample_id": "9", "gen": 1 << 64}, "gen"),
         ({"store_id": "s", "sample_id": "9", "wishes": 1}, "wishes is not known"),
+        ({"store_id": "s", "sample_id": "a/b"}, "sample_id"),
+        ({"store_id": "s", "sample_id": "9", "passthrough": [{"name": "x"}]}, "passthrough"),
+        ({"store_id": "s", "sample_id": "9", "passthrough": [{**passed[0], "name": "aux"}]}, "passthrough"),
+        ({"store_id": "s", "sample_id": "9", "passthrough": [{**passed[0], "shape": [4]}]}, "passthrough"),
+        ({"store_id": "s", "sample_id": "9", "passthrough": [{**passed[0], "data": [1 << 70] * 3}]}, "passthrough"),
+        ({"store_id": "s", "sample_id": "9", "passthrough": [passed[0]] * 9}, "passthrough"),
     ]
     for one, why in wrong:
         reply = httpx.post(

@@ -87,7 +87,7 @@ def test_plain_text_and_token_ids_are_taken_as_they_are(target: Path, tmp_path: 
     sample = one.samples(read_rows(path), "")[1]
     assert sample.ids == (5, 6, 7, 8, 9) and sample.mask == (False, False, True, True, True)
     rows = read_rows(path)
-    assert one.prompts(rows, "") == [one.tokenizer.encode("The quick brown fox.")[:32], [5, 6]]
+    assert [asked.ids for asked in one.prompts(rows, "")] == [one.tokenizer.encode("The quick brown fox.")[:32], [5, 6]]
 
 
 def test_long_texts_are_cut_and_those_left_without_an_answer_are_counted(target: Path, tmp_path: Path) -> None:

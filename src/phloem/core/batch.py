@@ -123,6 +123,9 @@ class Batch:
     # row is not launched again before its step is committed. None: no row may have any.
     drafts: NDArray[np.int32] | None = None
     drafting: Drafting | None = None  # by the runner's own drafting model; None: it has none, or drafts nothing
+    # [T] which of the step's tokens stands before each in its text, -1: what the row's memory ends with. Set where
+    # drafts branch; None: the one before it.
+    parents: NDArray[np.int32] | None = None
     adapters: NDArray[np.int32] | None = None  # [R] the adapter of each row, 0: none. None: no row has one
     # [R] of a model of diffusion: how many of the row's last tokens are its canvas (`core.denoising`), 0 or a block.
     # The runner fills them; the row yields nothing, or when the canvas is done its tokens. None: no row has one.
@@ -185,6 +188,8 @@ class StepOutput:
     found: int = 0  # and those whose embeddings were kept from before
     drafted: int = 0  # drafts that were verified, over all rows
     verified: NDArray[np.int32] | None = None  # [R] of them, each row's; None: the runner put no drafts behind any
+    # Row -> which of its drafts were right, by their places behind the row's token; where drafts branch.
+    branches: dict[int, list[int]] = field(default_factory=dict)
     drafting_seconds: float = 0.0  # of the runner's own drafting model
     forward_seconds: float = 0.0
     total_seconds: float = 0.0

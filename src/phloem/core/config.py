@@ -306,7 +306,7 @@ class SpeculativeConfig:
     )
     speculative_num_steps: int | None = opt(None, "Drafts behind one token in one step, at most; default 7.")
     speculative_num_draft_tokens: int | None = opt(None, "The same with the token before them: one more.")
-    speculative_eagle_topk: int | None = opt(None, "Only 1: drafts are chains, not trees.")
+    speculative_eagle_topk: int | None = opt(None, "Drafts of a model that may follow one token: above 1, trees.")
     speculative_draft_model_path: str | None = opt(
         None, "The model or the head that drafts, made for this model.", "speculative_draft_model"
     )

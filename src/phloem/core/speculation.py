@@ -21,6 +21,7 @@ MODELS = ("draft_model", "eagle", "eagle3", "mtp")  # drafters that are models
 USUAL_CHAIN = 5  # drafts of a model, each of which takes a pass of it
 USUAL_DRAFTS = 7  # with the token before them eight rows: about as many as a step reads weights for at one cost
 MOST_DRAFTS = 31
+MOST_WIDTH = 16  # drafts that may follow one token
 LONGEST_MATCH = 32  # tokens that are compared backwards from a candidate
 CAPACITY = 1 << 17  # tokens of past answers that drafts may come from
 
@@ -42,7 +43,8 @@ _KEYS = {
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked for. `drafts`: in one step behind one token, at most; `capacity`: tokens of past answers."""
+    """What is asked for. `drafts`: in one step behind one token, at most; `capacity`: tokens of past answers. `topk`:
+    drafts that may follow the same token, above 1 a tree of up to `steps` behind one another (0: of a chain)."""
 
     algorithm: str = AUTO
     drafts: int = USUAL_DRAFTS
@@ -51,6 +53,8 @@ class Wanted:
     capacity: int = CAPACITY
     draft_model: str | None = None
     token_map: str | None = None
+    topk: int = 1
+    steps: int = 0
     adaptive: bool = True
 
     @property
@@ -89,6 +93,9 @@ def wanted(config: Config) -> Wanted:
             "speculative_token_map: EAGLE heads alone say fewer tokens by it (an EAGLE-3 head brings its own d2t)",
             param="speculative_token_map",
         )
+    topk = flags.speculative_eagle_topk
+    if topk is not None and topk != 1:
+        values |= _tree(flags, values["algorithm"], topk, found.get("drafts", USUAL_CHAIN))
     values.setdefault("drafts", USUAL_CHAIN if values["algorithm"] in MODELS else USUAL_DRAFTS)
     return _checked(Wanted(**values, adaptive=not flags.disable_speculative_adaptive))
 
@@ -101,16 +108,13 @@ def _lossless(flags: SpeculativeConfig) -> None:
                 f"{name}: {value} would accept tokens that plain decoding does not choose; only 1.0 is exact",
                 param=name,
             )
-    if flags.speculative_eagle_topk not in (None, 1):
-        raise ConfigError(
-            f"speculative_eagle_topk: {flags.speculative_eagle_topk} asks for a tree of drafts; only chains (1) are",
-            param="speculative_eagle_topk",
-        )
 
 
 def _drafts(flags: SpeculativeConfig) -> int | None:
     """`num_draft_tokens` counts the token before the drafts too, as a chain of `num_steps` drafts has one more row."""
     steps, tokens = flags.speculative_num_steps, flags.speculative_num_draft_tokens
+    if flags.speculative_eagle_topk not in (None, 1):
+        return None if tokens is None else tokens - 1
     if steps is not None and tokens is not None and tokens != steps + 1:
         raise ConfigError(
             f"speculative_num_draft_tokens: {tokens} with speculative_num_steps {steps}: a chain of {steps} drafts is "
@@ -118,6 +122,32 @@ def _drafts(flags: SpeculativeConfig) -> int | None:
             param="speculative_num_draft_tokens",
         )
     return steps if steps is not None else None if tokens is None else tokens - 1
+
+
+def _tree(flags: SpeculativeConfig, algorithm: str, topk: int, usual: int) -> dict[str, Any]:
+    """Of a tree, where `num_steps` is its depth (`usual` where that is not said) and `num_draft_tokens` counts all of
+    it, the token before the drafts too."""
+    name = "speculative_eagle_topk"
+    if algorithm not in MODELS:
+        raise ConfigError(
+            f"{name}: a tree of drafts comes from a model ({', '.join(MODELS)}), not from {algorithm}; leave it out",
+            param=name,
+        )
+    steps, tokens = flags.speculative_num_steps, flags.speculative_num_draft_tokens
+    steps = usual if steps is None else steps
+    if not 2 <= topk <= MOST_WIDTH:
+        raise ConfigError(f"{name}: {topk} is not in 1 to {MOST_WIDTH}", param=name)
+    if not 1 <= steps <= MOST_DRAFTS:
+        raise ConfigError(f"speculative_num_steps: {steps} is not in 1 to {MOST_DRAFTS}", param="speculative_num_steps")
+    seen = topk + (steps - 1) * topk * topk
+    drafts = min(USUAL_DRAFTS, seen) if tokens is None else tokens - 1
+    if drafts > seen:
+        raise ConfigError(
+            f"speculative_num_draft_tokens: {tokens}, but {steps} steps with {topk} drafts behind each of {topk} "
+            f"tokens find {seen} drafts, with the token before them {seen + 1}",
+            param="speculative_num_draft_tokens",
+        )
+    return {"topk": topk, "steps": min(steps, drafts), "drafts": drafts}
 
 
 def _from_json(text: str) -> dict[str, Any]:
@@ -164,7 +194,7 @@ def _name(given: str, values: Mapping[str, Any]) -> str:
 
 def _checked(found: Wanted) -> Wanted:
     ranges = (
-        ("speculative_num_steps", found.drafts, 1, MOST_DRAFTS),
+        ("speculative_num_steps" if found.topk == 1 else "speculative_num_draft_tokens", found.drafts, 1, MOST_DRAFTS),
         ("prompt_lookup_min", found.min_match, 1, 64),
         ("speculative_ngram_max_trie_depth", found.max_match, found.min_match, 256),
         ("speculative_ngram_capacity", found.capacity, 0, 1 << 30),

@@ -34,10 +34,9 @@ def adjust_(logits_LV: Tensor, slots: Sequence[Slot], wanted: Wanted, masks: Mas
         slot = slots[start]
         if slot.plain:
             continue
-        drafts = wanted.drafts_of(start, end)
         for position in range(start, end):
             starts[position] = start
-            before = drafts[: position - start]
+            before = wanted.before(start, position)
             try:
                 _adjust_row_(slot, int(wanted.known[position]) - slot.num_prompt, before, logits_LV[position])
             except Exception as error:
@@ -50,7 +49,7 @@ def adjust_(logits_LV: Tensor, slots: Sequence[Slot], wanted: Wanted, masks: Mas
     for position, start in starts.items():
         slot = slots[position]
         if slot.params.processors and start not in wanted.errors:
-            before = wanted.drafts_of(start, position + 1)
+            before = wanted.before(start, position)
             try:
                 slot.process_(logits_LV[position], before)
             except Exception as error:

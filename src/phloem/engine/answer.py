@@ -11,6 +11,7 @@ from phloem.core.batch import PositionLogprobs, StepOutput
 from phloem.core.errors import BadRequest
 from phloem.engine.inputs import prompt_rows
 from phloem.engine.logprobs import Later, logprob_tensors, read
+from phloem.engine.wanted import Branching, Wanted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from phloem.core.batch import Batch
     from phloem.engine.slots import Slot, Slots
     from phloem.engine.transfer import Coming, LastTokens
-    from phloem.engine.wanted import Wanted
     from phloem.kernels.ops import Ops
     from phloem.models import Model
 
@@ -49,21 +49,24 @@ def give_out(output: StepOutput, wanted: Wanted, slots: Sequence[Slot], coming: 
         for slot, token in zip(slots, tokens_L.tolist() if slots else (), strict=bool(slots)):
             _follow(slot, [token])
         return
-    last = wanted.last(tokens_L)
     kept: list[NDArray[np.int32]] = []
-    for (start, _), end in zip(wanted.spans(), (last + 1).tolist(), strict=True):
+    for (start, _), way in zip(wanted.spans(), wanted.kept(tokens_L), strict=True):
         row = int(wanted.rows[start])
-        if damaged_L[start:end].any():
+        if damaged_L[way].any():
             output.failed.setdefault(row, "the model's logits are not numbers (NaN)")
-        count = 0 if row in output.failed else end - start
-        output.counts[row] = count
-        kept.append(tokens_L[start : start + count].astype(np.int32))
+        if row in output.failed:
+            way = way[:0]
+        output.counts[row] = len(way)
+        kept.append(tokens_L[way].astype(np.int32))
+        places = way - start
+        if isinstance(wanted, Branching):
+            output.branches[row] = (places[1:] - 1).tolist()
         if slots:
             _follow(slots[start], kept[-1].tolist())
         if row in output.logprobs:
-            output.logprobs[row] = output.logprobs[row][:count]
+            output.logprobs[row] = [output.logprobs[row][place] for place in places.tolist()]
         if row in output.hidden:
-            output.hidden[row] = output.hidden[row][:count]
+            output.hidden[row] = output.hidden[row][places]
     output.tokens = np.concatenate(kept)
 
 

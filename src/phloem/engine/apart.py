@@ -36,6 +36,14 @@ def apart(batch: Batch, prompts: NDArray[np.int32]) -> Batch:
     return cut(batch, lens)
 
 
+def drafts_apart(batch: Batch) -> Batch:
+    """The same tokens in the same order: what is known of a row stays together, each draft is a row."""
+    drafts = np.maximum(batch.outputs - 1, 0)
+    lens = np.ones(batch.num_rows + drafts.sum(), np.int32)
+    lens[np.arange(batch.num_rows) + np.cumsum(drafts) - drafts] = batch.query_lens - drafts
+    return cut(batch, lens)
+
+
 def every_token(batch: Batch) -> Batch:
     """The same tokens in the same order, each as a row of its own: attention then adds in one order, whether a token
     is of a prompt, of a chunk of one, or decoded."""

@@ -9,7 +9,6 @@ Legend: R rows of the step, n rows of a pass, L positions whose next token is wa
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -17,16 +16,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from phloem import attention
-from phloem.attention import AttentionNeed
 from phloem.core.batch import FROM_DEVICE, Batch
-from phloem.core.errors import ConfigError
-from phloem.engine.forward import Eager, Forward
 from phloem.engine.inputs import Step
-from phloem.engine.recorded import choice
 from phloem.engine.sampler import sample
 from phloem.engine.wanted import Wanted
-from phloem.models._common import Decoder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,19 +27,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from phloem.attention import AttentionBackend
-    from phloem.core.config import Config
     from phloem.core.memory import MemorySpec
     from phloem.core.resolve import Decision
+    from phloem.engine.branches import TreeShape
+    from phloem.engine.forward import Forward
     from phloem.engine.slots import Slots
     from phloem.engine.transfer import LastTokens
     from phloem.kernels.ops import Ops
     from phloem.kvcache.pool import KVPool
     from phloem.layers.context import AttentionSpec, BuildContext, ForwardBatch
     from phloem.models import Model
-    from phloem.platforms import Platform
-
-PARAM = "speculative_draft_model_path"
 
 
 class DraftModel(Protocol):
@@ -81,78 +71,11 @@ class Loaded:
     # What a pass leaves [L, N] for the first memory of the next positions; None: it reads nothing there.
     carries: Callable[[], Tensor | None] | None
     decision: Decision
+    tree: TreeShape | None = None  # it drafts trees of this shape; None: chains
 
 
 # Loads it, told the model, how that was built, and the most positions of a text.
 Beside = Callable[["Model", "BuildContext", int], Loaded]
-
-
-def part_of(pool: KVPool, first: int, count: int) -> KVPool:
-    """Some layers' memory as a pool of its own, with the groups, and so the tables, of the whole."""
-    found = copy.copy(pool)
-    span = slice(first, first + count)
-    found.memory, found.keys, found.values = pool.memory[span], pool.keys[span], pool.values[span]
-    found.states = pool.states[span]
-    found.group_of = {layer - first: group for layer, group in pool.group_of.items() if first <= layer < first + count}
-    found.scales = {}
-    return found
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where and how large the steps of the model are, for which drafts are made."""
-
-    config: Config
-    platform: Platform
-    backend: AttentionBackend
-    pool: KVPool
-    ops: Ops
-    rows: int
-    pages: int
-    chunk: int
-    eager: str
-
-
-def taken(loaded: Loaded | None) -> int:
-    """Bytes of its weights."""
-    return 0 if loaded is None else loaded.model.weight_bytes
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What a runner needs of it. `make`: the work of its thread."""
-
-    loaded: Loaded
-    make: Callable[[Slots, LastTokens], DraftWork]
-
-
-def prepare(loaded: Loaded | None, place: Place, decisions: list[Decision]) -> Prepared | None:
-    """Its backend and its recordings; None: nothing was loaded.
-
-    Raises:
-        ConfigError: the attention of the model's steps does not serve the one that drafts, or it reads no whole texts.
-    """
-    if loaded is None:
-        return None
-    decisions.append(loaded.decision)
-    model, pool = loaded.model, part_of(place.pool, loaded.first, len(loaded.model.memory))
-    group = pool.groups[pool.group_of[0]]
-    if any(pool.groups[number] != group for number in pool.group_of.values()) or group.kind != "pages" or group.window:
-        raise ConfigError("a model that drafts must keep all of a text: no windows, no states", param=PARAM)
-    specs, kind, device = model.attention_specs, place.pool.dtype, place.pool.device
-    backend = attention.BACKENDS.get(place.backend.name)(place.ops, specs, device, kind)
-    why = backend.decline(AttentionNeed(specs, kind, device, pool.page_size, 0))
-    if why is not None:
-        raise ConfigError(f"attention backend {backend.name} does not serve the model that drafts: {why}", param=PARAM)
-    ways: list[choice.RecordedWay] = []
-    if isinstance(model, Decoder):
-        facts, free = place.platform.facts, place.platform.memory()[0]
-        # pyrefly: ignore[bad-argument-type] - a head is callable
-        own = choice.Place(model, backend, pool, place.ops, facts, free, 0, eager=place.eager)
-        if facts.on_host:
-            ways = choice.choose(place.config.runtime, own, place.rows, place.pages, place.chunk, [])
-    forward = Forward(ways, Eager(model, backend, pool))  # pyright: ignore[reportArgumentType] - as much as it calls
-    return Prepared(loaded, lambda slots, last: DraftWork(loaded, forward, backend, pool, slots, last))
 
 
 class DraftWork:
@@ -162,13 +85,13 @@ class DraftWork:
         self,
         loaded: Loaded,
         forward: Forward,
-        backend: AttentionBackend,
+        ops: Ops,
         pool: KVPool,
         slots: Slots,
         last: LastTokens,
     ) -> None:
         self._model, self._carries = loaded.model, loaded.carries
-        self._forward, self._ops, self._pool, self._slots, self._last = forward, backend.ops, pool, slots, last
+        self._forward, self._ops, self._pool, self._slots, self._last = forward, ops, pool, slots, last
         self._group = pool.group_of[0]
 
     def run(self, batch: Batch) -> tuple[Batch, float]:
@@ -205,18 +128,8 @@ class DraftWork:
         depth: int,
     ) -> NDArray[np.int64]:
         """The next draft of each row that wants one; `known`: first position, how many, and what is read there."""
-        positions, lens, ids = known
-        part = Batch(
-            batch.step,
-            batch.slots[rows],
-            lens.astype(np.int32),
-            positions.astype(np.int32),
-            ids.astype(np.int32),
-            tuple(table[rows] for table in batch.tables),
-            wants.astype(np.int32),
-        )
-        step = Step(part, Wanted.of(part), self._pool, self._last)
-        hidden_LN = self._forward.run(step, _nothing)
+        part = self._part(batch, rows, known, wants)
+        hidden_LN = self._passed(part)
         if not wants.any():
             return np.zeros(0, np.int64)
         slots = part.slots[wants]
@@ -228,15 +141,42 @@ class DraftWork:
             tokens_L = sample(self._model.head(hidden_LN), settings, self._ops, self._last.up)
         return tokens_L.long().cpu().numpy().copy()
 
+    def _part(
+        self,
+        batch: Batch,
+        rows: NDArray[np.intp],
+        known: tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]],
+        wants: NDArray[np.bool_],
+    ) -> Batch:
+        """What a pass reads of these rows, as `_pass` has it."""
+        positions, lens, ids = known
+        return Batch(
+            batch.step,
+            batch.slots[rows],
+            lens.astype(np.int32),
+            positions.astype(np.int32),
+            ids.astype(np.int32),
+            tuple(table[rows] for table in batch.tables),
+            wants.astype(np.int32),
+        )
+
+    def _passed(self, part: Batch) -> Tensor:
+        """Hidden states [L, N] of the rows that want a draft."""
+        return self._forward.run(Step(part, Wanted.of(part), self._pool, self._last), _nothing)
+
     def _carry(self, batch: Batch, rows: NDArray[np.intp], positions: NDArray[np.int32], on: NDArray[np.bool_]) -> None:
         """Of the rows that go on, what the pass gave stands where the next one reads the model's state."""
-        carried_LN = None if self._carries is None or not len(rows) else self._carries()
+        if len(rows):
+            self._carried(batch.tables[self._group][rows], positions, np.flatnonzero(on))
+
+    def _carried(self, table: NDArray[np.int32], positions: NDArray[np.int32], index: NDArray[np.int64]) -> None:
+        """Put what the pass gave for these of its rows into these positions of page tables [n, P]."""
+        carried_LN = None if self._carries is None else self._carries()
         if carried_LN is None:
             return
         pages, offsets = np.divmod(positions, self._pool.page_size)
-        table = batch.tables[self._group]
-        places = (table[rows, pages] * self._pool.page_size + offsets).astype(np.int32)
-        slots_n, index_n = self._last.up([places, np.flatnonzero(on)])
+        places = (table[np.arange(len(table)), pages] * self._pool.page_size + offsets).astype(np.int32)
+        slots_n, index_n = self._last.up([places, index])
         kept_nN = carried_LN[index_n]
         first, second = (half.unsqueeze(1) for half in kept_nN.chunk(2, -1))
         self._ops.write_kv(first, second, self._pool.keys[0], self._pool.values[0], slots_n)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from phloem.attention import Memory, begin
 from phloem.attention._both_ways import both_ways
+from phloem.engine.branches import Echoing
 from phloem.layers.context import ForwardBatch
 
 if TYPE_CHECKING:
@@ -52,8 +53,12 @@ def run_forward(
 ) -> Tensor:
     """One forward pass, eagerly: hidden states of the rows `index` (None: of all tokens). `memory`: what layers attend
     by; None: the backend's, over the pool."""
-    memory = begin(backend, inputs.rows(), pool) if memory is None else memory
-    if inputs.spans is not None:
+    if memory is None and inputs.echo is not None:
+        rows, source = inputs.echo
+        memory = Echoing(begin(backend, rows, pool), source, len(inputs.input_ids))
+    elif memory is None:
+        memory = begin(backend, inputs.rows(), pool)
+    if inputs.spans is not None and inputs.echo is None:
         assert isinstance(memory, Memory)
         memory = both_ways(memory, backend.ops, inputs.spans)
     step = ForwardBatch(inputs.input_ids, inputs.positions, memory, index, inputs.adapters, inputs.embeds, inputs.deep)

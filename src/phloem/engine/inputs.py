@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from phloem.attention._cascade import Shared
     from phloem.core.batch import Batch
     from phloem.core.memory import Group
+    from phloem.engine.branches import Echoes
     from phloem.engine.media import Pictures
     from phloem.engine.transfer import LastTokens
     from phloem.engine.wanted import Wanted
@@ -54,6 +55,9 @@ class StepInputs:
     deep: Tensor | None = None  # as in `ForwardBatch`
     spans: Spans | None = None  # pictures that see themselves both ways
     shared: dict[int, SharedPages] = field(default_factory=dict)  # by group
+    # Where some of its tokens are written more than once: the rows of all that is written in each group, and which of
+    # the step's tokens each of those is, int64.
+    echo: tuple[list[PagedBatch | StateRows], Tensor] | None = None
 
     @property
     def input_ids(self) -> Tensor:
@@ -247,8 +251,9 @@ class Step:
         last: LastTokens,
         sharing: Sharing | None = None,
         pictures: Pictures | None = None,
+        echoes: Echoes | None = None,
     ) -> None:
-        self.batch = batch
+        self.batch, self._echoes = batch, echoes
         self.wanted = wanted
         self._sharing = sharing
         self._pictures = pictures
@@ -264,10 +269,10 @@ class Step:
 
     @property
     def flat(self) -> bool:
-        """Its tokens are all of the vocabulary, at one position each."""
+        """Its tokens are all of the vocabulary, at one position each, in one place of memory."""
         batch = self.batch
         turned = batch.positions is not None and batch.positions.ndim > 1
-        return not batch.embeds and not turned and self._pictures is None
+        return not batch.embeds and not turned and self._pictures is None and self._echoes is None
 
     @property
     def known(self) -> Batch:
@@ -357,6 +362,8 @@ class Step:
 
     def _tensors(self) -> StepInputs:
         batch, up = self.batch, self.last.up
+        if self._echoes is not None:
+            return self._echoed(self._echoes)
         more = [array for one in self.shared.values() for array in one.arrays]
         arrays = self._moved(batch, self.logit_index, more) if more else self.arrays(batch.num_rows)
         tensors = up(arrays) if self.last.host is not None else list(arrays)
@@ -378,6 +385,18 @@ class Step:
             spans = self._pictures.spans
             inputs.spans = self._spans(spans, self._pictures.canvases) if spans else None
         return inputs
+
+    def _echoed(self, echoes: Echoes) -> StepInputs:
+        """Its tensors, where some tokens are written more than once. Those rows see one token: nobody reads what they
+        find."""
+        batch, count = echoes.batch, self.batch.num_tokens
+        moved = self._moved(batch, self.logit_index, [echoes.source])
+        *tensors, source = self.last.up(moved) if self.last.host is not None else list(moved)
+        tensors[3][self.batch.num_rows :] = 1
+        sizes = int(batch.query_lens.max()), int((batch.prefix_lens + batch.query_lens).max())
+        whole = StepInputs(tensors, self._pool.groups, *sizes)
+        tensors = [tensors[0][:count], tensors[1][:count], *tensors[2:]]
+        return replace(whole, tensors=tensors, echo=(whole.rows(), source))
 
     def _spans(self, spans: list[tuple[int, int, int]], canvases: bool) -> Spans:
         first, counts, ends = (np.array(each) for each in zip(*spans, strict=True))

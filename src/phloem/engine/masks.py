@@ -26,11 +26,12 @@ _log = log.get("engine.masks")
 
 @dataclass(slots=True)
 class Asked:
-    """A row that a grammar follows: its positions among the step's, and the drafts between them."""
+    """A row that a grammar follows: its positions [start, end) among the step's, and the drafts between them."""
 
     slot: Slot
     start: int
-    drafts: list[int]
+    end: int
+    runs: list[tuple[list[int], list[int]]]  # positions in their order, one more than drafts; of each branch
 
 
 class Masks:
@@ -56,8 +57,9 @@ class Masks:
             return
         for start, end in wanted.spans():
             if slots[start].follower is not None:
-                self._asked.append(Asked(slots[start], start, wanted.drafts_of(start, end)))
-        count = sum(1 + len(asked.drafts) for asked in self._asked)
+                runs = [(run, wanted.before(start, run[-1])) for run in wanted.runs(start, end)]
+                self._asked.append(Asked(slots[start], start, end, runs))
+        count = sum(asked.end - asked.start for asked in self._asked)
         if count > len(self._buffer):
             self._buffer = np.zeros((count, self._words), np.int32)
         if self._pool is not None:
@@ -68,7 +70,7 @@ class Masks:
         if not self._asked:
             return {}
         failed = self._started.result() if self._started is not None else self._fill(self._asked)
-        positions = [one.start + place for one in self._asked for place in range(1 + len(one.drafts))]
+        positions = [position for one in self._asked for position in range(one.start, one.end)]
         kept = [place for place, position in enumerate(positions) if position not in failed]
         if kept:
             rows = np.array([positions[place] for place in kept], np.int32)
@@ -91,26 +93,28 @@ class Masks:
         failed: dict[int, Exception] = {}
         place = 0
         for row in rows:
-            slot, count = row.slot, 1 + len(row.drafts)
+            slot, count = row.slot, row.end - row.start
             buffer = self._buffer[place : place + count]
             buffer[:] = -1  # of what lies behind a refused draft nothing will count
             place += count
-            sampled, slot.untold = slot.untold, []
-            assert slot.follower is not None
-            try:
-                masks = slot.follower.masks(sampled, row.drafts)
-            except Exception as error:
-                if is_out_of_memory(error):
-                    raise
-                _log.warning("request %s: no mask: %s", slot.request_id, error)
-                failed[row.start] = error
-                continue
-            for number, mask_W in enumerate(masks):
-                if mask_W is None:
-                    continue
-                if not mask_W.any():
-                    failed[row.start + number] = ValueError("the grammar allows no token here")
+            for run, drafts in row.runs:
+                sampled, slot.untold = slot.untold, []
+                assert slot.follower is not None
+                try:
+                    masks = slot.follower.masks(sampled, drafts)
+                except Exception as error:
+                    if is_out_of_memory(error):
+                        raise
+                    _log.warning("request %s: no mask: %s", slot.request_id, error)
+                    failed[row.start] = error
                     break
-                buffer[number] = 0
-                buffer[number, : len(mask_W)] = mask_W[: self._words]
+                for position, mask_W in zip(run, masks, strict=False):
+                    if mask_W is None:
+                        continue
+                    if not mask_W.any():
+                        failed[position] = ValueError("the grammar allows no token here")
+                        break
+                    words = buffer[position - row.start]
+                    words[:] = 0
+                    words[: len(mask_W)] = mask_W[: self._words]
         return failed

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from phloem.core.errors import BadRequest, OutOfMemory
 from phloem.engine.answer import empty, give_out, keep_hidden, prompt_logprobs
-from phloem.engine.apart import apart, every_token
+from phloem.engine.apart import apart, drafts_apart, every_token
+from phloem.engine.branches import Branches
 from phloem.engine.choose import Choice, Chooser
 from phloem.engine.fill import Filler
 from phloem.engine.forward import Eager, Forward
@@ -42,7 +44,8 @@ if TYPE_CHECKING:
     from phloem.attention import AttentionBackend, Sharing
     from phloem.core.batch import Batch, Follower, Places, StepOutput
     from phloem.core.config import LogprobsMode
-    from phloem.engine.drafting import Prepared
+    from phloem.engine.beside import Prepared
+    from phloem.engine.branches import Laid
     from phloem.engine.forward import Way
     from phloem.engine.media import Desk, Pictures
     from phloem.engine.pipeline import Settle
@@ -100,6 +103,9 @@ class StepWork:
         self._filler = Filler(model, ops, self.slots, self.last)
         self._refiller = Refiller(model, ops, self.slots, self.last) if isinstance(model, Conditioned) else None
         self._drafting = None if drafting is None else drafting.make(self.slots, self.last)
+        shape = None if drafting is None else drafting.loaded.tree
+        own = () if drafting is None else drafting.own
+        self._branches = None if shape is None else Branches(pool, own, shape, self.last.up)
 
     def _in_waves(self, leading: Way | None) -> Waves | None:
         """What begins steps of a pipeline while its later stages have others."""
@@ -166,7 +172,7 @@ class StepWork:
             output.pooled = self._ears.of(batch)
         before = perf_counter()
         placed, pictures = (batch, None) if desk is None else desk.dress(batch)
-        step, known = self._step(placed, wanted, pictures)
+        step, after = self._step(placed, wanted, pictures)
         hidden_LN = self._forward.run(step, settle)
         if self._pool.routes is not None:
             self._pool.routes.keep(batch)
@@ -181,11 +187,11 @@ class StepWork:
             choice = Choice(wanted, slots, easy, hidden_LN[:count], output, before)
             coming = self.chooser.run(choice)
             beside = [*choice.late, *keep_hidden(output, wanted, slots, hidden_LN, self.last.down)]
+            after(coming)
         else:
             output.forward_seconds = perf_counter() - before
         if batch.prompt_targets:
             beside += prompt_logprobs(output, batch, self.slots, hidden_LN[count:], self.model, self.ops, self.last)
-        self._replay(known, wanted, coming)
 
         def land() -> StepOutput:
             for one in beside:
@@ -200,20 +206,29 @@ class StepWork:
         awaited = [one.coming for one in beside] + ([coming] if coming is not None else [])
         return Flight(land, lambda: all(one.done() for one in awaited))
 
-    def _step(self, placed: Batch, wanted: Wanted, pictures: Pictures | None) -> tuple[Step, Batch | None]:
-        """(The step, its batch with every token where some of it may have to run again)."""
+    def _step(self, placed: Batch, wanted: Wanted, pictures: Pictures | None) -> tuple[Step, Callable[[Coming], None]]:
+        """(The step, what is done with the memory that drafts have written, once it is known which of them count)."""
+        if placed.parents is not None:
+            assert self._branches is not None
+            laid = self._branches.lay(placed, self._drafts_alone)
+            step = Step(laid.batch, wanted, self._pool, self.last, echoes=laid.echoes)
+            return step, partial(self._keep_branches, placed, laid, wanted)
         rows = self._alone(placed, self._each and pictures is None)
         step = Step(rows, wanted, self._pool, self.last, self._sharing, pictures)
-        return step, step.known if self._replays and wanted.drafted else None
+        return step, partial(self._replay, step.known, wanted) if self._replays and wanted.drafted else _nothing
 
-    def _replay(self, batch: Batch | None, wanted: Wanted, coming: Coming | None) -> None:
+    def _replay(self, batch: Batch, wanted: Wanted, coming: Coming) -> None:
         """Recurrent states as they are behind the tokens that count."""
-        if batch is None or coming is None:
-            return
         rows = again(batch, wanted, coming.wait()[0])
         if rows is not None:
             step = Step(rows, Wanted.of(rows), self._pool, self.last, self._sharing)
             self._forward.run(step, lambda: None)
+
+    def _keep_branches(self, batch: Batch, laid: Laid, wanted: Wanted, coming: Coming) -> None:
+        """The keys and values of the branches that count take their requests' places."""
+        assert self._branches is not None
+        kept = {int(wanted.rows[way[0]]): int(way[-1] - way[0]) for way in wanted.kept(coming.wait()[0])}
+        self._branches.keep(batch, laid, {row: place for row, place in kept.items() if row in laid.trees})
 
     def _fill(self, batch: Batch, places: Places, settle: Settle) -> Flight:
         """A step that says what stands at places, and yields nothing."""
@@ -237,12 +252,20 @@ class StepWork:
             return every_token(batch)
         return apart(batch, self.slots.prompts[batch.slots]) if self.stands_apart else batch
 
+    def _drafts_alone(self, batch: Batch) -> Batch:
+        """Drafts as rows of one token, and the other tokens as ever."""
+        return self._alone(batch, self._each) if self.stands_apart else drafts_apart(batch)
+
     def _values(self, settle: Settle) -> None:
         """Wait for what the step before gave. Raises `OutOfMemory` if it gave nothing for lack of memory."""
         before = self._forgotten
         settle(values=True)
         if self._forgotten != before:
             raise OutOfMemory("launched behind a step that ran out of memory")
+
+
+def _nothing(coming: Coming) -> None:
+    """All that drafts have written is in its place."""
 
 
 class Mover(Protocol):
@@ -300,7 +323,8 @@ class ModelRunner:
     ) -> None:
         self.model, self.pool, self._mover = model, pool, mover
         own = sum(group.kind != "cross" for group in pool.groups)  # cross memory goes by slot: it needs no manager
-        self.groups, self.num_pages, self.page_size = pool.groups[:own], pool.num_pages[:own], pool.page_size
+        given = pool.num_pages if drafting is None else drafting.own
+        self.groups, self.num_pages, self.page_size = pool.groups[:own], given[:own], pool.page_size
         self.max_slots = max_slots
         self.draft_room = 0
         self.drafts = None if drafting is None else drafting.loaded

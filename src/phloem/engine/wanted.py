@@ -2,7 +2,8 @@
 
 Every position is sampled with its own draw, as if its drafts were known tokens. A draft is accepted while the token
 that was chosen before it is the same; the first other one is the last that counts. So a row's tokens are those of
-decoding them one by one, whatever the drafts are.
+decoding them one by one, whatever the drafts are. Where drafts branch, the token that was chosen picks the one to go on
+with among those that follow the same.
 
 Legend: L positions that yield, row by row; n rows that yield.
 """
@@ -58,6 +59,8 @@ class Wanted:
         places = np.repeat(rows, counts)
         offsets = np.arange(len(places)) - np.repeat(starts, counts)
         at = (np.cumsum(batch.query_lens) - outputs)[places] + offsets
+        if batch.parents is not None:
+            return Branching.of_tree(batch, batch.parents, (places, offsets, at, starts))
         following = batch.input_ids[np.minimum(at + 1, batch.num_tokens - 1)]
         drafts = np.where(offsets + 1 < outputs[places], following, np.int32(NONE))
         known = ((ends - outputs + 1)[places] + offsets).astype(np.int32)
@@ -77,6 +80,19 @@ class Wanted:
     def drafts_of(self, start: int, end: int) -> list[int]:
         """The drafts of the row whose positions are [start, end)."""
         return [] if self.drafts is None else self.drafts[start : end - 1].tolist()
+
+    def before(self, start: int, position: int) -> list[int]:
+        """The drafts between the first position of a row and this one, whose own is the last of them."""
+        return self.drafts_of(start, position + 1)
+
+    def runs(self, start: int, end: int) -> list[list[int]]:
+        """The positions [start, end) of a row in their order in its text; where drafts branch, once for each branch."""
+        return [list(range(start, end))]
+
+    def kept(self, tokens_L: NDArray[np.integer]) -> list[NDArray[np.int64]]:
+        """[n] of each row the positions that count, in their order."""
+        starts = range(len(tokens_L)) if self.starts is None else self.starts.tolist()
+        return [np.arange(start, end + 1) for start, end in zip(starts, self.last(tokens_L).tolist(), strict=True)]
 
     def fail(self, start: int, position: int, error: Exception) -> None:
         """No token can be chosen at this position of the row that begins at `start`.
@@ -106,3 +122,74 @@ class Wanted:
         last = ends.flip(0).cummin(0).values.flip(0)[starts]
         first = torch.zeros_like(places).index_fill_(0, starts, 1).cumsum(0) - 1
         return last, places <= last[first]
+
+
+@dataclass(slots=True)
+class Branching(Wanted):
+    """Of a step whose drafts branch. `drafts` has what stands at a position itself; NONE: a known token, or a draft
+    that does not count, whatever is chosen before it."""
+
+    parents: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # [L] a row's first has none: -1
+
+    @staticmethod
+    def of_tree(batch: Batch, parents_T: NDArray[np.int32], found: tuple[NDArray[np.int64], ...]) -> Branching:
+        """`found`: the row, the place in its row and the token of each position [L], and the first of each row [n]."""
+        rows, offsets, at, starts = found
+        place_T = np.full(batch.num_tokens, -1, np.int64)
+        place_T[at] = np.arange(len(at))
+        parents = np.where(offsets == 0, -1, place_T[parents_T[at]])
+        known = ((batch.prefix_lens + batch.query_lens - batch.outputs + 1)[rows]).astype(np.int32)
+        for place in np.flatnonzero(offsets).tolist():
+            known[place] = known[parents[place]] + 1
+        drafts = np.where(offsets == 0, np.int32(NONE), batch.input_ids[at])
+        return Branching(rows, batch.slots[rows], known, at, drafts, starts, parents=parents)
+
+    def drafts_of(self, start: int, end: int) -> list[int]:
+        raise AssertionError(f"the drafts of [{start}, {end}) have several orders")
+
+    def before(self, start: int, position: int) -> list[int]:
+        assert self.drafts is not None
+        return self.drafts[self._way(position)[1:]].tolist()
+
+    def runs(self, start: int, end: int) -> list[list[int]]:
+        inner = set(self.parents[start:end].tolist())
+        return [self._way(position) for position in range(start, end) if position not in inner]
+
+    def fail(self, start: int, position: int, error: Exception) -> None:
+        if position == start:
+            self.errors.setdefault(start, error)
+        elif self.drafts is not None:
+            self.drafts[position] = NONE
+
+    def kept(self, tokens_L: NDArray[np.integer]) -> list[NDArray[np.int64]]:
+        assert self.drafts is not None and self.starts is not None
+        right: dict[tuple[int, int], int] = {}  # (position, token chosen there) -> the draft that is that token
+        for place, (parent, draft) in enumerate(zip(self.parents.tolist(), self.drafts.tolist(), strict=True)):
+            if parent >= 0 and draft != NONE:
+                right.setdefault((parent, draft), place)
+        found: list[NDArray[np.int64]] = []
+        for start in self.starts.tolist():
+            way, at = [start], right.get((start, int(tokens_L[start])))
+            while at is not None:
+                way.append(at)
+                at = right.get((at, int(tokens_L[at])))
+            found.append(np.array(way, np.int64))
+        return found
+
+    def last(self, tokens_L: NDArray[np.integer]) -> NDArray[np.int64]:
+        return np.array([way[-1] for way in self.kept(tokens_L)], np.int64)
+
+    def last_on_device(self, tokens_L: Tensor, up: Up) -> tuple[Tensor, Tensor]:
+        """Waits for the values: which way is taken is found on the host."""
+        kept = self.kept(tokens_L.cpu().numpy())
+        counts = np.zeros(len(tokens_L), np.bool_)
+        counts[np.concatenate(kept)] = True
+        last, counts_L = up([np.array([way[-1] for way in kept], np.int64), counts])
+        return last, counts_L
+
+    def _way(self, position: int) -> list[int]:
+        """The positions from its row's first to this one."""
+        way = [position]
+        while (before := int(self.parents[way[-1]])) >= 0:
+            way.append(before)
+        return way[::-1]

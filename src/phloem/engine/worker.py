@@ -17,10 +17,11 @@ from phloem.checkpoint.families import audio_of
 from phloem.core import resolve, speculation
 from phloem.core.denoising import WHOLE
 from phloem.core.errors import ConfigError
+from phloem.core.memory import groups_of
 from phloem.core.ranges import parse_bytes
 from phloem.core.resolve import Decision
 from phloem.engine import balancing, compiled, denoising, experts, warm
-from phloem.engine import drafting as drafts
+from phloem.engine import beside as drafts
 from phloem.engine.balancing import Balancer
 from phloem.engine.compiled import CompiledModel, CompiledSteps, check_model
 from phloem.engine.counts import spread_of
@@ -40,7 +41,7 @@ from phloem.engine.pooled import PooledRunner
 from phloem.engine.recorded import choice
 from phloem.engine.routes import chosen_of, keep_beside
 from phloem.engine.runner import ModelRunner
-from phloem.engine.sizing import Need, size_pool
+from phloem.engine.sizing import Need, Sizing, size_pool
 from phloem.engine.stages import Together
 from phloem.engine.unshared import option_of
 from phloem.kernels.ops import Ops
@@ -243,7 +244,7 @@ def _build(
     elsewhere = None if team is None else team.elsewhere()
     sizing = size_pool(config.cache, platform, need, weights, ranks_here(config), elsewhere)
     decisions += sizing.decisions
-    pool = KVPool(model.memory, sizing.num_pages, page, kv_dtype, platform.device, scales, own)
+    pool = _pool(model, helper, sizing, kept, platform.device, own)
     keep_beside(pool, chosen, checkpoint, decisions)
     sharing = _sharing(config, backend, decisions)
     more = platform.memory()[0], sizing.graph_bytes, sharing is not None, sites is not None, machine.eager
@@ -256,7 +257,7 @@ def _build(
         phase.end("graphs")
     if warming is not None:
         warming.ready()
-    held = drafts.Place(config, platform, backend, pool, ops, rows, pages, chunk, machine.eager)
+    held = drafts.Place(config, platform, backend, pool, ops, rows, pages, chunk, machine.eager, tower_of(model))
     drafting = drafts.prepare(helper, held, decisions)
     if team is not None:
         team.tell(Pages(sizing.num_pages, kept.facts(checkpoint)))
@@ -270,6 +271,14 @@ def _build(
     sizes = running, chunk, machine.mixed, min(chunk, platform.worthwhile_chunk), sizing.tokens
     info = _info(machine, runner, kv_dtype, sizing.facts.bytes_per_token)
     return Built(runner, context, *sizes, tower_of(model), sites, decisions, info, balancer)
+
+
+def _pool(
+    model: Model, helper: Loaded | None, sizing: Sizing, kept: _Kept, device: torch.device, own: frozenset[int] | None
+) -> KVPool:
+    """The memory of all layers; where drafts branch, with pages for that."""
+    counts = drafts.with_spare(helper, groups_of(model.memory), sizing.num_pages, kept.page)
+    return KVPool(model.memory, counts, kept.page, kept.dtype, device, kept.scales, own)
 
 
 def _led(

@@ -126,9 +126,11 @@ class KVPool:
         pages, in host memory."""
         return system.discard((tensor.data_ptr(), tensor.nbytes) for tensor in self._stored)
 
-    def stored(self, group: int) -> list[Tensor]:
-        """All that has memory of its own of a group's layers, in their order: each [pages, ...], or [slots, ...]."""
-        return [tensor for layer in self.groups[group].layers for tensor in self._of_layer[layer]]
+    def stored(self, group: int, first: int = 0) -> list[Tensor]:
+        """All that has memory of its own of a group's layers, in their order: each [pages, ...], or [slots, ...].
+        `first`: of layers from this pool index on."""
+        layers = (layer for layer in self.groups[group].layers if layer >= first)
+        return [tensor for layer in layers for tensor in self._of_layer[layer]]
 
     @property
     def nbytes(self) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from phloem.core.errors import ConfigError
 from phloem.core.resolve import Decision
 from phloem.core.speculation import AUTO, MODELS, NONE
+from phloem.engine.branches import TreeShape
 from phloem.speculation.controller import Controller
 from phloem.speculation.drafters import DRAFTERS, loader, of_texts
 from phloem.speculation.modelled import ModelledRunner
@@ -16,8 +18,10 @@ if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.batch import Runner
     from phloem.core.speculation import Wanted
-    from phloem.engine.drafting import Beside
+    from phloem.engine.drafting import Beside, Loaded
     from phloem.engine.runner import ModelRunner
+    from phloem.layers.context import BuildContext
+    from phloem.models import Model
 
 NAME = "speculative_algorithm"
 # A step of more rows on the CPU multiplies some weights in another form, and so in other bits.
@@ -44,7 +48,15 @@ def beside(wanted: Wanted, checkpoint: Checkpoint) -> Beside | None:
     """
     if wanted.algorithm not in MODELS:
         return None
-    return loader(wanted.algorithm)(wanted, checkpoint).load
+    load = loader(wanted.algorithm)(wanted, checkpoint).load
+    if wanted.topk == 1:
+        return load
+    shape = TreeShape(wanted.topk, wanted.steps, wanted.drafts, max(1 + wanted.drafts, MOST_ROWS))
+
+    def branching(model: Model, ctx: BuildContext, positions: int) -> Loaded:
+        return replace(load(model, ctx, positions), tree=shape)
+
+    return branching
 
 
 def decide(wanted: Wanted, runner: ModelRunner, why: str = "") -> tuple[str, Decision]:
@@ -62,7 +74,8 @@ def decide(wanted: Wanted, runner: ModelRunner, why: str = "") -> tuple[str, Dec
         return NONE, without(wanted, why)
     if asked == AUTO:
         return NONE, Decision(NAME, NONE, "drafting can lose a tenth of plain decoding's speed; asked for: suffix")
-    return asked, Decision(NAME, asked, f"as asked, up to {wanted.drafts} drafts; {_how(wanted, runner)}")
+    what = "drafts" if wanted.topk == 1 else f"drafts as a tree, {wanted.topk} wide and {wanted.steps} deep"
+    return asked, Decision(NAME, asked, f"as asked, up to {wanted.drafts} {what}; {_how(wanted, runner)}")
 
 
 def without(wanted: Wanted, why: str) -> Decision:
@@ -97,7 +110,7 @@ def around(wanted: Wanted, runner: ModelRunner, name: str) -> Runner:
         share = loaded.model.weight_bytes / max(1, runner.model.weight_bytes)
         controller = Controller(wanted.drafts, most_rows(wanted, runner), wanted.adaptive, share)
         group = runner.pool.group_of[loaded.first]
-        return ModelledRunner(runner, name, loader(name).shift, group, controller, wanted.drafts)
+        return ModelledRunner(runner, name, loader(name).shift, group, controller, wanted.drafts, loaded.tree)
     drafter = of_texts(name)(wanted)
     controller = Controller(wanted.drafts, most_rows(wanted, runner), wanted.adaptive)
     return SpeculativeRunner(runner, drafter, controller, wanted.drafts)

@@ -10,8 +10,10 @@ Legend: T tokens of a text, N hidden size, A the widths of all auxiliary states 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from phloem import models, platforms, quant
@@ -19,6 +21,8 @@ from phloem.attention._packed import PackedMemory, refusal
 from phloem.checkpoint.describe import describe
 from phloem.core import resolve
 from phloem.core.errors import ConfigError
+from phloem.core.media import places
+from phloem.engine.dtypes import tower_of
 from phloem.layers.context import BuildContext, ForwardBatch
 from phloem.models._common import Decoder
 from phloem.utils import machine
@@ -28,6 +32,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
+
+    from phloem.core.media import Media
+    from phloem.models import Tower
 
 
 def aux_layers(num_layers: int) -> tuple[int, int, int]:
@@ -68,16 +75,23 @@ class _Capture:
         self.hidden_TN = hidden_TN
 
 
-def capture(model: Decoder, texts: Sequence[Sequence[int]], layers: Sequence[int] | None = None) -> list[Captured]:
+def capture(
+    model: Decoder,
+    texts: Sequence[Sequence[int]],
+    layers: Sequence[int] | None = None,
+    media: Sequence[Sequence[Media]] = (),
+) -> list[Captured]:
     """Run whole texts in one step, each from its first token on.
 
     Args:
         model: from `open_target`, or an engine's own between two steps.
         texts: token ids of each, at least one.
         layers: whose input is wanted; None: those of `aux_layers`.
+        media: pictures of each text, whose tokens in it are placeholders; (): no text has any.
 
     Raises:
-        ConfigError: the model's layers are recurrent or latent, or its family gives no residual stream.
+        ConfigError: the model's layers are recurrent or latent, its family gives no residual stream, or it has no
+            pictures that can be computed so.
         ValueError: an empty text, or a layer that is not there.
     """
     wanted = tuple(aux_layers(len(model.layers)) if layers is None else layers)
@@ -92,15 +106,53 @@ def capture(model: Decoder, texts: Sequence[Sequence[int]], layers: Sequence[int
     ids_T = torch.tensor([token for text in texts for token in text], dtype=torch.int64, device=device)
     positions_T = torch.cat([torch.arange(length) for length in lengths]).to(device)
     tap, before = _Capture(wanted), model.tap
+    step = ForwardBatch(ids_T, positions_T, PackedMemory(model.ops, lengths), None)
     model.tap = tap
     try:
         with torch.no_grad():
-            model.forward(ForwardBatch(ids_T, positions_T, PackedMemory(model.ops, lengths), None))
+            if any(media):
+                _see(model, step, lengths, media)
+            model.forward(step)
     finally:
         model.tap = before
     assert tap.hidden_TN is not None
     aux_TA = torch.cat(tap.states, -1)
     return [Captured(*pair) for pair in zip(aux_TA.split(lengths), tap.hidden_TN.split(lengths), strict=True)]
+
+
+def _see(model: Decoder, step: ForwardBatch, lengths: Sequence[int], media: Sequence[Sequence[Media]]) -> None:
+    """Put what the tower makes of pictures in the place of their tokens' embeddings, and tokens where they are."""
+    tower = tower_of(model)
+    if tower is None or tower.whole:
+        why = "it takes none" if tower is None else "their tokens see each other both ways, which whole texts do not"
+        raise ConfigError(f"hidden states of pictures cannot be captured: {why}", param="model_path")
+    items = {item.digest: item for own in media for item in own}
+    made = dict(zip(items, tower.encode(list(items.values()), partial(PackedMemory, model.ops)), strict=True))
+    index: list[Tensor] = []
+    values: list[Tensor] = []
+    positions: list[Tensor] = []
+    begin = 0
+    for length, own in zip(lengths, media, strict=True):
+        for item in own:
+            index += [torch.arange(begin + start, begin + start + count) for start, count in item.spans]
+            values.append(made[item.digest])
+        positions.append(_places(tower, length, own))
+        begin += length
+    device = step.input_ids.device
+    values_nN, *deep = torch.cat(values).split(tower.hidden_size, -1)
+    step.embeds = torch.cat(index).to(device), values_nN
+    step.deep = torch.stack(deep) if deep else None
+    if tower.turns:
+        step.positions = torch.cat(positions, -1).to(device)
+
+
+def _places(tower: Tower, length: int, media: Sequence[Media]) -> Tensor:
+    """[3, tokens of a text]."""
+    if not tower.turns or not media:
+        return torch.arange(length).expand(3, -1)
+    turned, after = places(sorted(media, key=lambda item: item.end))
+    rest = np.arange(after, after + length - turned.shape[1])
+    return torch.from_numpy(np.concatenate([turned, np.repeat(rest[None], 3, axis=0)], 1)[:, :length])
 
 
 def untapped(model: Decoder) -> str | None:

@@ -1,7 +1,8 @@
 """Hidden states for trainers of heads, by an engine that serves: between two of its steps, into files of a folder.
 
 A capture reads its texts from their first token on, whatever the cache holds, and leaves the cache as it is. Its file
-is DIR/store_id/sample_id.safetensors, with the tensors under the names that were asked for.
+is DIR/store_id/sample_id.safetensors, with the tensors [1, S, N or A] under the names that were asked for, and what the
+client sends along (`passthrough`) as it is.
 
 Legend: S tokens of a text, N hidden size, A the widths of all auxiliary states together.
 """
@@ -13,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import save_file
 
 from phloem.core.errors import BadRequest, ConfigError
@@ -20,11 +22,14 @@ from phloem.speculation.capture import aux_layers, capture
 from phloem.speculation.drafters._files import decoder_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from phloem.core.config import SpeculativeConfig
     from phloem.models import Model
 
 # Of a folder or a file, without a way out; and of a tensor. safetensors keeps what begins with two underscores.
 NAME = re.compile(r"(?!__)[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+SAMPLE = re.compile(r"(?!__)[A-Za-z0-9_-][A-Za-z0-9._:-]{0,159}")  # SpecForge's are run:task
 TOKENS = 8192  # of one call: the engine serves nobody meanwhile
 FEATURES = {"aux": "aux_TA", "last_hidden": "last_TN"}
 
@@ -64,19 +69,23 @@ class Capturer:
         found: list[dict[str, Any]] = []
         for one, place, states in zip(asked, places, got, strict=True):
             names = one.get("features") or {name: name for name in FEATURES}
-            tensors = {names[name]: vars(states)[FEATURES[name]].cpu().contiguous() for name in names}
+            tensors = {names[name]: vars(states)[FEATURES[name]].cpu()[None].contiguous() for name in names}
+            tensors |= {item["name"]: _passed(item) for item in one.get("passthrough") or ()}
             self._write(place, tensors, one)
             told = {
                 key: {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
                 for key, value in tensors.items()
             }
             keys = {key: one.get(key) for key in ("sample_id", "store_id", "gen")}
-            found.append({**keys, "features": told, "path": str(place), "layers": list(self.layers)})
+            # As trainers count layers: by their outputs.
+            outputs = [layer - 1 for layer in self.layers]
+            layers = {"layers": list(self.layers), "aux_layer_ids": outputs}
+            found.append({**keys, "features": told, "path": str(place), **layers})
         return found
 
     def _place(self, asked: dict[str, Any]) -> Path:
-        for key in ("store_id", "sample_id"):
-            if not NAME.fullmatch(str(asked.get(key) or "")):
+        for key, pattern in (("store_id", NAME), ("sample_id", SAMPLE)):
+            if not pattern.fullmatch(str(asked.get(key) or "")):
                 raise BadRequest(f"{key}: expected letters, digits, '-', '_' and '.'", param=f"spec_capture.{key}")
         names = asked.get("features") or {}
         if set(names) - set(FEATURES) or len(set(names.values())) < len(names):
@@ -84,6 +93,12 @@ class Capturer:
             raise BadRequest(f"features: known: {known}, each with a name of its own", param="spec_capture.features")
         if not all(NAME.fullmatch(str(name)) for name in names.values()):
             raise BadRequest("features: a name has letters, digits, '-', '_' and '.'", param="spec_capture.features")
+        passed = [str(item["name"]) for item in asked.get("passthrough") or ()]
+        own = [*names.values()] if names else [*FEATURES]
+        if len({*passed, *own}) < len(passed) + len(own):
+            raise BadRequest("passthrough: each tensor needs a name of its own", param="spec_capture.passthrough")
+        if not all(NAME.fullmatch(name) for name in passed):
+            raise BadRequest("passthrough: a name has letters, digits, '-', '_', '.'", param="spec_capture.passthrough")
         place = self._folder / str(asked["store_id"]) / f"{asked['sample_id']}.safetensors"
         if place.exists() and not asked.get("replace"):
             raise BadRequest("this sample is there already, and replace is false", param="spec_capture.replace")
@@ -99,6 +114,15 @@ class Capturer:
             with suppress(OSError):  # a file lies where the store's folder should, say
                 part.unlink(missing_ok=True)
             raise BadRequest(f"the states cannot be written: {error}", code="not_stored") from None
+
+
+def _passed(item: dict[str, Any]) -> Tensor:
+    """A tensor that a client sends along. Raises BadRequest for numbers that its type does not hold."""
+    kind: torch.dtype = getattr(torch, item["dtype"])
+    try:
+        return torch.tensor(item["data"], dtype=kind).view(item["shape"])
+    except (RuntimeError, OverflowError, TypeError, ValueError) as error:
+        raise BadRequest(f"passthrough: {item['name']}: {error}", param="spec_capture.passthrough") from None
 
 
 def capturer(

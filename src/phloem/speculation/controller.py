@@ -139,7 +139,8 @@ class Acceptance:
 @dataclass(slots=True)
 class Chain:
     """Drafts of a row as the controller sees them (see `drafters.Draft`), and its request's record. `modelled`: a model
-    will make them, so that each place of the longest chain takes a pass of it."""
+    will make them, so that each place of the longest chain takes a pass of it. `deep`: as a tree, in the order of how
+    likely they are to it, at most so many behind one another; 0: as a chain."""
 
     length: int
     source: str
@@ -147,6 +148,11 @@ class Chain:
     sure: bool
     tally: Tally
     modelled: bool = False
+    deep: int = 0
+
+    def passes(self, drafts: int) -> int:
+        """Of the model, for so many of them."""
+        return min(drafts, self.deep) if self.deep else drafts
 
     def match(self, depth: int) -> int:
         """What `Acceptance` tells the draft at this depth by."""
@@ -238,6 +244,15 @@ class Controller:
             tally.right = tally.right * _DECAY + (depth < right)
             tally.expected = tally.expected * _DECAY + expected
 
+    def judged_tree(self, chain: Chain, verified: int, right: Sequence[int]) -> None:
+        """Of the first `verified` drafts of a row's tree those at these places were accepted."""
+        kept, tally = set(right), chain.tally
+        for place in range(verified):
+            expected = self.acceptance.of(chain.source, chain.sure, chain.match(place))
+            self.acceptance.note(chain.source, chain.sure, chain.match(place), place in kept)
+            tally.right = tally.right * _DECAY + (place in kept)
+            tally.expected = tally.expected * _DECAY + expected
+
     # what to do
 
     def looks(self, rows: int, easy: bool) -> bool:
@@ -309,7 +324,9 @@ class Controller:
         factor = (tally.right + _WEIGHT) / (tally.expected + _WEIGHT)
         for depth in range(min(chain.length, self._most)):
             known = self.acceptance.of(chain.source, chain.sure or depth > 0, chain.match(depth))
-            share *= min(LIKELIEST, known * factor)
+            likely = min(LIKELIEST, known * factor)
+            # Of a tree that is how often the draft itself was right, and none is likelier than those before it.
+            share = min(share, likely) if chain.deep else share * likely
             found.append(share)
         return found
 
@@ -329,7 +346,9 @@ class Controller:
         survival = [self._survival(chain) for chain in chains]
         heap = [(-shares[0], row) for row, shares in enumerate(survival) if shares]
         heapq.heapify(heap)
-        one = next((self._pass_seconds(plain) for chain in chains if chain is not None and chain.modelled), 0.0)
+        one, modelled = 0.0, next((chain for chain in chains if chain is not None and chain.modelled), None)
+        if modelled is not None:
+            one = self._pass_seconds(plain)
         found, count, tokens = none, list(none), float(rows)
         best, total = rows / plain * margin, rows + beside
         while heap and total < self._rows:
@@ -341,7 +360,7 @@ class Controller:
             takes = self._verify(total, easy)
             if takes is None:
                 continue
-            takes += one * max(count)
+            takes += one * (0 if modelled is None else modelled.passes(max(count)))
             if tokens / takes > best:
                 best, found = tokens / takes, list(count)
         return found

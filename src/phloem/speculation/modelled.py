@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from phloem.core.batch import Runner, StepOutput
     from phloem.core.speculation import Wanted
+    from phloem.engine.branches import TreeShape
     from phloem.speculation.controller import Controller
     from phloem.speculation.drafters._base import Draft
     from phloem.speculation.texts import Text
@@ -62,6 +63,7 @@ class ModelledRunner(SpeculativeRunner):
         source: the drafter's name.
         shift: 1 where it reads, at a position, the token behind it.
         group: of the memory that it keeps.
+        tree: of what shape its drafts are; None: chains.
     """
 
     def __init__(
@@ -72,10 +74,11 @@ class ModelledRunner(SpeculativeRunner):
         group: int,
         controller: Controller,
         room: int,
+        tree: TreeShape | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         super().__init__(inner, Unasked(), controller, room, clock)
-        self._source, self._shift, self._group = source, shift, group
+        self._source, self._shift, self._group, self._tree = source, shift, group, tree
         self.marks = Marks(inner.num_pages[group], inner.page_size)
         self._steps = self._tokens = 0  # rows that verified drafts, and what they gave
 
@@ -89,7 +92,8 @@ class ModelledRunner(SpeculativeRunner):
         return self._chain(text, self._room)
 
     def _chain(self, text: Text, room: int) -> Chain:
-        return Chain(room, self._source, 0, True, text.tally, modelled=True)
+        deep = 0 if self._tree is None else self._tree.depth
+        return Chain(room, self._source, 0, True, text.tally, modelled=True, deep=deep)
 
     def prepared_for(
         self, batch: Batch, texts: Sequence[Text]
@@ -157,8 +161,9 @@ class ModelledRunner(SpeculativeRunner):
             self._steps, self._tokens = self._steps + 1, self._tokens + count
             if not self._shift:
                 # It has read its own drafts but for the last one: those that were right stay.
+                # (Those of a tree it has read in other pages.)
                 known = int(batch.prefix_lens[row] + batch.query_lens[row])
-                end = known + min(count - 1, chain.length - 1)
+                end = known + (min(count - 1, chain.length - 1) if self._tree is None else 0)
                 self.marks.computed(batch.tables[self._group][row], known - 1, end)
             if self._steps == ENOUGH_STEPS:
                 self._warn()

@@ -165,9 +165,12 @@ class SpeculativeRunner(RunnerAround):
                 at += count
         output.verified, launched.drafting = launched.drafts, output.drafting_seconds
         if launched.drafts is not None:
-            launched.passes = int(launched.drafts.max(initial=0)) if output.drafting_seconds else 0
+            deepest = (chain.passes(int(launched.drafts[row])) for row, chain in launched.chains.items())
+            launched.passes = max(deepest, default=0) if output.drafting_seconds else 0
         for row, chain in launched.chains.items():
-            if output.counts[row]:
+            if row in output.branches and output.counts[row]:
+                self.controller.judged_tree(chain, chain.length, output.branches[row])
+            elif output.counts[row]:
                 self.controller.judged(chain, chain.length, int(output.counts[row]) - 1)
         decodes = batch.num_tokens == batch.num_rows == int(batch.outputs.sum()) and not batch.admissions
         if decodes and launched.learns and not output.failed:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import phloem
 from phloem.core.errors import PhloemError
+from phloem.training.data import question
 from phloem.training.states import NoSpace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from phloem.training.data import Row
+    from phloem.training.data import Asked, Row
 
 TOGETHER = 32  # prompts that are with the engine at once
 
@@ -34,18 +35,21 @@ class Answerer:
     def write(
         self,
         path: Path,
-        prompts: Sequence[list[int]],
+        prompts: Sequence[Asked],
         rows: Sequence[Row],
         params: dict[str, Any],
         told: Callable[[int, int], None],
     ) -> None:
-        """A line for each prompt: its `input_ids`, the answer's `output_ids` and its text. A file that has them already
-        stays as it is: a training that goes on must see the same text.
+        """A line for each prompt: its `input_ids`, the answer's `output_ids` and text, and the question's `messages`
+        where it has pictures. A file that has them already stays as it is: a training that goes on must see the same.
 
         Raises:
             NoSpace: the file cannot be written.
         """
-        asked = repr((self._settings["model_path"], list(prompts), sorted(params.items())))
+        ids = [one.ids for one in prompts]
+        asked = repr((self._settings["model_path"], ids, sorted(params.items())))
+        seen = repr([source.data or source.text for one in prompts for source in one.pictures])
+        asked += seen if any(one.pictures for one in prompts) else ""
         mark = hashlib.sha256(asked.encode()).hexdigest()[:16]
         if _written(path) == mark:
             return
@@ -55,12 +59,18 @@ class Answerer:
         try:
             with part.open("w") as file:
                 for begin in range(0, len(prompts), TOGETHER):
-                    some = [list(one) for one in prompts[begin : begin + TOGETHER]]
+                    some = prompts[begin : begin + TOGETHER]
                     first = params["sampling_seed"] + begin
                     each = [{**params, "sampling_seed": first + at} for at in range(len(some))]
-                    answers: Any = engine.generate(input_ids=some, sampling_params=each)
-                    for row, ids, answer in zip(rows[begin:], some, answers, strict=False):
-                        line = {"line": row.line, "of": mark, "input_ids": ids, "output_ids": answer["output_ids"]}
+                    more: dict[str, Any] = {}
+                    if any(one.pictures for one in some):
+                        more["image_data"] = [list(one.pictures) or None for one in some]
+                    given = [list(one.ids) for one in some]
+                    answers: Any = engine.generate(input_ids=given, sampling_params=each, **more)
+                    for row, one, answer in zip(rows[begin:], some, answers, strict=False):
+                        line = {"line": row.line, "of": mark, "input_ids": one.ids, "output_ids": answer["output_ids"]}
+                        if one.pictures:
+                            line["messages"] = question(row)
                         file.write(json.dumps({**line, "answer": answer["text"]}, ensure_ascii=False) + "\n")
                     told(min(begin + TOGETHER, len(prompts)), len(prompts))
             part.replace(path)
@@ -79,9 +89,9 @@ def _written(path: Path) -> str | None:
         return None
 
 
-def fitting(prompts: Sequence[list[int]], rows: Sequence[Row], room: int) -> tuple[list[list[int]], list[Row]]:
+def fitting(prompts: Sequence[Asked], rows: Sequence[Row], room: int) -> tuple[list[Asked], list[Row]]:
     """Prompts that leave room for an answer of two tokens at least. Raises PhloemError if there are none."""
-    pairs = [(ids, row) for ids, row in zip(prompts, rows, strict=True) if 0 < len(ids) <= room - 2]
+    pairs = [(asked, row) for asked, row in zip(prompts, rows, strict=True) if 0 < asked.length <= room - 2]
     if not pairs:
         raise PhloemError(f"every prompt is longer than max_length, {room} tokens, leaves room for")
-    return [ids for ids, _ in pairs], [row for _, row in pairs]
+    return [asked for asked, _ in pairs], [row for _, row in pairs]

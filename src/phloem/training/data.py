@@ -12,14 +12,18 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from phloem.core.errors import BadRequest, PhloemError
+from phloem.training.seeing import has_pictures
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Sequence
+    from collections.abc import Callable, Generator, Iterable, Sequence
 
     from torch import Tensor
 
+    from phloem.core.media import Media
+    from phloem.multimodal._reader import Source
     from phloem.text.template import ChatTemplate
     from phloem.text.tokenizer import Tokenizer
+    from phloem.training.seeing import Eyes, Seen
 
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "bing": "assistant"}
 TEXT_PROMPT = 32  # tokens of a plain text that stand as a prompt where the model writes on
@@ -31,7 +35,8 @@ class BadData(PhloemError):
 
 @dataclass(frozen=True)
 class Row:
-    """One line: a conversation, a plain text, or token ids as an engine gave them."""
+    """One line: a conversation, a plain text, or token ids as an engine gave them; these with the conversation that
+    they answer where it has pictures."""
 
     line: int
     messages: tuple[dict[str, Any], ...] = ()
@@ -42,10 +47,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Sample:
-    """Token ids, and which of them were the assistant's."""
+    """Token ids, and which of them were the assistant's; and the pictures whose placeholders are among them."""
 
     ids: tuple[int, ...]
     mask: tuple[bool, ...]
+    media: tuple[Media, ...] = ()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the model is given to answer. `length`: tokens, with those of its pictures."""
+
+    ids: list[int]  # with a mark for each picture
+    length: int
+    pictures: tuple[Source, ...] = ()
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -77,7 +92,10 @@ def _row(line: str, number: int, where: str) -> Row:
         raise BadData(f"{where}: expected an object with messages, conversations or text")
     row = cast("dict[str, Any]", found)
     if "output_ids" in row:
-        return Row(number, prompt_ids=_ids(row.get("input_ids"), where), output_ids=_ids(row["output_ids"], where))
+        messages = tuple(_messages(row["messages"], f"{where}: messages")) if row.get("messages") else ()
+        messages = messages if has_pictures(messages) else ()
+        ids = _ids(row.get("input_ids"), where), _ids(row["output_ids"], where)
+        return Row(number, messages, prompt_ids=ids[0], output_ids=ids[1])
     for key in ("messages", "conversations"):
         if key in row:
             return Row(number, messages=tuple(_messages(row[key], f"{where}: {key}")))
@@ -115,6 +133,7 @@ class Reader:
     max_length: int
     vocab_size: int
     last_turn: bool = False
+    eyes: Eyes | None = None  # of a model that takes pictures
     left_out: Counter[str] = field(default_factory=Counter[str])  # why rows gave nothing
 
     def samples(self, rows: Sequence[Row], where: str) -> list[Sample]:
@@ -139,17 +158,26 @@ class Reader:
             raise BadData(f"{where}: there is nothing to learn from: {reasons}")
         return found
 
-    def prompts(self, rows: Sequence[Row], where: str) -> list[list[int]]:
+    def prompts(self, rows: Sequence[Row], where: str) -> list[Asked]:
         """What the model is given to answer: a conversation up to its last answer, or the beginning of a text.
 
         Raises:
-            BadData: a row has no question, or the template refuses it.
+            BadData: a row has no question, the template refuses it, or a picture cannot be had.
         """
-        found: list[list[int]] = []
+        found: list[Asked] = []
         for row in rows:
             with _told(row, where):
                 found.append(self._prompt(row))
         return found
+
+    def whole(self, row: Row) -> Sample:
+        """A row of token ids as it is, all of it the assistant's, however long. Raises BadRequest."""
+        if row.messages:
+            asked, _, media = self._asked(self._seeing().see(list(row.messages)))
+            ids = [*asked, *row.output_ids]
+        else:
+            ids, media = [*row.prompt_ids, *row.output_ids], []
+        return Sample(tuple(ids), (True,) * len(ids), tuple(media))
 
     def _given(self, row: Row) -> list[int]:
         ids = [*row.prompt_ids, *row.output_ids]
@@ -158,47 +186,90 @@ class Reader:
         return ids
 
     def _sample(self, row: Row) -> Sample:
+        media: list[Media] = []
         if row.output_ids:
-            ids = self._given(row)
-            mask = [False] * len(row.prompt_ids) + [True] * len(row.output_ids)
+            ids, asked = self._given(row), list(row.prompt_ids)
+            if row.messages:
+                seen = self._seeing().see(list(row.messages))
+                asked, _, media = self._asked(seen)
+                ids = [*asked, *row.output_ids]
+            mask = [False] * len(asked) + [True] * len(row.output_ids)
         elif row.text:
             ids = self.tokenizer.encode(row.text)
             mask = [True] * len(ids)
+        elif has_pictures(row.messages):
+            ids, mask, media = self._pictured(list(row.messages))
         else:
             ids, mask = self._conversation(list(row.messages))
-        return Sample(tuple(ids[: self.max_length]), tuple(mask[: self.max_length]))
+        if any(item.end > self.max_length for item in media):  # a part of a picture is none
+            ids, mask, media = [], [], []
+        return Sample(tuple(ids[: self.max_length]), tuple(mask[: self.max_length]), tuple(media))
 
-    def _conversation(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[bool]]:
+    def _pictured(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[bool], list[Media]]:
+        eyes = self._seeing()
+        seen = eyes.see(messages)
+        ids, mask = self._conversation(seen.messages, lambda text: eyes.placed(text, seen.made)[0])
+        return eyes.grown(ids, mask, eyes.placed(self.template.render(seen.messages, None, False), seen.made)[1])
+
+    def _asked(self, seen: Seen) -> tuple[list[int], list[bool], list[Media]]:
+        """A prompt with its pictures."""
+        eyes = self._seeing()
+        text, made = eyes.placed(self.template.render(seen.messages), seen.made)
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return eyes.grown(ids, [False] * len(ids), made)
+
+    def _seeing(self) -> Eyes:
+        if self.eyes is None:
+            raise BadRequest("it has pictures, and the model takes none")
+        return self.eyes
+
+    def _conversation(
+        self, messages: list[dict[str, Any]], placed: Callable[[str], str] = str
+    ) -> tuple[list[int], list[bool]]:
         """The mask is over each answer, its end-of-turn token included and its header not.
 
         Where an answer begins and ends is found by rendering what comes before it, so that any template serves; one
-        that rewrites earlier turns (drops their reasoning) gives those no mask.
+        that rewrites earlier turns (drops their reasoning) gives those no mask. `placed`: puts in what stands for
+        pictures.
         """
-        whole = self.template.render(messages, add_generation_prompt=False)
+        whole = placed(self.template.render(messages, add_generation_prompt=False))
         ids = self.tokenizer.encode(whole, add_special_tokens=False)
         mask = [False] * len(ids)
         turns = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
         for at in turns[-1:] if self.last_turn else turns:
             if at == 0:
                 continue  # nothing was asked
-            before = self.template.render(messages[:at], add_generation_prompt=True)
-            until = whole if at == len(messages) - 1 else self.template.render(messages[: at + 1], None, False)
+            before = placed(self.template.render(messages[:at], add_generation_prompt=True))
+            until = whole if at == len(messages) - 1 else placed(self.template.render(messages[: at + 1], None, False))
             if whole.startswith(before) and whole.startswith(until):
                 first, last = (_shared(self.tokenizer.encode(text, False), ids) for text in (before, until))
                 mask[first:last] = [True] * (last - first)
         return ids, mask
 
-    def _prompt(self, row: Row) -> list[int]:
-        if row.output_ids:
-            return self._given(row)[: len(row.prompt_ids)]
+    def _prompt(self, row: Row) -> Asked:
+        if row.output_ids and not row.messages:
+            ids = self._given(row)[: len(row.prompt_ids)]
+            return Asked(ids, len(ids))
         if row.text:
-            return self.tokenizer.encode(row.text)[:TEXT_PROMPT]
-        messages = list(row.messages)
-        while messages and messages[-1]["role"] == "assistant":
-            messages.pop()
+            ids = self.tokenizer.encode(row.text)[:TEXT_PROMPT]
+            return Asked(ids, len(ids))
+        messages = question(row)
         if not messages:
             raise BadRequest("there is no question in it")
-        return self.tokenizer.encode(self.template.render(messages), add_special_tokens=False)
+        if has_pictures(messages):
+            seen = self._seeing().see(messages)
+            ids = self.tokenizer.encode(self.template.render(seen.messages), add_special_tokens=False)
+            return Asked(ids, len(self._asked(seen)[0]), tuple(seen.sources))
+        ids = self.tokenizer.encode(self.template.render(messages), add_special_tokens=False)
+        return Asked(ids, len(ids))
+
+
+def question(row: Row) -> list[dict[str, Any]]:
+    """A conversation without the answers at its end."""
+    messages = list(row.messages)
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    return messages
 
 
 @contextmanager

@@ -10,7 +10,7 @@ Legend: T packed tokens of a batch, n of them that a round computes, N hidden si
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +112,21 @@ class Packed:
         return torch.where(inside_T, values_T[at_T.clamp(max=len(values_T) - 1)], torch.zeros_like(values_T))
 
 
+class Attends(Protocol):
+    """Attention of a round's n queries [n, H, D] over the keys and values of round 0 [T, K, D], of its own text and up
+    to its own place, and those of each later round [n, K, D], at its place alone: [n, H * D]."""
+
+    def __call__(
+        self,
+        batch: Packed,
+        at_n: Tensor,
+        q_nHD: Tensor,
+        first: tuple[Tensor, Tensor],
+        later: list[tuple[Tensor, Tensor]],
+        /,
+    ) -> Tensor: ...
+
+
 class Eagle3(nn.Module):
     """Its parameters have the names of published checkpoints."""
 
@@ -130,6 +145,7 @@ class Eagle3(nn.Module):
         inverse, factor = inverse_frequencies(spec, int(config.get("max_position_embeddings") or positions))
         angles = torch.arange(positions)[:, None] * inverse[None]
         self.turned = spec.rotary_size
+        self.attends: Attends | None = None  # another way of attending than `densely`
         self.register_buffer("cos", angles.cos() * factor, persistent=False)
         self.register_buffer("sin", angles.sin() * factor, persistent=False)
 
@@ -164,7 +180,7 @@ class Eagle3(nn.Module):
                 x_n2 = self._joined(embed(ids(number, at_n)), g_nN)
                 later.append(self._keys(x_n2, place_T[at_n] + number))
             q_nHD = self._turn(layer.self_attn.q_proj(x_n2), self.sizes.heads, place_T[at_n] + number)
-            mixed = self._attend(batch, at_n, q_nHD, first, later)
+            mixed = (self.attends or self.densely)(batch, at_n, q_nHD, first, later)
             h_nN = g_nN + layer.self_attn.o_proj(mixed.to(g_nN.dtype))
             g_nN = h_nN + layer.mlp(layer.post_attention_layernorm(h_nN))
             yield g_nN
@@ -189,7 +205,7 @@ class Eagle3(nn.Module):
         one, other, rest = x[..., :half], x[..., half : self.turned], x[..., self.turned :]
         return torch.cat((one * cos - other * sin, other * cos + one * sin, rest), -1)
 
-    def _attend(
+    def densely(
         self,
         batch: Packed,
         at_n: Tensor,
@@ -197,7 +213,7 @@ class Eagle3(nn.Module):
         first: tuple[Tensor, Tensor],
         later: list[tuple[Tensor, Tensor]],
     ) -> Tensor:
-        """[n, H * D]."""
+        """`Attends`, text by text, with all scores of a text at once."""
         sizes, counts = self.sizes, torch.bincount(batch.text_T[at_n], minlength=len(batch.lengths)).tolist()
         group = sizes.heads // sizes.kv_heads
         q_nKGD = q_nHD.unflatten(1, (sizes.kv_heads, group)) * sizes.head_size**-0.5

@@ -62,6 +62,7 @@ class Options:
     dtype: Literal["auto", "float32", "bfloat16"] = opt(
         "auto", "Of products; weights and their sums are float32. auto: bfloat16 where the device multiplies it fast."
     )
+    attention: Literal["dense", "flex"] = opt("dense", "Of the head: dense masks, or torch's flex attention on a GPU.")
     device: str = opt("auto", "Where the model and the head run.")
     threads: int | None = opt(None, "Threads of the processor; default: one for each core.")
     seed: int = opt(0, "Of the order of the text, of the weights' noise and of generation.")
@@ -193,6 +194,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "init": ("target", "random"),
     "hidden_states_dtype": ("bfloat16", "float32"),
     "dtype": ("auto", "float32", "bfloat16"),
+    "attention": ("dense", "flex"),
     "save_dtype": ("float32", "bfloat16", "float16"),
 }
 

@@ -75,7 +75,7 @@ class Remote:
             path = self._folder / self._store / f"{name}.safetensors"
             try:
                 tensors = load_file(path)
-                states = Captured(tensors["aux"], tensors["last_hidden"])
+                states = Captured(tensors["aux"].squeeze(0), tensors["last_hidden"].squeeze(0))
                 path.unlink()
             except Exception as error:
                 raise PhloemError(f"{path} cannot be read: {error}; is capture_dir the server's folder?") from None

@@ -19,9 +19,10 @@ from phloem.text.tokenizer import load_tokenizer
 from phloem.training import checkpoints
 from phloem.training.answers import Answerer, fitting
 from phloem.training.checkpoints import Map
-from phloem.training.data import Reader, Row, Sample, coverage, draft_vocabulary, read_rows
+from phloem.training.data import Reader, coverage, draft_vocabulary, read_rows
 from phloem.training.remote import Remote
 from phloem.training.report import Metrics, plot
+from phloem.training.seeing import Eyes, has_pictures, reader_of
 from phloem.training.states import Library, batches_of
 from phloem.training.target import Target, described, head_config
 from phloem.training.trainer import HeldOut, Trainer
@@ -29,6 +30,7 @@ from phloem.training.trainer import HeldOut, Trainer
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+    from phloem.training.data import Asked, Row, Sample
     from phloem.training.options import Options
     from phloem.training.report import Bars
 
@@ -125,7 +127,6 @@ def _texts(options: Options, output: Path, bars: Bars) -> Texts:
     tokenizer = load_tokenizer(checkpoint)
     template = load_template(checkpoint, Path(options.chat_template) if options.chat_template else None, tokenizer)
     longest = min(options.max_length, checkpoint.context_length)
-    reader = Reader(tokenizer, template, longest, checkpoint.vocab_size, options.train_only_last_turn)
     path = looked_path = Path(options.train_data_path)
     rows = read_rows(path)
     if options.eval_data_path:
@@ -135,6 +136,10 @@ def _texts(options: Options, output: Path, bars: Bars) -> Texts:
         chosen = set(random.Random(options.seed).sample(range(len(rows)), min(options.eval_prompts, len(rows) // 2)))
         looked = [row for number, row in enumerate(rows) if number in chosen]
         rows = [row for number, row in enumerate(rows) if number not in chosen]
+    pictured = any(has_pictures(row.messages) for row in [*rows, *looked])
+    sees = reader_of(options.target_model_path) if pictured else None
+    eyes = None if sees is None else Eyes(sees, template, [path.parent, looked_path.parent])
+    reader = Reader(tokenizer, template, longest, checkpoint.vocab_size, options.train_only_last_turn, eyes)
     answerer = Answerer(_engine_settings(options))
     try:
         if options.generate:
@@ -151,17 +156,19 @@ def _texts(options: Options, output: Path, bars: Bars) -> Texts:
         if looked:
             asked = reader.prompts(looked, str(looked_path)), looked
             looked = _answered(answerer, output / HELD_OUT, reader.max_length, asked, sampling, bars)
+        held_out = [(len(row.output_ids), reader.whole(row)) for row in looked if len(row.output_ids) > 1]
     finally:
         answerer.close()
-    pairs = [(len(row.prompt_ids), [*row.prompt_ids, *row.output_ids]) for row in looked if len(row.output_ids) > 1]
-    return Texts(samples, [(prompt, Sample(tuple(ids), (True,) * len(ids))) for prompt, ids in pairs])
+        if sees is not None:
+            sees.close()
+    return Texts(samples, [(len(sample.ids) - said, sample) for said, sample in held_out])
 
 
 def _answered(
     answerer: Answerer,
     path: Path,
     room: int,
-    asked: tuple[list[list[int]], list[Row]],
+    asked: tuple[list[Asked], list[Row]],
     sampling: dict[str, Any],
     bars: Bars,
 ) -> list[Row]:

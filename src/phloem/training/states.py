@@ -138,6 +138,7 @@ class Library:
         texts = hashlib.sha256()
         for one in self._samples:
             texts.update(repr((one.ids, one.mask)).encode())
+            texts.update(b"".join(item.digest for item in one.media))
         target = self._target
         return {
             "target": str(target.checkpoint.path),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -91,7 +91,13 @@ class Target:
         found: list[States] = []
         with torch.no_grad():
             texts = [one.ids for one in samples]
-            captured = capture(self.model, texts) if self.remote is None else self.remote.capture(texts)
+            media = [one.media for one in samples]
+            if self.remote is None:
+                captured = capture(self.model, texts, media=media)
+            elif any(media):
+                raise ConfigError("capture_url: states of pictures are computed here alone: leave it out")
+            else:
+                captured = self.remote.capture(texts)
             for sample, got in zip(samples, captured, strict=True):
                 best, sums = list[Tensor](), list[Tensor]()
                 for part_nN in got.last_TN.to(self.device).split(CHUNK):
@@ -140,6 +146,7 @@ def head_config(checkpoint: Checkpoint, draft_vocab_size: int, given: dict[str, 
     if given.get("num_hidden_layers", 1) != 1:
         raise ConfigError("draft_model_config: such heads have one layer", param="draft_model_config")
     more = {name: given.get(name, own.get(name)) for name in _SAME}
+    more |= {name: _unturned(more[name]) for name in ("rope_scaling", "rope_parameters")}
     more["rope_theta"] = more["rope_theta"] or (more["rope_parameters"] or {}).get("rope_theta", 10000.0)
     low, middle, high = aux_layers(layers)
     return {
@@ -162,3 +169,15 @@ def head_config(checkpoint: Checkpoint, draft_vocab_size: int, given: dict[str, 
             "use_aux_hidden_state": True,
         },
     }
+
+
+def _unturned(rope: Any) -> Any:
+    """Positions of a head are those of the tokens, of pictures too: what the model has beside them in places of height
+    and width is left out."""
+    if not isinstance(rope, dict) or "mrope_section" not in rope:
+        return rope
+    found = cast("dict[str, Any]", rope)
+    kept = {key: value for key, value in found.items() if not key.startswith("mrope")}
+    kinds = {key: "default" for key in ("rope_type", "type") if kept.get(key) == "mrope"}
+    kept |= kinds
+    return kept if set(kept) - {"rope_type", "type"} else None

@@ -22,6 +22,7 @@ from phloem.core.errors import ConfigError
 from phloem.platforms._facts import mixed
 from phloem.training import checkpoints
 from phloem.training.accept import Accepted, accepted
+from phloem.training.flex import chosen
 from phloem.training.head import Eagle3, Packed
 from phloem.training.loss import Lesson, Told, tell
 from phloem.training.low_rank import add_low_rank
@@ -66,6 +67,7 @@ class Trainer:
         torch.manual_seed(options.seed)
         positions = max(options.max_length, options.eval_tokens) * 2 + options.ttt_length + options.num_draft_tokens
         self.head = Eagle3(sizes, positions).to(self.device)
+        self.head.attends = chosen(options.attention, self.device)
         rows_DN = target.choose(self.words.ids_D)
         if options.draft_model_path:
             checkpoints.begin_from(self.head, Path(options.draft_model_path))

@@ -30,7 +30,7 @@ from phloem.testing.pictures import tiny_pictures
 pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 OTHER = torch.device("cpu:0")  # not equal to the first: weights are copied and tensors moved
-GREY = Pixels(40, 24, bytes(range(240)) * 12)
+SHADES = Pixels(80, 72, bytes(range(240)) * 72)
 # What is asked of each family: guided by a second row with a text of another length, where it has one.
 ASKED: dict[str, dict[str, Any]] = {
     "flux": {"guidance": 3.0, "true_cfg": 2.0, "negative": "a dog"},
@@ -38,10 +38,10 @@ ASKED: dict[str, dict[str, Any]] = {
     "stable_diffusion_3": {"guidance": 3.0},
     "z_image": {"guidance": 3.0},
     "wan_two": {"guidance": 3.0},
-    "wan_first_frame": {"guidance": 3.0, "pictures": [GREY]},
-    "wan_image_to_video": {"guidance": 3.0, "pictures": [GREY]},
+    "wan_first_frame": {"guidance": 3.0, "pictures": [SHADES]},
+    "wan_image_to_video": {"guidance": 3.0, "pictures": [SHADES]},
     "ltx": {"guidance": 3.0, "negative": "a dog"},
-    "ltx_image_to_video": {"guidance": 3.0, "pictures": [GREY]},
+    "ltx_image_to_video": {"guidance": 3.0, "pictures": [SHADES]},
     "hunyuan_video": {"guidance": 3.0, "true_cfg": 2.0, "negative": "a small dog on a river"},
 }
 
@@ -53,7 +53,7 @@ def made(folder: Path, family: str) -> Path:
 def draws_of(family: str) -> list[Draw]:
     """Two that share steps but for the first; 64x96 pixels or less: numbers of tokens that 3 does not divide too."""
     film = family in FILMS
-    size = {"width": 96, "height": 32} if family.startswith("ltx") else {"width": 32, "height": 48}
+    size = {"width": 64, "height": 32} if family.startswith("ltx") else {"width": 32, "height": 48}
     return [
         Draw(id=key, prompt=prompt, seed=7, steps=steps, film=film, **size, **ASKED[family])
         for key, prompt, steps in (("a", "draw a red cat", 3), ("b", "a house on the river", 4))
@@ -101,7 +101,7 @@ def test_what_ranks_draw_with_flux_2_is_what_one_draws(kind: str) -> None:
         assert isinstance(painter, models.Family)
         company = SequenceParallel(painter, [CPU]) if ranks > 1 else None
         draws = [
-            Draw(id=key, prompt=prompt, seed=7, steps=3, width=24, height=20, guidance=3.0, pictures=[GREY])
+            Draw(id=key, prompt=prompt, seed=7, steps=3, width=24, height=20, guidance=3.0, pictures=[SHADES])
             for key, prompt in (("a", "draw a red cat"), ("b", "a house"))
         ]
         found.append(latents_of(painter, draws, company))

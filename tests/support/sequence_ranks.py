@@ -21,7 +21,7 @@ def painter_of(folder: Path) -> Any:
     found = pictures_of(folder)
     assert found is not None
     pipe = models.load(found, CPU, torch.float32, tiling=False)
-    return models.choose(pipe, CPU, torch.float32, {"size": (32, 16), "frames": 5})[0]
+    return models.choose(pipe, CPU, torch.float32, {"size": (64, 32), "frames": 5})[0]
 
 
 def latents_of(painter: Any, draws: list[Draw], company: Any = None) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ Legend: B rows, H heads, S tokens of texts, L those of latents, D a head's width
 
 from __future__ import annotations
 
+import inspect
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,6 @@ from phloem.distributed.comm import Threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from inspect import Signature
 
     from torch import Tensor
 
@@ -60,14 +60,11 @@ class Share:
             blocks: list[Any] = [block for name in painter.sequences for block in model.get_submodule(name)]
             for at, block in enumerate(blocks):
                 self._wrap_block(block, first=at == 0, last=at + 1 == len(blocks))
-                for name in painter.attentions:
-                    module = getattr(block, name, None)
-                    if module is not None:
+                for name, module in block.named_children():
+                    if name in painter.attentions:
                         self._wrap_attention(module)
 
     def _wrap_block(self, block: Any, *, first: bool, last: bool) -> None:
-        import inspect
-
         forward, signature = block.forward, inspect.signature(block.forward)
 
         def run(*args: Any, **options: Any) -> Any:
@@ -77,7 +74,7 @@ class Share:
 
         block.forward = run
 
-    def _mine(self, signature: Signature, args: Any, options: Any, first: bool) -> dict[str, Any]:
+    def _mine(self, signature: inspect.Signature, args: Any, options: Any, first: bool) -> dict[str, Any]:
         """A block's arguments, with this rank's part of what has a place for each token."""
         given = signature.bind(*args, **options).arguments
         more = given.pop("kwargs", {})
@@ -161,14 +158,20 @@ class Share:
             of_texts = torch.stack([x[:, first:end] for x, _ in given])
             whole = torch.cat([of_texts, whole] if self._painter.texts_first else [whole, of_texts], 3)
         mask = options.pop("attn_mask", None)
-        made = ATTENTION(*whole, attn_mask=self._masked(mask, whole.shape[3], first, end), **options)
+        made = ATTENTION(*whole, attn_mask=self._masked(mask, texts, first, end), **options)
         return self._returned(made, texts, mine.shape, shares)
 
-    def _masked(self, mask: Tensor | None, keys: int, first: int, end: int) -> Tensor | None:
-        """Of this rank's heads. It must know of all keys, and be the same for all queries."""
+    def _masked(self, mask: Tensor | None, texts: int, first: int, end: int) -> Tensor | None:
+        """Of all keys, for this rank's heads. A mask that was made of a rank's part has the texts' padding, and sees
+        all of the latents. It must be the same for all queries."""
         if mask is None:
             return None
-        if mask.shape[-1] != keys or mask.shape[-2] != 1:
+        low, high = parts_of(self._tokens, self.comm.size)[self.comm.rank]
+        if mask.shape[-1] == texts + high - low:
+            of_texts = mask[..., :texts] if self._painter.texts_first else mask[..., high - low :]
+            seen = mask.new_full((*mask.shape[:-1], self._tokens), mask.dtype == torch.bool)
+            mask = torch.cat([of_texts, seen] if self._painter.texts_first else [seen, of_texts], -1)
+        if mask.shape[-1] != texts + self._tokens or mask.shape[-2] != 1:
             raise PhloemError(f"a mask of {tuple(mask.shape)} cannot be shared out among ranks")
         return mask[:, first:end] if mask.ndim == 4 and mask.shape[1] > 1 else mask
 

@@ -110,6 +110,18 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"guidance_scale": 3.0, "negative_prompt": "a small dog on a river", **LARGER},
     ),
     ("ltx_last_step", {"guidance": 1.0, **LARGER}, {"guidance_scale": 1.0, **LARGER}),
+    ("ltx", {"guidance": 1.0, "fps": 8.0, **LARGER}, {"guidance_scale": 1.0, "frame_rate": 8, **LARGER}),
+    (
+        "ltx_image_to_video",
+        {"guidance": 3.0, "negative": "a dog", "pictures": [PICTURE], "fps": 12.5, **LARGER},
+        {"guidance_scale": 3.0, "negative_prompt": "a dog", "frame_rate": 12.5, **LARGER},
+    ),
+    ("hunyuan_video", {"guidance": 4.0}, {"guidance_scale": 4.0}),
+    (
+        "hunyuan_video",
+        {"guidance": 2.0, "true_cfg": 3.0, "negative": "a small dog on a river", "prompt": "draw a red cat"},
+        {"guidance_scale": 2.0, "true_cfg_scale": 3.0, "negative_prompt": "a small dog on a river"},
+    ),
 ]
 
 
@@ -146,12 +158,53 @@ def test_a_first_frame_begins_the_film_as_in_the_pipeline_of_pictures(pipes: Any
     assert np.abs(run.film("a") - pixels).max() <= 1
 
 
-@pytest.mark.parametrize("kind", ["wan_two", "wan_first_frame", "ltx"])
+@pytest.mark.parametrize("kind", ["ltx", "ltx_last_step"])
+def test_a_folder_of_ltx_begins_films_with_pictures_as_the_pipeline_of_pictures_does(pipes: Any, kind: str) -> None:
+    import diffusers
+
+    pipe = pipes(kind)
+    made = diffusers.LTXImageToVideoPipeline(**pipe.components)
+    made.set_progress_bar_config(disable=True)
+    latents, pixels = reference(made, 7, 4, guidance_scale=3.0, image=image_of(PICTURE), **LARGER)
+    run = Run(pipe)
+    run.submit("a", seed=7, steps=4, guidance=3.0, pictures=[PICTURE], **LARGER)
+    run.submit("without", seed=7, steps=4, guidance=3.0, **LARGER)
+    run.steps()
+    assert float((run.latents["a"] - latents).abs().max()) < 1e-5
+    assert np.abs(run.film("a") - pixels).max() <= 1
+    assert float((run.latents["a"] - run.latents["without"]).abs().max()) > 0.1
+
+
+def test_films_for_different_rates_share_passes_and_differ(pipes: Any) -> None:
+    """A rate that is not said is the model's own."""
+    pipe, rates = pipes("ltx"), [8.0, 25.0, 0.0, 60.0]
+    alone, together, passes = Run(pipe), Run(pipe), list[int]()
+    forward = together.painter.forward  # type: ignore[union-attr]
+    together.painter.forward = lambda rows: (passes.append(len(rows)), forward(rows))[1]  # type: ignore[union-attr, method-assign]
+    for at, rate in enumerate(rates):
+        for run in (alone, together):
+            run.submit(str(at), seed=1, steps=3, guidance=1.0, fps=rate, **LARGER)
+        alone.steps()
+    together.steps()
+    assert set(passes) == {len(rates)}
+    for at in range(len(rates)):
+        assert float((together.latents[str(at)] - alone.latents[str(at)]).abs().max()) < 2e-5
+    assert torch.equal(alone.latents["1"], alone.latents["2"])
+    for one, other in ((0, 1), (1, 3)):
+        assert float((alone.latents[str(one)] - alone.latents[str(other)]).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["wan_two", "wan_first_frame", "ltx", "ltx_image_to_video", "hunyuan_video"])
 def test_films_at_different_steps_share_passes_and_are_what_they_are_alone(pipes: Any, kind: str) -> None:
     pipe, fields = pipes(kind), [{"seed": 1, "steps": 3}, {"seed": 2, "steps": 5, "guidance": 1.0}, {"seed": 3}]
-    if kind == "ltx":
+    if kind in ("ltx", "ltx_image_to_video", "hunyuan_video"):
+        size = SIZE if kind == "hunyuan_video" else LARGER
         for at, prompt in enumerate(("a cat", "a small red dog on a river in the house", "")):
-            fields[at] |= {**LARGER, "prompt": prompt}  # type: ignore[operator]
+            fields[at] |= {**size, "prompt": prompt}  # type: ignore[operator]
+            if kind == "ltx_image_to_video":
+                fields[at]["pictures"] = [PICTURE]  # type: ignore[assignment]
+    if kind == "hunyuan_video":
+        fields[0] |= {"true_cfg": 3.0, "negative": "a dog in the house"}  # type: ignore[dict-item]
     alone = Run(pipe)
     for at, one in enumerate(fields):
         alone.submit(str(at), **one)  # type: ignore[arg-type]
@@ -186,9 +239,19 @@ def test_a_film_is_taken_up_with_a_word_and_what_cannot_be_made_names_its_field(
         assert (run.news(field)[-1].status, run.news(field)[-1].param) == (400, field)
     run.studio.submit(Draw(id="p", prompt="a cat", seed=1))
     assert "/v1/videos" in run.news("p")[-1].error
-    run = Run(pipes("wan_image_to_video"))
-    run.submit("a", seed=1)
-    assert run.news("a")[-1].param == "input_reference"
+    for kind in ("wan_image_to_video", "ltx_image_to_video"):
+        run = Run(pipes(kind))
+        run.submit("a", seed=1, **(LARGER if kind.startswith("ltx") else {}))
+        assert run.news("a")[-1].param == "input_reference"
+    run = Run(pipes("hunyuan_video"))
+    for field, fields in (
+        ("guidance_scale_2", {"guidance_2": 2.0}),
+        ("true_cfg_scale", {"true_cfg": 2.0}),
+        ("input_reference", {"pictures": [PICTURE]}),
+        ("num_frames", {"frames": 4}),
+    ):
+        run.submit(field, seed=1, **fields)  # type: ignore[arg-type]
+        assert (run.news(field)[-1].status, run.news(field)[-1].param) == (400, field)
 
 
 def test_a_film_of_a_pipeline_that_is_not_ours_is_made_whole_and_ended_between_steps(pipes: Any) -> None:

@@ -67,6 +67,65 @@ def test_films_are_made_deleted_and_kept_by_processes_of_their_own(tmp_path: Pat
     assert sorted(path.suffix for path in (tmp_path / "films").glob("video_*")) == [".json", ".mp4"]
 
 
+def test_films_wear_adapters_that_come_and_go_over_http(tmp_path: Path) -> None:
+    """HunyuanVideo: by a film's `lora`, by its `model`, and as what films wear that say nothing."""
+    import numpy as np
+    import torch
+    from safetensors.torch import save_file
+
+    folder = tiny_films(tmp_path / "model", "hunyuan_video")
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    generator = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(shape, generator=generator) for shape in ((2, 32), (32, 2)))
+    save_file({f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": 4 * b}, tmp_path / "ink.safetensors")
+    with serving(folder, "--image-defaults", DEFAULTS) as url, httpx.Client(base_url=url, timeout=120) as client:
+
+        def made(**more: Any) -> Any:
+            job = client.post("/v1/videos", json={"prompt": "draw a cat", "seed": 3, **more}).json()
+            assert "id" in job, job
+            for _ in range(600):
+                job = client.get(f"/v1/videos/{job['id']}").json()
+                if job["status"] in ("completed", "failed"):
+                    break
+                time.sleep(0.05)
+            assert job["status"] == "completed", job
+            with av.open(io.BytesIO(client.get(f"/v1/videos/{job['id']}/content").content)) as file:
+                return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]).astype(int)
+
+        plain = made()
+        assert plain.shape == (5, 16, 32, 3) and np.abs(plain - made()).max() == 0
+        body = {"lora_name": "ink", "lora_path": f"{tmp_path}/ink.safetensors"}
+        assert client.post("/load_lora_adapter", json=body).status_code == 200
+        inked = made(lora="ink")
+        assert np.abs(inked - plain).max() > 1 and np.abs(inked - made(model="ink")).max() == 0
+        assert client.post("/v1/set_lora", json={"lora_nickname": "ink"}).status_code == 200
+        assert np.abs(inked - made()).max() == 0 and np.abs(plain - made(lora=[])).max() == 0
+        assert client.post("/unload_lora_adapter", json={"lora_name": "ink"}).status_code == 200
+        wrong = client.post("/v1/videos", json={"prompt": "a", "lora": "ink"})
+        assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "lora")
+
+
+def test_a_film_of_ltx_begins_with_a_picture_at_a_rate_of_its_own(tmp_path: Path) -> None:
+    folder = tiny_films(tmp_path / "model", "ltx_image_to_video")
+    defaults = DEFAULTS.replace("32x16", "64x32")
+    with serving(folder, "--image-defaults", defaults) as url, httpx.Client(base_url=url, timeout=120) as client:
+        files = {"input_reference": ("a.png", png(bytes(96), 8, 4), "image/png")}
+        form = {"prompt": "draw a cat", "num_frames": "5", "fps": "10", "seed": "3"}
+        job = client.post("/v1/videos", data=form, files=files).json()
+        for _ in range(600):
+            job = client.get(f"/v1/videos/{job['id']}").json()
+            if job["status"] in ("completed", "failed"):
+                break
+            time.sleep(0.05)
+        assert (job["status"], job["fps"]) == ("completed", 10.0), job
+        content = client.get(f"/v1/videos/{job['id']}/content").content
+        assert frames_in(content) == [(64, 32)] * 5
+        with av.open(io.BytesIO(content)) as file:
+            assert float(file.streams.video[0].average_rate) == 10
+        wrong = client.post("/v1/videos", json={"prompt": "a"})
+        assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "input_reference")
+
+
 def test_the_command_makes_a_film(tmp_path: Path) -> None:
     folder = tiny_films(tmp_path / "model")
     run = [sys.executable, "-m", "phloem", "generate", str(folder), "--image-defaults", DEFAULTS, "--prompt", "a cat"]

@@ -171,3 +171,14 @@ def test_adapters_come_and_go_over_http(tiny: Path, tmp_path: Path) -> None:
         assert np.abs(drawn() - plain).max() <= 1
         status, answer = told("/v1/images/generations", prompt="a", lora="one")
         assert (status, answer["error"]["param"]) == (400, "lora")
+
+
+def test_a_picture_of_two_ranks_is_that_of_one(tiny: Path) -> None:
+    found: list[Any] = []
+    for options in ([], ["--sp-degree", "2"]):
+        with serving(tiny, "--image-defaults", '{"size": "32x32", "steps": 3}', *options) as url:
+            body = {"prompt": "draw a cat", "seed": 3, "guidance_scale": 3}
+            answer = httpx.post(f"{url}/v1/images/generations", json=body, timeout=60)
+            assert answer.status_code == 200, answer.text
+            found.append(read_png(base64.b64decode(answer.json()["data"][0]["b64_json"])).astype(int))
+    assert found[0].std() > 5 and np.abs(found[0] - found[1]).max() <= 1

@@ -15,7 +15,7 @@ from phloem.client.start import make_client
 from phloem.core.config import Config
 from phloem.core.errors import ConfigError
 from phloem.core.messages import Control, ControlReply
-from phloem.launch.pictures import PictureCore
+from phloem.launch.pictures import PictureCore, refuse_ranks
 from phloem.testing.checkpoints import tiny_checkpoint
 from phloem.testing.pictures import tiny_pictures
 
@@ -70,3 +70,36 @@ def test_two_devices_are_refused_where_one_is(
     with pytest.raises(ConfigError, match=why) as error:
         PictureCore(config, described(config.model), lambda _: None)
     assert error.value.param == "enable_cfg_parallel"
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"enable_cfg_parallel": True}, "enable_cfg_parallel"),
+        ({"offload": True}, "tp_size"),
+        ({"image_step_cache": "0.1"}, "image_step_cache"),
+        ({"tp_size": 3}, "tp_size"),  # of two heads
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+@pytest.mark.slow
+def test_ranks_of_pictures_are_refused_beside_what_they_do_not_go_with(
+    tmp_path: Path, more: dict[str, Any], param: str
+) -> None:
+    pytest.importorskip("diffusers", reason="pictures need diffusers: pip install 'phloem[diffusion]'")
+    settings = {"model_path": str(tiny_pictures(tmp_path, "flux")), "device": "cpu", "ulysses_degree": 2}
+    if "tp_size" in more:
+        del settings["ulysses_degree"]
+    config = Config.from_flat({**settings, **more})
+    with pytest.raises(ConfigError) as error:
+        PictureCore(config, described(config.model), lambda _: None)
+    assert error.value.param == param
+
+
+@pytest.mark.parametrize(
+    "asked", [{"pp_size": 2}, {"tp_size": 2, "ep_size": 2}, {"tp_size": 2, "attn_dp_size": 2}], ids=str
+)
+def test_ranks_of_other_kinds_are_refused_of_models_that_draw(asked: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="model that draws") as error:
+        refuse_ranks(Config.from_flat(asked))
+    assert error.value.param in asked

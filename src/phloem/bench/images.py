@@ -13,25 +13,21 @@ import random
 import re
 import tempfile
 from dataclasses import dataclass
-from math import inf, log10
+from math import inf
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from phloem.bench._report import context, percentile, write_line
-from phloem.checkpoint.pictures import pictures_of
+from phloem.bench._step_caches import compare
 from phloem.cli._options import parse
 from phloem.client.start import make_client
-from phloem.core.caching import NONE, StepCaching, parsed
+from phloem.core.caching import StepCaching, parsed
 from phloem.core.config import opt
 from phloem.core.errors import BadRequest
-from phloem.core.messages import Draw, FromEngine, Painted
-from phloem.diffusion import models
-from phloem.diffusion.engine import Settings, Studio
-from phloem.diffusion.family import Family
+from phloem.core.messages import Draw
 from phloem.launch.door import EngineDoor, beginning
 from phloem.launch.thread import EngineThread
 from phloem.testing.pictures import KINDS, tiny_pictures
@@ -79,7 +75,7 @@ def main(argv: list[str]) -> int:
             made = tiny_pictures(Path(folder), options.family)
             config = config.with_(model_path=str(made), image_defaults=config.images.image_defaults or defaults)
         if options.step_caches:
-            _caches(config, options)
+            compare(config, _draws(options), _rules(options), options.output)
             return 0
         for _ in range(options.rounds):
             found = [_ours(config, options), _theirs(config, options)]
@@ -92,78 +88,10 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _caches(config: Config, options: Options) -> None:
-    """Print for each threshold how far latents and pixels are from those without a cache, and what was not computed."""
-    found = pictures_of(Path(config.model.model_path))
-    if found is None:
-        raise BadRequest("step_caches: the model path is no folder with a model_index.json")
-    torch.set_num_threads(config.runtime.threads or available_cores())
-    cpu = torch.device("cpu")
-    painter, why = models.choose(models.load(found, cpu, torch.float32, False), cpu, torch.float32, {})
-    if not isinstance(painter, Family) or not painter.facts.caches:
-        raise BadRequest(f"step_caches: {why.reason}; it has no step cache")
-    draws = _draws(options)[: len(PROMPTS)]
-    exact, base = _drawn(painter, draws, NONE)
-    print(f"{len(draws)} pictures of {options.size}, {options.steps} steps, without a cache: {base:.2f} s")
-    for rule in _rules(options):
-        for cache in painter.step_caches:
-            cache.saved = cache.asked = cache.steps = cache.idle = 0
-        made, seconds = _drawn(painter, draws, rule)
-        caches = painter.step_caches
-        saved, asked = sum(one.saved for one in caches), sum(one.asked for one in caches)
-        steps, idle = sum(one.steps for one in caches), sum(one.idle for one in caches)
-        both = list(zip(made, exact, strict=True))
-        far = max(float((one.latents - other.latents).norm() / other.latents.norm()) for one, other in both)
-        worst = min(_psnr(one.pixels, other.pixels) for one, other in both)
-        record = {"kind": rule.kind, "threshold": rule.threshold, "saved_blocks": saved, "blocks": asked}
-        record |= {"steps": steps, "cached_steps": idle, "latent_difference": far, "psnr_db": worst}
-        print(
-            f"{rule.kind} {rule.threshold:g}: {idle / max(1, steps):6.1%} of steps cached, "
-            f"{saved / max(1, asked):6.1%} of blocks saved, "
-            f"latents differ by {far:.4f}, PSNR {worst:.1f} dB, {seconds:.2f} s"
-        )
-        print(json.dumps({**record, "seconds": seconds}), flush=True)
-
-
 def _rules(options: Options) -> list[StepCaching]:
     """Commas part them, except in JSON, of which there may be one alone. Raises BadRequest."""
     text = options.step_caches or ""
     return [parsed(one, "step_caches") for one in ([text] if text.startswith("{") else text.split(","))]
-
-
-@dataclass(frozen=True)
-class _Made:
-    latents: torch.Tensor
-    pixels: np.ndarray
-
-
-def _psnr(one: np.ndarray, other: np.ndarray) -> float:
-    """dB, of bytes."""
-    error = float(((one.astype(float) - other.astype(float)) ** 2).mean())
-    return inf if error == 0 else 10 * log10(255**2 / error)
-
-
-def _drawn(painter: Family, draws: list[Draw], rule: StepCaching) -> tuple[list[_Made], float]:
-    """(what each has become, seconds); one after the other."""
-    found: dict[str, torch.Tensor] = {}
-    pixels: dict[str, np.ndarray] = {}
-    errors: list[str] = []
-    studio = Studio(painter, Settings(1, step_cache=rule), lambda told: _note(told, errors, pixels))
-    begun = perf_counter()
-    for draw in draws:
-        studio.submit(draw)
-    while studio.step():
-        found |= {job.id: job.latents for job in studio.jobs.values() if job.latents is not None}
-    if errors:
-        raise BadRequest(errors[0])
-    return [_Made(found[draw.id], pixels[draw.id]) for draw in draws], perf_counter() - begun
-
-
-def _note(told: FromEngine, errors: list[str], pixels: dict[str, np.ndarray]) -> None:
-    if isinstance(told, Painted) and told.error:
-        errors.append(told.error)
-    elif isinstance(told, Painted) and told.pixels:
-        pixels[told.id] = np.frombuffer(told.pixels, np.uint8)
 
 
 def _check(options: Options) -> None:

@@ -140,7 +140,13 @@ class RuntimeConfig:
         None, "Compute threads, of each rank; default: one per core that the process may use, shared among ranks."
     )
     tp_size: int = opt(
-        1, "Ranks that share each layer out, a process each (`docs/parallel.md`).", "tp", "tensor_parallel_size"
+        1,
+        "Ranks that share each layer out, a process each (`docs/parallel.md`); of models that draw, each picture's "
+        "tokens, a device each.",
+        "tp",
+        "tensor_parallel_size",
+        "ulysses_degree",
+        "sp_degree",
     )
     ep_size: int = opt(
         1, "Ranks of tp_size that have different experts; the rest share each expert out.", "ep", "expert_parallel_size"

@@ -100,6 +100,7 @@ class Draw(Message):
     step_cache: StepCaching | None = None  # None: as the server has it
     film: bool = False
     frames: int = 0  # of a film
+    fps: float = 0.0  # at which it will be shown, for models that draw for a rate; 0: the model's own
     pictures: list[Pixels] = []  # what is to be changed, or how a film begins
     mask: Pixels | None = None  # where it is to be changed: white
     lora: list[Wear] | None = None  # adapters; None: as the server has them

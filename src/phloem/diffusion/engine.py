@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.core.messages import Pixels
-    from phloem.diffusion.cfg_parallel import Beside
     from phloem.diffusion.lora import Worn
     from phloem.diffusion.models import Painter
+    from phloem.diffusion.twin import Company
     from phloem.diffusion.worn import Wardrobe
 
 _log = log.get("diffusion")
@@ -69,7 +69,7 @@ class Studio:
         self.out_of_memory = 0
         self.conditions = Conditions(self._encoded)
         self.wardrobe: Wardrobe | None = None  # of families that take adapters
-        self.beside: Beside | None = None  # who computes rows of negative prompts
+        self.beside: Company | None = None  # who computes rows of negative prompts, or parts of all
         self._send, self._empty_cache = send, empty_cache
         self._number = 0
         self._step_seconds: list[float] = []

@@ -19,11 +19,11 @@ import torch
 from phloem.core.errors import BadRequest, PhloemError
 from phloem.diffusion.parts import PICTURES, TEXT, Parts
 from phloem.diffusion.request import Condition, Facts, Guidance, Seen
-from phloem.diffusion.step_cache import PLAIN, Kept, StepCache
+from phloem.diffusion.step_cache import PLAIN, STATES, Kept, StepCache
 from phloem.diffusion.worn import Wearing
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Callable, Generator, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 NO_NUMBERS = "the model gave no numbers (NaN or infinity) for this picture"
 MOST_SCHEDULES = 256  # that are kept: there is one for each number of steps and size that clients ask for
+ROTARY = ("image_rotary_emb", "rotary_emb", "freqs_cis")  # a block's rotations, by place
 TIMES = 1000.0  # of the schedules: the time of pure noise
 
 
@@ -52,6 +53,7 @@ class Row:
     kept: tuple[Kept, ...] = ()  # by its step cache, for each transformer
     worn: Worn = ()  # adapters
     last: bool = False  # step of its picture
+    fps: float = 0.0  # of a film, where a client has said it
 
 
 class Family:
@@ -65,7 +67,13 @@ class Family:
 
     mixed_sizes: ClassVar[bool] = False  # rows of different sizes in one forward pass
     block_lists: ClassVar[tuple[str, ...]] = ()  # of the transformer, where a step cache may stand between them
+    states: ClassVar[str] = STATES  # the argument of these blocks that is their latents' states
+    states_first: ClassVar[bool] = False  # they give these before the texts
     teacache: ClassVar[tuple[float, ...]] = PLAIN  # its polynomial, the highest power first
+    sequences: ClassVar[tuple[str, ...]] = ()  # lists of blocks over which ranks may share tokens out, in their order
+    attentions: ClassVar[tuple[str, ...]] = ("attn",)  # in a block, those that see all tokens of the latents
+    joint_texts: ClassVar[bool] = True  # they see texts beside these, which stand first or last
+    texts_first: ClassVar[bool] = True
     reads_pictures: ClassVar[bool] = False  # the text's encoder sees the pictures that came with it
     schedulers: ClassVar[tuple[str, ...]] = ("FlowMatchEulerDiscreteScheduler",)
 
@@ -150,6 +158,21 @@ class Family:
         """What TeaCache compares: the first block's input as the step modulates it, a row for each."""
         raise NotImplementedError
 
+    @property
+    def heads(self) -> int:
+        """Of the attentions that ranks may share out."""
+        return int(self.transformer.config.num_attention_heads)
+
+    def by_token(self, given: dict[str, Any], part: Callable[[Tensor, int], Tensor], tokens: int) -> dict[str, Any]:
+        """A block's arguments with `part` taken of those that have a place for each of the `tokens`, in a dimension."""
+        for name in ROTARY:
+            found = given.get(name)
+            if isinstance(found, tuple):
+                given[name] = tuple(part(one, int(one.ndim > 2)) for one in found)
+            elif found is not None:
+                given[name] = part(found, int(found.ndim > 2))
+        return given
+
     def cache_steps(self, job: Job, rule: StepCaching) -> None:
         """Let a job's rows keep what their blocks add. Raises BadRequest."""
         self.check_cache(rule)
@@ -159,7 +182,8 @@ class Family:
         """Whether there are blocks for it to leave out. Raises BadRequest."""
         if not self.step_caches:
             self.step_caches = [
-                StepCache(model, self.block_lists, self.modulated, self.teacache) for model in self.transformers()
+                StepCache(model, self.block_lists, self.modulated, self.teacache, self.states, self.states_first)
+                for model in self.transformers()
             ]
         for cache in self.step_caches:
             cache.check(rule)
@@ -298,6 +322,7 @@ def rows_of(job: Job) -> list[Row]:
             kept,
             job.worn,
             job.step + 1 == job.steps,
+            job.draw.fps,
         )
         for condition, kept in zip(job.conditions, job.kept or [()] * len(job.conditions), strict=True)
     ]

@@ -14,18 +14,26 @@ from phloem.diffusion.request import Guidance, Job
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch import Tensor
+
     from phloem.diffusion.family import Family, Row
+    from phloem.diffusion.twin import Company
 
 MOST_ROWS = 16
 WORTH = 1.1  # so many times the rows a second make a larger step worth it
 PATIENCE = 2.0  # seconds: where one row takes longer, the start does not wait for more
 
 
-def budget(painter: Family, finish: Callable[[], None]) -> tuple[int, str]:
+def budget(painter: Family, finish: Callable[[], None], company: Company | None = None) -> tuple[int, str]:
     """Latent tokens of a step, and why; runs every stage once, so that the first request finds them warm.
 
-    `finish` waits for the device. Raises what the model raises.
+    `finish` waits for the device; `company` computes with the painter, where anybody does. Raises what the model
+    raises.
     """
+
+    def forward(rows: list[Row]) -> list[Tensor]:
+        return painter.forward(rows) if company is None else company.forward(rows, [False] * len(rows))
+
     facts = painter.facts
     frames = min(facts.frames, facts.frame_grid + 1) if facts.films else 1  # more are worth no more to the question
     tokens = painter.tokens(facts.width, facts.height) * facts.latent_frames(frames)
@@ -33,11 +41,11 @@ def budget(painter: Family, finish: Callable[[], None]) -> tuple[int, str]:
         job = _job(painter, frames)
         assert job.latents is not None
         (row,) = rows_of(job)
-        seconds = _seconds(painter, [row], finish)
+        seconds = _seconds(forward, [row], finish)
         painter.drawn(job, job.latents)
         count, rate = 1, 1 / seconds
         while count < MOST_ROWS and seconds < PATIENCE:
-            seconds = _seconds(painter, [row] * (2 * count), finish)
+            seconds = _seconds(forward, [row] * (2 * count), finish)
             if 2 * count / seconds < WORTH * rate:
                 break
             count, rate = 2 * count, 2 * count / seconds
@@ -56,11 +64,11 @@ def _job(painter: Family, frames: int) -> Job:
     return job
 
 
-def _seconds(painter: Family, rows: list[Row], finish: Callable[[], None]) -> float:
+def _seconds(forward: Callable[[list[Row]], list[Tensor]], rows: list[Row], finish: Callable[[], None]) -> float:
     best = float("inf")
     for _ in range(2):
         begun = perf_counter()
-        painter.forward(rows)
+        forward(rows)
         finish()
         best = min(best, perf_counter() - begun)
         if best > PATIENCE:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 STATES, TEXTS = "hidden_states", "encoder_hidden_states"
 # Arguments of blocks with a row for each.
 BY_ROW = (STATES, TEXTS, "encoder_hidden_states_mask", "temb", "attention_mask", "modulate_index")
+BY_ROW += ("x", "attn_mask", "freqs_cis", "adaln_input")  # of Z-Image's
 PLAIN = (0.0, 0.0, 0.0, 1.0, 0.0)  # TeaCache's polynomial where none was fitted: the distance itself
 
 
@@ -93,6 +94,8 @@ class StepCache:
         lists: the names of its lists of blocks, in the order in which they are run.
         modulated: of the first block and its arguments: its modulated input, a row for each.
         coefficients: TeaCache's polynomial for this family, where there is one.
+        states: the argument of a block that the states are.
+        states_first: blocks that give texts too give them behind the states.
     """
 
     def __init__(
@@ -101,11 +104,14 @@ class StepCache:
         lists: Sequence[str],
         modulated: Callable[[Any, dict[str, Any]], Tensor],
         coefficients: tuple[float, ...] = PLAIN,
+        states: str = STATES,
+        states_first: bool = False,
     ) -> None:
         self.blocks: list[Any] = [block for name in lists for block in transformer.get_submodule(name)]
         self.saved = self.asked = 0  # blocks of rows that were not computed, and all
         self.steps = self.idle = 0  # of rows, and those in which blocks were left out
         self._modulated, self._coefficients = modulated, coefficients
+        self._states, self._states_first = states, states_first
         self._turns: list[_Turn | None] = []
         self._begun: Tensor | None = None  # the states before the first block
         self._pairs = False  # blocks give texts and states, not states alone
@@ -152,11 +158,11 @@ class StepCache:
                 return forward(*args, **options)
             given = bind(*args, **options).arguments
             if at == 0:
-                self._begun = given[STATES]
+                self._begun = given[self._states]
             self._decide(at, given)
             made = self._of_rows(forward, given, at)
             self._pairs = isinstance(made, tuple)
-            return self._ended(made, at + 1)
+            return self._turned(self._ended(made, at + 1))
 
         return run
 
@@ -168,7 +174,7 @@ class StepCache:
         for place, turn in enumerate(self._turns):
             if turn is None or turn.kept.rule.first != at or at >= self._end(turn):
                 continue
-            turn.before = given[STATES][place]
+            turn.before = given[self._states][place]
             if turn.kept.rule.last and self._pairs:
                 turn.texts_before = given[TEXTS][place]
             if turn.kept.rule.kind == "teacache":
@@ -204,17 +210,21 @@ class StepCache:
             if turn is None or turn.computes or at < turn.kept.rule.first or at >= self._end(turn)
         ]
         if len(computes) == len(self._turns):
-            return forward(**given)
+            return self._turned(forward(**given))
         if not computes:
-            return (given[TEXTS], given[STATES]) if self._pairs else given[STATES]
-        places = torch.tensor(computes, device=given[STATES].device)
-        made = forward(**{name: _taken(name, value, places) for name, value in given.items()})
+            return (given[TEXTS], given[self._states]) if self._pairs else given[self._states]
+        places = torch.tensor(computes, device=given[self._states].device)
+        made = self._turned(forward(**{name: _taken(name, value, places) for name, value in given.items()}))
         if not isinstance(made, tuple):
-            return given[STATES].index_copy(0, places, made)
+            return given[self._states].index_copy(0, places, made)
         texts, states = made
         if texts is None:  # the last block of some has no use for them
-            return given[TEXTS], given[STATES].index_copy(0, places, states)
-        return given[TEXTS].index_copy(0, places, texts), given[STATES].index_copy(0, places, states)
+            return given[TEXTS], given[self._states].index_copy(0, places, states)
+        return given[TEXTS].index_copy(0, places, texts), given[self._states].index_copy(0, places, states)
+
+    def _turned(self, made: Any) -> Any:
+        """From the order in which this family's blocks give states and texts, and back."""
+        return made[::-1] if self._states_first and isinstance(made, tuple) else made
 
     def _ended(self, made: Any, at: int) -> Any:
         """Behind a block that is the last one left out of some rows: those that were not computed take what was added

@@ -78,8 +78,8 @@ class Filler:
         asked = self._asked(wanted)
         tokens_L = sample(logits_LV, settings, self._ops, self._last.up)
         drawn_LV = logits_LV if settings.greedy.all() else processed(logits_LV, settings)
-        index_L1 = tokens_L.long().unsqueeze(1)
-        confidence_L = (drawn_LV.gather(1, index_L1) - drawn_LV.logsumexp(-1, keepdim=True)).exp().squeeze(1)
+        chosen_L = drawn_LV.gather(1, tokens_L.long().unsqueeze(1)).squeeze(1)
+        confidence_L = (chosen_L - self._ops.logsumexp(drawn_LV)).exp()
         if asked is not None:
             index, *ids = self._last.up([np.array(asked.places, np.int64), *([asked.ids] if any(asked.chosen) else [])])
             most, chosen = max(asked.tops), ids[0] if ids else None

@@ -33,7 +33,7 @@ from phloem.kvcache.parted import PartedCache
 from phloem.kvcache.publisher import ZmqPublisher, read_config
 from phloem.launch.disagg import check as check_disagg
 from phloem.launch.disagg import disaggregated
-from phloem.launch.pictures import PictureCore
+from phloem.launch.pictures import PictureCore, refuse_ranks
 from phloem.launch.ranks import RankProcesses
 from phloem.launch.rest import Resting
 from phloem.launch.tiers import check as check_tiers
@@ -373,7 +373,9 @@ def serve(
         check_tiers(config)
         check_disagg(config)
         sizes = config.runtime.ep_size, config.runtime.attn_dp_size, config.nodes.nnodes
-        if max(parallel.ranks_of(config), *sizes) > 1 or config.nodes.node_rank:
+        if checkpoint.pictures is not None:
+            refuse_ranks(config)
+        elif max(parallel.ranks_of(config), *sizes) > 1 or config.nodes.node_rank:
             parallel.refuse(config, checkpoint)
         kind = EngineCore if checkpoint.pictures is None else PictureCore
         core = kind(config, checkpoint, send)

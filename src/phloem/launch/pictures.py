@@ -35,12 +35,15 @@ from phloem.diffusion.cfg_parallel import Beside
 from phloem.diffusion.engine import Settings, Studio
 from phloem.diffusion.family import Family
 from phloem.diffusion.quantised import quantise
+from phloem.diffusion.sequence import SequenceParallel
 from phloem.diffusion.worn import Wardrobe
 from phloem.utils import log
+from phloem.utils.cores import available_cores
 
 if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.config import Config, ImagesConfig, LoraConfig
+    from phloem.diffusion.twin import Company
     from phloem.platforms import Platform
 
 _log = log.get("launch")
@@ -70,7 +73,9 @@ class PictureCore:
 
         images, schedule = config.images, config.schedule
         wanted = defaults(images.image_defaults)
-        platform, chosen = platforms.choose(config.runtime.device, config.runtime.threads)
+        ranks = config.runtime.tp_size
+        threads = config.runtime.threads or (max(1, available_cores() // ranks) if ranks > 1 else None)
+        platform, chosen = platforms.choose(config.runtime.device, threads)
         asked = config.model.dtype
         dtype, why = (DTYPES[asked], "as asked") if asked != "auto" else platform.dtype(None)
         pipe = models.load(checkpoint.pictures, platform.device, dtype, images.vae_tiling)
@@ -79,12 +84,12 @@ class PictureCore:
         painter, who = models.choose(pipe, platform.device, dtype, wanted, images.offload)
         if wanted:
             check_fit(painter)
-        beside = _beside(images, painter, platform) if images.enable_cfg_parallel else None
+        beside = _company(config, painter, platform)
         wardrobe = _wardrobe(config.lora, pipe, painter)
-        step_cache = _step_cache(images.image_step_cache, painter)
+        step_cache = _step_cache(images.image_step_cache, painter, ranks)
         decisions = [chosen, Decision("dtype", str(dtype).removeprefix("torch."), why), *smaller, who]
         alone = config.runtime.ops == "invariant"
-        budget, reason = _budget(images, painter, platform, alone)
+        budget, reason = _budget(images, painter, platform, alone, beside)
         report("warm-up")
         decisions += [
             Decision("image_step_tokens", budget, reason),
@@ -221,15 +226,56 @@ def _wardrobe(config: LoraConfig, pipe: Any, painter: models.Painter) -> Wardrob
     return made
 
 
-def _budget(images: ImagesConfig, painter: models.Painter, platform: Platform, alone: bool) -> tuple[int, str]:
+def _budget(
+    images: ImagesConfig, painter: models.Painter, platform: Platform, alone: bool, company: Company | None
+) -> tuple[int, str]:
     """Latent tokens of a step, and why."""
     if alone:
         return 0, "ops invariant: each picture in steps of its own"
     if images.image_step_tokens is not None:
         return images.image_step_tokens, "as asked"
     if isinstance(painter, Family):
-        return probe.budget(painter, lambda: None if platform.facts.on_host else _synchronize())
+        return probe.budget(painter, lambda: None if platform.facts.on_host else _synchronize(), company)
     return 0, "one picture at a time"
+
+
+def refuse_ranks(config: Config) -> None:
+    """What no model that draws has. Raises ConfigError."""
+    runtime = config.runtime
+    asked = {"pp_size": runtime.pp_size, "ep_size": runtime.ep_size, "attn_dp_size": runtime.attn_dp_size}
+    for name, size in {**asked, "nnodes": config.nodes.nnodes}.items():
+        if size > 1 or (name == "nnodes" and config.nodes.node_rank):
+            raise ConfigError(f"{name}: a model that draws has ranks of tp_size alone, in one process", param=name)
+
+
+def _company(config: Config, painter: models.Painter, platform: Platform) -> Company | None:
+    """Who computes with the painter, where anybody does. Raises ConfigError."""
+    images, ranks = config.images, config.runtime.tp_size
+    if ranks > 1 and images.enable_cfg_parallel:
+        raise ConfigError("enable_cfg_parallel: not with tp_size above 1", param="enable_cfg_parallel")
+    if ranks > 1:
+        return _sequence(ranks, images, painter, platform)
+    return _beside(images, painter, platform) if images.enable_cfg_parallel else None
+
+
+def _sequence(ranks: int, images: ImagesConfig, painter: models.Painter, platform: Platform) -> SequenceParallel:
+    """Raises ConfigError."""
+    where = "tp_size"
+    if not isinstance(painter, Family):
+        raise ConfigError(f"{where}: this model's pipeline runs whole", param=where)
+    if images.offload:
+        raise ConfigError(f"{where}: ranks keep copies of the transformer on their devices, offload none", param=where)
+    devices = [platform.device] * (ranks - 1)
+    if not platform.facts.on_host:
+        count = torch.accelerator.device_count()
+        if count < ranks:
+            raise ConfigError(f"{where}: {ranks} ranks need as many devices, and {count} are there", param=where)
+        kind, _, index = str(platform.device).partition(":")
+        devices = [torch.device(f"{kind}:{(int(index or 0) + rank) % count}") for rank in range(1, ranks)]
+    try:
+        return SequenceParallel(painter, devices)
+    except PhloemError as error:
+        raise ConfigError(f"{where}: {error.message}", param=where) from None
 
 
 def _beside(images: ImagesConfig, painter: models.Painter, platform: Platform) -> Beside:
@@ -253,7 +299,7 @@ def _smaller(pipe: Any, kind: str | None) -> list[Decision]:
     return [] if kind is None else [Decision("quantization", kind, quantise(pipe, kind))]
 
 
-def _step_cache(text: str | None, painter: models.Painter) -> StepCaching:
+def _step_cache(text: str | None, painter: models.Painter, ranks: int) -> StepCaching:
     """Raises ConfigError."""
     where = "image_step_cache"
     try:
@@ -262,6 +308,8 @@ def _step_cache(text: str | None, painter: models.Painter) -> StepCaching:
         raise ConfigError(error.message, param=where) from None
     if not found.threshold:
         return found
+    if ranks > 1:
+        raise ConfigError(f"{where}: not with tp_size above 1, whose ranks each see a part of a step", param=where)
     if not isinstance(painter, Family) or not painter.facts.caches:
         raise ConfigError(f"{where}: {text} asks for one, and this model has no step cache", param=where)
     try:

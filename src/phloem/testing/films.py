@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from phloem.testing.pictures import WORDS, written
+from phloem.testing.pictures import WORDS, clip_text, word_tokenizer, written
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -153,11 +153,73 @@ def _ltx_last_step() -> Any:
     return _ltx(timestep_conditioning=True)
 
 
+def _ltx_image_to_video() -> Any:
+    import diffusers
+
+    return diffusers.LTXImageToVideoPipeline(**_ltx().components)
+
+
+def _template_tokenizer() -> Any:
+    """Each word and mark of what HunyuanVideo asks its language model is one token, as is each of `WORDS`."""
+    import transformers
+    from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    parts = [word for word, _ in Whitespace().pre_tokenize_str(DEFAULT_PROMPT_TEMPLATE["template"])]
+    names = dict.fromkeys(["<pad>", "<unk>", *parts, *WORDS])
+    made = Tokenizer(WordLevel({name: at for at, name in enumerate(names)}, unk_token="<unk>"))
+    made.pre_tokenizer = Whitespace()  # type: ignore[assignment]
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", unk_token="<unk>")
+
+
+def _hunyuan_video() -> Any:
+    import diffusers
+    import transformers
+
+    tokenizer, words = _template_tokenizer(), word_tokenizer(length=77)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=512,
+    )  # fmt: skip
+    eight = (8, 8, 8, 8)
+    return diffusers.HunyuanVideoPipeline(
+        tokenizer=tokenizer,
+        text_encoder=transformers.LlamaModel(config),
+        tokenizer_2=words,
+        text_encoder_2=clip_text(words, 8, projected=False),
+        vae=diffusers.AutoencoderKLHunyuanVideo(
+            latent_channels=4,
+            down_block_types=("HunyuanVideoDownBlock3D",) * 4,
+            up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+            block_out_channels=eight,
+            layers_per_block=1,
+            norm_num_groups=4,
+        ),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        transformer=diffusers.HunyuanVideoTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=2,
+            num_single_layers=1,
+            num_refiner_layers=1,
+            text_embed_dim=16,
+            pooled_projection_dim=8,
+            rope_axes_dim=(4, 4, 8),
+        ),
+    )
+
+
 KINDS: dict[str, Callable[[], Any]] = {
+    "hunyuan_video": _hunyuan_video,
     "wan": _wan,
     "wan_two": _wan_two,
     "wan_first_frame": _wan_first_frame,
     "wan_image_to_video": _wan_image_to_video,
     "ltx": _ltx,
     "ltx_last_step": _ltx_last_step,
+    "ltx_image_to_video": _ltx_image_to_video,
 }

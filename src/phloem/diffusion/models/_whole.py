@@ -112,7 +112,7 @@ class Whole:
             "guidance_scale_2": job.draw.guidance_2,
             "true_cfg_scale": job.draw.true_cfg,
             "num_frames": job.frames if self.facts.films else None,
-            "frame_rate": self.facts.fps,
+            "frame_rate": job.draw.fps or self.facts.fps,
             "image": self._shown(job.draw.pictures[0], job) if job.draw.pictures else None,
             "mask_image": self._shown(job.draw.mask, job) if job.draw.mask is not None else None,
             "generator": torch.Generator("cpu").manual_seed(job.draw.seed),

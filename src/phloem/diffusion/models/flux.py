@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 class Flux(Family):
     block_lists = ("transformer_blocks", "single_transformer_blocks")
+    sequences = block_lists
     # As TeaCache's authors fitted it to FLUX.1-dev.
     teacache = (4.98651651e02, -2.83781631e02, 5.58554382e01, -3.82021401e00, 2.64230861e-01)
 

@@ -25,6 +25,8 @@ APART = 10  # places in time between two pictures
 
 
 class Flux2(Family):
+    sequences = ("transformer_blocks", "single_transformer_blocks")
+
     def known(self, facts: Facts, defaults: dict[str, Any]) -> Facts:
         return replace(facts, pictures=MOST_PICTURES)
 

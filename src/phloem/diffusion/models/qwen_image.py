@@ -11,7 +11,7 @@ from phloem.diffusion.family import TIMES, Family, Row, beside, negative_by_scal
 from phloem.diffusion.request import Condition, Guidance
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 class QwenImage(Family):
     block_lists = ("transformer_blocks",)
+    sequences = block_lists
     teacache = (-4.5e02, 2.8e02, -4.5e01, 3.2e00, -2.0e-02)  # as vLLM-Omni has it for Qwen-Image
 
     def guidance(self, draw: Draw) -> Guidance:
@@ -37,6 +38,14 @@ class QwenImage(Family):
     def modulated(self, block: Any, given: dict[str, Any]) -> Tensor:
         scales = block.img_mod(given["temb"]).chunk(2, dim=-1)[0]
         return block._modulate(block.img_norm1(given["hidden_states"]), scales, given.get("modulate_index"))[0]
+
+    def by_token(self, given: dict[str, Any], part: Callable[[Tensor, int], Tensor], tokens: int) -> dict[str, Any]:
+        """Rotations of pictures and of texts are apart."""
+        of_pictures, of_texts = given["image_rotary_emb"]
+        given["image_rotary_emb"] = part(of_pictures, 0), of_texts
+        if given.get("modulate_index") is not None:
+            given["modulate_index"] = part(given["modulate_index"], 1)
+        return given
 
     def encode(self, text: str) -> Condition:
         states, mask = self.pipe.encode_prompt(prompt=text, device=self.device, max_sequence_length=self.max_text)

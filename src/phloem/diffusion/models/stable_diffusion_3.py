@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 class StableDiffusion3(Family):
     block_lists = ("transformer_blocks",)
+    sequences = block_lists
+    attentions = ("attn", "attn2")  # some have one of the picture alone as well
+    texts_first = False
 
     @property
     def grid(self) -> int:

@@ -18,7 +18,7 @@ from phloem.diffusion.family import Family, Row, as_bytes, image_of
 from phloem.diffusion.request import Condition, Guidance, Seen
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -31,6 +31,9 @@ FPS, FPS_5B = 16.0, 24.0  # as the model cards have it
 
 class Wan(Family):
     block_lists = ("blocks",)
+    sequences = block_lists
+    attentions = ("attn1",)
+    joint_texts = False
     schedulers = ("UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler")
 
     def __init__(self, pipe: Any, *args: Any) -> None:
@@ -130,6 +133,11 @@ class Wan(Family):
     def modulated(self, block: Any, given: dict[str, Any]) -> Tensor:
         """As TeaCache has it for Wan: what the step modulates blocks with."""
         return given["temb"]
+
+    def by_token(self, given: dict[str, Any], part: Callable[[Tensor, int], Tensor], tokens: int) -> dict[str, Any]:
+        if given["temb"].ndim == 4:  # a time for each token
+            given["temb"] = part(given["temb"], 1)
+        return super().by_token(given, part, tokens)
 
     def transformers(self) -> list[Any]:
         return [self.transformer] if self._low is None else [self.transformer, self._low]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.core.messages import Draw
+    from phloem.diffusion.request import Job
 
 USUAL_SIDE = 1024  # pixels: the pipeline has no such fact, its VAE has
 
@@ -25,6 +26,11 @@ TEXT_BLOCK = 32  # the model pads texts to multiples of so many tokens
 
 class ZImage(Family):
     mixed_sizes = True
+    block_lists = ("layers",)
+    states = "x"
+    sequences = block_lists
+    attentions = ("attention",)
+    joint_texts = False  # texts stand among the tokens, and are shared out as they are
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -46,6 +52,21 @@ class ZImage(Family):
 
     def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
         return positive + scale * (positive - negative)
+
+    @property
+    def heads(self) -> int:
+        return int(self.transformer.config.n_heads)
+
+    def modulated(self, block: Any, given: dict[str, Any]) -> Tensor:
+        scale_BC = block.adaLN_modulation(given["adaln_input"]).chunk(4, dim=1)[0]
+        return block.attention_norm1(given["x"]) * (1 + scale_BC[:, None])
+
+    def apart(self, job: Job) -> None:
+        """What a step cache keeps has the length of its pass: such rows share steps with those of equal lengths."""
+        super().apart(job)
+        if job.kept:
+            texts = tuple(-(-one.states_SE.shape[0] // TEXT_BLOCK) for one in job.conditions)
+            job.key = (job.key, job.width, job.height, texts)
 
     def encode(self, text: str) -> Condition:
         found, _ = self.pipe.encode_prompt(

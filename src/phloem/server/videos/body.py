@@ -59,6 +59,7 @@ class VideosBody(PictureFields, kw_only=True):
         fps = self.fps or facts.fps
         draw = self.draw(new_id("video_"), random.randrange(SEEDS) if self.seed is None else self.seed)
         draw.film, draw.guidance_2, draw.frames = True, self.guidance_scale_2, self.num_frames or 0
+        draw.fps = fps
         if self.seconds is None:
             return draw, fps, f"{(draw.frames or facts.frames) / fps:g}"
         if self.num_frames is not None:

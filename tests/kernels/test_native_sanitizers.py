@@ -108,7 +108,9 @@ def test_units_share_no_weak_symbols() -> None:
     if shutil.which("nm") is None:
         pytest.skip("no nm")
     spec = importlib.util.find_spec("phloem.kernels._cpu")
-    objects = [path for level in ("avx2", "avxvnni", "avx512", "amx") for path in ROOT.glob(f"build/native/*/*.{level}.o")]
+    objects = [
+        path for level in ("avx2", "avxvnni", "avx512", "amx") for path in ROOT.glob(f"build/native/*/*.{level}.o")
+    ]
     if spec is None or not objects:
         pytest.skip("the native library was not built in this folder")
     for path in objects:

@@ -144,7 +144,7 @@ def by_kind(text: str) -> Counter[str]:
         elif key == "calls":
             called = True
             found["barriers"] += int(value.split()[0]) if waits else 0
-        elif line[:1].isdigit() or line[:1] in "+-*":
+        elif line and (line[0].isdigit() or line[0] in "+-*"):
             if not called:  # the line behind `calls` is what the call took
                 found[kind] += int(line.split()[-1])
             called = False

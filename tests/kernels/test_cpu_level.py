@@ -101,9 +101,7 @@ def test_avx_vnni_is_found_where_the_processor_tells_of_it(levels: tuple[str, ..
 
 @pytest.mark.parametrize("level", ["avx2", "avxvnni"])
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q6_K", "Q8_0"])
-def test_a_row_has_the_same_bits_alone_and_among_many_with_avx2(
-    kind: str, level: str, levels: tuple[str, ...]
-) -> None:
+def test_a_row_has_the_same_bits_alone_and_among_many_with_avx2(kind: str, level: str, levels: tuple[str, ...]) -> None:
     """Sums of products are exact: all kernels of a level give the same, also at the largest magnitudes."""
     if level not in levels:
         pytest.skip(f"needs {level}")

@@ -17,7 +17,7 @@ from phloem.utils.machine import cpu_flags
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc" / "cpu"
 KERNELS = ("attention", "elementwise", "norm", "rope", "sample", "linear", "screen", "moe", "adapters", "recurrent")
-# Units that also exist with AMX's tiles and with AVX-VNNI's products; they run on emulated ones, whatever the machine has.
+# Units that also exist with AMX's tiles and with AVX-VNNI's products; they run on emulated ones here.
 AMX = ("linear", "moe")
 VNNI = ("linear", "moe", "attention")
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1"]
@@ -108,7 +108,9 @@ def test_units_share_no_weak_symbols() -> None:
     if shutil.which("nm") is None:
         pytest.skip("no nm")
     spec = importlib.util.find_spec("phloem.kernels._cpu")
-    objects = [path for level in ("avx2", "avxvnni", "avx512", "amx") for path in ROOT.glob(f"build/native/*/*.{level}.o")]
+    objects = [
+        path for level in ("avx2", "avxvnni", "avx512", "amx") for path in ROOT.glob(f"build/native/*/*.{level}.o")
+    ]
     if spec is None or not objects:
         pytest.skip("the native library was not built in this folder")
     for path in objects:

@@ -52,7 +52,8 @@ OF_MACHINE.update({name: ("neon", "i8mm") for name in ("aarch64", "arm64")})
 LEVELS["amx"] = [*LEVELS["avx512"], "-DPHL_AMX=1", *AMX]
 VNNI = ["-mavxvnni"]
 LEVELS["avxvnni"] = [*LEVELS["avx2"], "-DPHL_VNNI=1", *VNNI]
-PARTIAL = {"avxvnni": VNNI, "amx": AMX, "i8mm": I8MM}  # levels of a few units, which compilers may not know: their flags
+# Levels of a few units, which compilers may not know: their flags.
+PARTIAL = {"avxvnni": VNNI, "amx": AMX, "i8mm": I8MM}
 # A library that runs with glibc 2.28: functions that newer ones have twice are taken in their first form.
 OLD_GLIBC = ["-include", str(CSRC / "old_glibc.h")]
 MOST_JOBS = 8  # compilers at a time; each takes up to half a gigabyte
@@ -164,7 +165,9 @@ class BuildNative(build_ext):
             flags += [f"-I{path}" for path in self.include_dirs]
             todo.append((source, target, [*compiler, *flags, "-c", str(source), "-o", str(target)]))
         # The long ones first, so that none of them is left to run alone.
-        todo.sort(key=lambda job: job[0].parent.name in ("each", "avxvnni", "amx") and job[0].stat().st_size, reverse=True)
+        todo.sort(
+            key=lambda job: job[0].parent.name in ("each", "avxvnni", "amx") and job[0].stat().st_size, reverse=True
+        )
         jobs = self.parallel if isinstance(self.parallel, int) and self.parallel > 0 else os.cpu_count() or 2
         with ThreadPoolExecutor(min(jobs, MOST_JOBS)) as workers:
             failed = [error for error in workers.map(self._compile, todo) if error]

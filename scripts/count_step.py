@@ -2,10 +2,11 @@
 
     python scripts/count_step.py [MODEL] [--rows 1,32] [--context 256] [--prefill 256] [--cpu-level avx2]
 
-Valgrind's callgrind counts (Debian: valgrind, whose headers and a C compiler it needs as well): the same number in every
-run, however busy the machine is. A whole step is counted, from `Runner.launch` to its tokens: native kernels, Python and
-torch. Valgrind has no AVX-512, so that the best level is AVX2's. One thread unless --threads says otherwise: threads that wait
-for each other spin, and instructions are then no measure; the number of barriers still is. Prints a table in Markdown.
+Valgrind's callgrind counts (Debian: valgrind, whose headers and a C compiler it needs as well): the same number in
+every run, however busy the machine is. A whole step is counted, from `Runner.launch` to its tokens: native kernels,
+Python and torch. Valgrind has no AVX-512, so that the best level is AVX2's. One thread unless --threads says otherwise:
+threads that wait for each other spin, and instructions are then no measure; the number of barriers still is. Prints a
+table in Markdown.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ def by_kind(text: str) -> Counter[str]:
         elif key == "calls":
             called = True
             found["barriers"] += int(value.split()[0]) if waits else 0
-        elif line[:1].isdigit() or line[:1] in "+-*":
+        elif line and (line[0].isdigit() or line[0] in "+-*"):
             if not called:  # the line behind `calls` is what the call took
                 found[kind] += int(line.split()[-1])
             called = False

@@ -99,6 +99,20 @@ PHL_INLINE vf min(vf a, vf b) {
 #endif
 }
 
+// sum + x * y, rounded once where the level can: the compiler would choose anew in every function, and ops that must give the
+// same bits are in several.
+PHL_INLINE vf fused(vf x, vf y, vf sum) {
+#if PHL_LEVEL == 2
+  return (vf)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)sum);
+#elif PHL_LEVEL == 1
+  return (vf)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)sum);
+#elif defined(__aarch64__)
+  return (vf)vfmaq_f32((float32x4_t)sum, (float32x4_t)x, (float32x4_t)y);
+#else
+  return sum + x * y;
+#endif
+}
+
 PHL_INLINE float sum(vf v) {
 #if PHL_LEVEL == 2
   return _mm512_reduce_add_ps((__m512)v);

@@ -8,6 +8,7 @@ SPACE = "phl::avx2::(anonymous namespace)::"
 FILE = f"""\
 desc: Trigger: Client Request: decode, 1 row
 events: Ir
+
 ob=(1) /site/phloem/kernels/_cpu.abi3.so
 fl=(1) ???
 fn=(1) void {SPACE}small_block<{SPACE}Quantised<4, 32>, 1, true>(unsigned char const*)

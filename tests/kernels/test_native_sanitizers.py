@@ -17,7 +17,7 @@ from phloem.utils.machine import cpu_flags
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc" / "cpu"
 KERNELS = ("attention", "elementwise", "norm", "rope", "sample", "linear", "screen", "moe", "adapters", "recurrent")
-# Units that also exist with AMX's tiles and with AVX-VNNI's products; they run on emulated ones, whatever the machine has.
+# Units that also exist with AMX's tiles and with AVX-VNNI's products; they run on emulated ones here.
 AMX = ("linear", "moe")
 VNNI = ("linear", "moe", "attention")
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1"]

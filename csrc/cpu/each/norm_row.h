@@ -27,12 +27,12 @@ PHL_INLINE float row_scale(const float* x, const float* residual, float* total, 
   };
   for (; i + 2 * W <= n; i += 2 * W) {
     const vf v0 = value(i, W), v1 = value(i + W, W);
-    square0 += v0 * v0;
-    square1 += v1 * v1;
+    square0 = fused(v0, v0, square0);
+    square1 = fused(v1, v1, square1);
   }
   for (; i < n; i += W) {
     const vf v = value(i, n - i < W ? n - i : W);
-    square0 += v * v;
+    square0 = fused(v, v, square0);
   }
   return mean_square_to_scale(sum(square0 + square1), n, eps);
 }

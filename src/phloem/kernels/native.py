@@ -1,7 +1,7 @@
 """The native table: the op table over the C++ kernels of csrc/cpu, on any CPU that the library was built for.
 
-Activations are float32. KV caches are bfloat16 or float32 `[pages, K, S, D]`, or int8 `[pages, K, S, D + 4]`: D values, then the
-float32 scale of that token and head.
+Activations are float32. KV caches are bfloat16 or float32 `[pages, K, S, D]`, or int8 `[pages, K, S, D + 4]`: D values,
+then the float32 scale of that token and head.
 """
 
 from __future__ import annotations

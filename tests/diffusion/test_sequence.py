@@ -120,7 +120,7 @@ def test_ranks_may_be_processes(tmp_path: Path, family: str, name: str) -> None:
         one.start()
     expected = latents_of(painter_of(folder), draws)
     for one in ranks:
-        one.join(180)
+        one.join(600)
     assert [one.exitcode for one in ranks] == [0, 0]
     for rank in range(2):
         assert far(torch.load(place.with_name(f"{rank}.pt")), expected) < 1e-5

@@ -187,7 +187,7 @@ def test_where_there_is_none_a_request_is_refused_and_0_asks_for_nothing(tmp_pat
     last = run.told[-1]
     assert isinstance(last, Painted) and (last.status, last.param) == (400, "cache")
     run.told.clear()
-    run.submit("b", step_cache=NONE, steps=1)
+    run.submit("b", step_cache=NONE, steps=2)
     run.steps()
     assert not run.painter.step_caches
 

@@ -46,5 +46,5 @@ def rank_of(folder: Path, place: Path, name: str, rank: int, size: int, draws: l
     """Entry of a process: draws, and leaves what it has drawn beside `place`."""
     torch.set_num_threads(1)
     painter = painter_of(folder)
-    Share(painter, connect(name, rank, size, place, 60.0))
+    Share(painter, connect(name, rank, size, place, 600.0))
     torch.save(latents_of(painter, draws), place.with_name(f"{rank}.pt"))

@@ -133,7 +133,7 @@ def test_ray_places_starts_and_starts_again(tmp_path: Path, cluster: Any) -> Non
             answer = struck(server, victim, signal.SIGKILL)
             assert told in answer and '"retryable":true' in answer.replace(" ", ""), answer
             eventually(lambda pids=pids: all(gone(pid) for pid in pids), 20)
-            eventually(lambda: server.get("/health").status_code == 200, 120)
+            eventually(lambda: server.get("/health").status_code == 200, 240)
         assert server.generate("hello world", 24).json()["output_ids"] == expected
         last = [server.engine_pid(), *(one.pid for module in (NODE, DRIVER, RANK) for one in processes(module))]
         assert len(last) == 4

@@ -59,7 +59,7 @@ _encoder, _decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(Offer)
 
 
 class Agent:
-    """This process among others. Raises LinkLost where NIXL refuses something."""
+    """This process among others. Its calls raise LinkLost where NIXL refuses something."""
 
     def __init__(self) -> None:
         from nixl._api import nixl_agent, nixl_agent_config  # pyright: ignore[reportMissingImports]
@@ -251,8 +251,12 @@ class Transport:
         if find_spec("nixl") is None:
             name = "disaggregation_transfer_backend"
             raise ConfigError(f"{name}: nixl is not installed: pip install 'phloem[nixl]'", param=name)
-        self._sockets, self._made, self._lock = Sockets(), None, threading.Lock()
-        self._made: Agent | None
+        self._sockets = Sockets()
+        try:
+            self._agent = Agent()  # now, as UCX looks at all networks of the machine: peers would not wait for that
+        except Exception as error:
+            name = "disaggregation_transfer_backend"
+            raise ConfigError(f"{name}: nixl: {type(error).__name__}: {error}", param=name) from None
 
     def listen(self, host: str) -> tuple[socket.socket, str]:
         return self._sockets.listen(host)
@@ -261,17 +265,10 @@ class Transport:
         return self._sockets.connect(address, host, seconds)
 
     def receiver(self, row_bytes: int, count: int) -> Receiver:
-        return Receiver(self._agent(), row_bytes, count)
+        return Receiver(self._agent, row_bytes, count)
 
     def sender(self, link: Link, row_bytes: int, count: int, seconds: float) -> Sender:
-        return Sender(self._agent(), row_bytes)
-
-    def _agent(self) -> Agent:
-        """Made when it is wanted first: UCX looks at all networks of the machine."""
-        with self._lock:
-            if self._made is None:
-                self._made = Agent()
-            return self._made
+        return Sender(self._agent, row_bytes)
 
 
 def _region(block: np.ndarray[Any, Any]) -> list[tuple[int, int, int, str]]:

@@ -105,7 +105,8 @@ class GGUFTensor:
     def cut(self, start: int, count: int) -> GGUFTensor:
         """`count` entries along the first axis from `start` on, without reading them: rows of a matrix, or numbers of a
         vector of a type without blocks."""
-        whole = len(self.shape) > 1 or BLOCKS[self.kind][0] == 1
+        axes = len(self.shape)
+        whole = axes > 1 or BLOCKS[self.kind][0] == 1
         if not whole or start < 0 or count < 1 or start + count > self.shape[0]:
             raise IndexError(f"tensor {self.name!r} {list(self.shape)} has no part of {count} from {start} on")
         size = self.nbytes // self.shape[0]

@@ -253,7 +253,8 @@ def _form(tensor: GGUFTensor, weight: Weight, number: int, checkpoint: Checkpoin
     wanted = weight.shapes[number]
     if weight.role != "norm":
         return tensor.shape
-    wide = [size for size in tensor.shape if size > 1] if len(tensor.shape) > 2 else list(tensor.shape)
+    axes = len(tensor.shape)
+    wide = [size for size in tensor.shape if axes < 3 or size > 1]
     if len(wanted) == 3 and len(wide) == 2:  # filters, of which files leave out the axis of one, or have it twice
         return (wide[0], 1, wide[1])
     fits = prod(wanted) == prod(tensor.shape)

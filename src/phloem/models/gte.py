@@ -1,4 +1,4 @@
-"""GTE (gte-base-en-v1.5, gte-multilingual): BERT with rotated positions and gated blocks."""
+"""GTE (gte-multilingual as `model_type: gte`): BERT with rotated positions and gated blocks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DEFAULTS = {
 TINY = {"num_key_value_heads": None, "head_dim": None}
 VARIANTS = {"bare": {"type_vocab_size": 0, "rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}}
 
-# What the code behind the first files can do, and what these have.
+# What the code behind the first files can do, and what the published ones have.
 _SERVED = {
     "position_embedding_type": "rope",
     "layer_norm_type": "layer_norm",

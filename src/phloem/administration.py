@@ -135,6 +135,27 @@ class Administered:
         found = list(tensors.items()) if isinstance(tensors, dict) else list(tensors)
         return self._load_sent(lora_name, {"config": config_dict, "tensors": found}, pinned)
 
+    def load_lora_adapter_from_distributed(
+        self,
+        lora_name: str,
+        config_dict: dict[str, Any],
+        names: Sequence[str],
+        dtypes: Sequence[str],
+        shapes: Sequence[Sequence[int]],
+        group_name: str = ask.GROUP,
+        load_format: str | None = None,
+        pinned: bool = False,
+    ) -> dict[str, str]:
+        """Load an adapter, or a new version of one, from what rank 0 of a group broadcasts, in this order. Gives the
+        folders of all by name.
+
+        Raises:
+            PhloemError: there is no such group, or the tensors are no adapter for this model.
+        """
+        listed, sizes = list(names), [list(shape) for shape in shapes]
+        announced = ask.announcement(listed, [str(dtype) for dtype in dtypes], sizes, group_name, load_format)
+        return self._load_sent(lora_name, {"config": config_dict, "broadcast": announced}, pinned)
+
     def _load_sent(self, lora_name: str, sent: dict[str, Any], pinned: bool) -> dict[str, str]:
         """`sent`: fields of `core.adapters.Sent`."""
         reply = self._door.run(self._client.load_adapter(lora_name, SENT + lora_name, pinned, sent))
@@ -253,6 +274,24 @@ class Administered:
             abort_all_requests=abort_all_requests,
         )
         return self._update(**ask.distributed(body))
+
+    def update_weights_from_ipc(
+        self,
+        zmq_handles: dict[str, str],
+        flush_cache: bool = True,
+        *,
+        weight_version: str | None = None,
+        abort_all_requests: bool = False,
+    ) -> tuple[bool, str]:
+        """Receive tensors in buckets of memory that a sender on this machine lends (checkpoint-engine): {device: socket
+        of ZeroMQ at which it speaks}. Nothing is written before all of them are there."""
+        body = ask.FromIpcBody(
+            zmq_handles=zmq_handles,
+            flush_cache=flush_cache,
+            weight_version=weight_version,
+            abort_all_requests=abort_all_requests,
+        )
+        return self._update(**ask.ipc(body))
 
     def begin_weight_update(self) -> tuple[bool, str]:
         """Collect what comes, in any number of calls, until `end_weight_update`: it serves whole or not at all."""

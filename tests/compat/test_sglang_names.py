@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import dataclasses
 import importlib
+import json
 import logging
 import multiprocessing
 import os
@@ -42,7 +43,8 @@ NAMES = {
     "sglang.srt.entrypoints.EngineBase": "EngineBase",
     "sglang.srt.managers.io_struct": "GenerateReqInput UpdateWeightsFromTensorReqInput "
     "LoadLoRAAdapterFromTensorsReqInput PauseGenerationReqInput ContinueGenerationReqInput "
-    "ReleaseMemoryOccupationReqInput ResumeMemoryOccupationReqInput Function Tool RpcReqInput RpcReqOutput",
+    "ReleaseMemoryOccupationReqInput ResumeMemoryOccupationReqInput Function Tool RpcReqInput RpcReqOutput "
+    "UpdateWeightsFromIPCReqInput LoadLoRAAdapterFromDistributedReqInput",
     "sglang.srt.managers.tokenizer_manager": "ServerStatus TokenizerManager",
     "sglang.srt.utils": "MultiprocessingSerializer kill_process_tree assert_pkg_version is_cuda is_hip "
     "set_prometheus_multiproc_dir set_ulimit get_bool_env_var add_prometheus_middleware",
@@ -59,6 +61,7 @@ NAMES = {
     "sglang.srt.parser.reasoning_parser": "ReasoningParser",
     "sglang.srt.entrypoints.openai.protocol": "Tool Function ChatCompletionRequest",
     "sglang.srt.layers.moe.routed_experts_capturer": "extract_routed_experts_from_meta_info",
+    "sglang.srt.state_capturer.routed_experts": "extract_routed_experts_from_meta_info",
     "sglang.srt.batch_invariant_ops": "enable_batch_invariant_mode is_batch_invariant_mode_enabled",
 }
 
@@ -287,6 +290,31 @@ def test_weights_of_each_rank_go_to_an_engine_as_verl_sends_them(engine: Any, ne
     finally:
         dist.destroy_process_group()
     assert engine.generate("hello", GREEDY)["output_ids"] != before
+
+
+@pytest.mark.slow
+def test_experts_are_a_tensor_where_the_caller_tokenises(tmp_path: Path) -> None:
+    """verl reads a tensor [tokens, layers, top_k] in `meta_info` with `skip_tokenizer_init`, else it decodes text."""
+    path = tiny_checkpoint("olmoe", tmp_path / "model")
+    config = json.loads((path / "config.json").read_text())
+    shape = (3 + 8 - 1, config["num_hidden_layers"], config["num_experts_per_tok"])
+    found: list[torch.Tensor] = []
+    for skip in (True, False):
+        args = {**SIZES, "skip_tokenizer_init": skip, "enable_return_routed_experts": True}
+        with importlib.import_module("sglang").Engine(model_path=str(path), **args) as engine:
+
+            async def ask(manager: Any = engine.tokenizer_manager) -> Any:
+                fields = {"input_ids": [5, 6, 7], "sampling_params": GREEDY, "return_routed_experts": True}
+                return await anext(manager.generate_request(of("managers.io_struct").GenerateReqInput(**fields), None))
+
+            answer = asyncio.run(ask())
+            experts = answer["meta_info"]["routed_experts"]
+            if not skip:
+                flat = of("state_capturer.routed_experts").extract_routed_experts_from_meta_info(answer)
+                experts = torch.from_numpy(flat.reshape(shape).copy())
+            found.append(experts)
+    assert found[0].dtype == torch.int32 and tuple(found[0].shape) == shape
+    assert torch.equal(found[0], found[1]) and int(found[0].max()) < config["num_experts"]
 
 
 @pytest.mark.slow

@@ -10,14 +10,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+import torch
+from engine_door import http_door
+from safetensors.torch import save_file
 
 from phloem import Engine
-from phloem.core.errors import PhloemError
+from phloem.core.errors import BadRequest, PhloemError
+from phloem.rl import group as groups
+from phloem.rl.group import Group, backend_for
 from phloem.testing.checkpoints import tiny_checkpoint
 from phloem.utils.sockets import bind
 
-pytestmark = pytest.mark.slow
 LONG: dict[str, Any] = {"temperature": 0, "max_new_tokens": 20, "ignore_eos": True}
 
 # As trainers do it: a group beside the default one, under a prefix of its own.
@@ -101,6 +106,7 @@ def announced(path: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["one by one", "bucket"])
 def test_broadcast_weights_are_those_of_the_trainer(engine: Engine, old: Path, new: Path, way: str) -> None:
     with Engine(model_path=str(new), max_total_tokens=2048) as other:
@@ -124,6 +130,7 @@ def test_broadcast_weights_are_those_of_the_trainer(engine: Engine, old: Path, n
         trainer.end()
 
 
+@pytest.mark.slow
 def test_a_trainer_that_dies_in_the_middle_changes_nothing(engine: Engine, new: Path) -> None:
     before, port = ids(engine), free_port()
     trainer = Trainer(port, new, few=3)
@@ -146,6 +153,7 @@ def test_a_trainer_that_dies_in_the_middle_changes_nothing(engine: Engine, new: 
         trainer.end()
 
 
+@pytest.mark.slow
 def test_a_rendezvous_without_a_trainer_ends_and_holds_nobody_up(engine: Engine) -> None:
     from phloem.protocol import weights as ask
 
@@ -164,6 +172,7 @@ def test_a_rendezvous_without_a_trainer_ends_and_holds_nobody_up(engine: Engine)
 _GROUP: dict[str, Any] = {"master_address": "127.0.0.1", "master_port": 9, "rank_offset": 1, "world_size": 2}
 
 
+@pytest.mark.slow
 def test_a_rendezvous_that_fails_late_leaves_another_group_of_its_name_alone(engine: Engine) -> None:
     """A trainer that gave the wrong port destroys the group, and begins anew under the same name."""
     from phloem.protocol import weights as ask
@@ -181,3 +190,147 @@ def test_a_rendezvous_that_fails_late_leaves_another_group_of_its_name_alone(eng
     assert not first.result(50).ok
     engine.destroy_weights_update_group("g")  # raises: there is no such group
     del second
+
+
+ADAPTER: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+
+
+@pytest.mark.slow
+def test_an_adapter_that_is_broadcast_is_the_one_of_its_tensors(old: Path, tmp_path: Path) -> None:
+    """Miles: what is announced over HTTP comes through the group that weights come through."""
+    made = torch.Generator().manual_seed(1)
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora"
+    down, up = torch.randn(4, 32, generator=made), torch.randn(64, 4, generator=made)
+    given = {f"{name}_A.weight": down, f"{name}_B.weight": up}
+    save_file(given, tmp_path / "model.safetensors")
+    port, trainer = free_port(), None
+    with Engine(model_path=str(old), max_total_tokens=2048, enable_lora=True) as engine, http_door(engine) as url:
+        try:
+            trainer = Trainer(port, tmp_path)
+            engine.init_weights_update_group("127.0.0.1", port, 1, 2, "weights")
+            assert trainer.said() == "joined"
+            trainer.go()
+            body = {"lora_name": "actor", "config_dict": ADAPTER, "group_name": "weights", "upsert": True}
+            answer = httpx.post(
+                f"{url}/load_lora_adapter_from_distributed", json={**body, **announced(tmp_path)}, timeout=60
+            )
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["loaded_adapters"] == {"actor": "__tensor__/actor"}
+            engine.load_lora_adapter_from_tensors("same", given, ADAPTER)
+            said: list[Any] = [engine.generate("hello", LONG, lora_path=one) for one in ("actor", "same", None)]
+            broadcast, sent, base = (one["output_ids"] for one in said)
+            assert broadcast == sent != base
+            for change, told in (({"group_name": "x"}, "no group 'x'"), ({"names": None}, "names is needed")):
+                answer = httpx.post(
+                    f"{url}/load_lora_adapter_from_distributed", json={**body, **announced(tmp_path), **change}
+                )
+                assert answer.status_code == 400 and told in answer.text
+        finally:
+            if trainer is not None:
+                trainer.end()
+
+
+# NCCL: stand-ins for torch's store and group, as there is no GPU here; everything else is what runs on one.
+
+
+class Nccl:
+    """What `_new_process_group_helper` gives: its rank 0 has sent `sent`, in this order; then it dies."""
+
+    def __init__(self, sent: list[torch.Tensor]) -> None:
+        self.sent, self.roots, self.destroyed = sent, list[tuple[int, int]](), False
+
+    def broadcast(self, values: list[torch.Tensor], options: Any) -> Nccl:
+        self.roots.append((options.rootRank, options.rootTensor))
+        if not self.sent:
+            raise RuntimeError("NCCL error: remote process exited")
+        (value,), sent = values, self.sent.pop(0)
+        assert (value.shape, value.dtype) == (sent.shape, sent.dtype)
+        value.copy_(sent)
+        return self
+
+    def wait(self) -> None:
+        """Only puts what comes behind it in order, as NCCL's does."""
+
+
+class Torch:
+    """How often the device was waited for, and what the group was made with."""
+
+    def __init__(self) -> None:
+        self.waited, self.made = 0, dict[str, Any]()
+
+
+@pytest.fixture
+def nccl(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Nccl, Torch]]:
+    tensors = [torch.arange(6.0).view(2, 3), torch.ones(4, dtype=torch.bfloat16)]
+    fake, seen = Nccl(tensors), Torch()
+
+    class Store:
+        def set_timeout(self, timeout: Any) -> None:
+            seen.made["store timeout"] = timeout.total_seconds()
+
+    def made(world: int, rank: int, ranks: list[int], backend: str, store: Any, **fields: Any) -> tuple[Nccl, None]:
+        seen.made |= {"world": world, "rank": rank, "ranks": ranks, "backend": backend, "store": store, **fields}
+        return fake, None
+
+    def wait(_: Any) -> None:
+        seen.waited += 1
+
+    def destroyed(group: Nccl) -> None:
+        group.destroyed = True
+
+    monkeypatch.setattr(groups.c10d, "rendezvous", lambda *_, **fields: iter([(Store(), fields["rank"], 3)]))
+    monkeypatch.setattr(groups.c10d, "PrefixStore", lambda name, store: (name, store))
+    monkeypatch.setattr(groups.c10d, "_new_process_group_helper", made)
+    monkeypatch.setattr(groups.dist, "destroy_process_group", destroyed)
+    monkeypatch.setattr(groups, "in_host_memory", lambda _: False)
+    monkeypatch.setattr(torch.accelerator, "synchronize", wait)
+    yield fake, seen
+    groups.c10d._world.pg_group_ranks.pop(fake, None)
+
+
+def names_of(*tensors: torch.Tensor) -> dict[str, Any]:
+    return {
+        "names": [f"w{at}" for at in range(len(tensors))],
+        "dtypes": [str(tensor.dtype) for tensor in tensors],
+        "shapes": [list(tensor.shape) for tensor in tensors],
+    }
+
+
+def test_tensors_come_over_nccl_in_their_order_and_are_waited_for(nccl: tuple[Nccl, Torch]) -> None:
+    fake, seen = nccl
+    first, second = list(fake.sent)
+    group = Group("actor", "tcp://10.0.0.1:29500", 2, 3, "nccl", 5.0, torch.device("cpu"))
+    group.join().result(10)
+    assert seen.made["backend"] == "nccl" and (seen.made["rank"], seen.made["world"]) == (2, 3)
+    assert seen.made["store"][0] == seen.made["group_name"] == "actor" and seen.made["ranks"] == []
+    assert groups.c10d._world.pg_group_ranks[fake] == {0: 0, 1: 1, 2: 2}
+    found = dict(group.receive(**names_of(first, second), bucket=False).result(10))
+    assert torch.equal(found["w0"], first) and torch.equal(found["w1"], second)
+    assert fake.roots == [(0, 0)] * 2 and seen.waited == 1
+    rows = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in (first, second)]
+    fake.sent = [torch.cat(rows)]
+    found = dict(group.receive(**names_of(first, second), bucket=True).result(10))
+    assert torch.equal(found["w0"], first) and torch.equal(found["w1"], second) and seen.waited == 2
+    with pytest.raises(BadRequest, match="remote process exited; nothing was changed"):
+        group.receive(**names_of(first), bucket=False).result(10)
+    fake.sent = [first]
+    with pytest.raises(BadRequest, match="destroy it and begin anew"):
+        group.receive(**names_of(first), bucket=False).result(10)
+    group.leave()
+    group._worker.shutdown(wait=True)
+    assert fake.destroyed and fake.sent == [first]
+
+
+def test_gloo_beside_a_device_goes_through_the_host() -> None:
+    assert Group("g", "tcp://x:1", 1, 2, "gloo", 1.0, torch.device("meta"))._device == torch.device("cpu")
+    assert Group("g", "tcp://x:1", 1, 2, "nccl", 1.0, torch.device("meta"))._device == torch.device("meta")
+
+
+def test_which_backend_a_group_is_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert backend_for("", host=True) == backend_for("gloo", host=True) == backend_for("gloo", host=False) == "gloo"
+    with pytest.raises(BadRequest, match="runs on the host, use gloo"):
+        backend_for("nccl", host=True)
+    monkeypatch.setattr(groups.dist, "is_backend_available", lambda name: name in ("nccl", "gloo"))
+    assert backend_for("", host=False) == backend_for("nccl", host=False) == "nccl"
+    with pytest.raises(BadRequest, match="built without it"):
+        backend_for("mpi", host=False)

@@ -198,8 +198,6 @@ ASKS: list[tuple[str, dict[str, Any]]] = [
         "routed_dp_rank": 1,
     }.items()],
     *[("/v1/chat/completions", {name: value}) for name, value in {
-        "return_meta_info": True,
-        "return_prompt_token_ids": True,
         "return_output_ids_in_sglext": True,
         "task": "query",
         "sampling_logprobs_mode": "selected",

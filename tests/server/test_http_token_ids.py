@@ -156,3 +156,27 @@ async def test_too_many_alternatives_are_refused_by_the_fields_name() -> None:
     async with open_door() as door:
         answer = await door.post("/v1/completions", {"prompt": "ab", "max_tokens": 1, "logprobs": 1025})
         assert answer.status_code == 400 and answer.json()["error"]["param"] == "logprobs"
+
+
+@on_loop
+async def test_a_chat_choice_has_what_generate_says_of_it() -> None:
+    """SGLang's `return_meta_info` and `return_prompt_token_ids`, from which Miles' sessions take ids and logprobs."""
+    async with open_door() as door:
+        asked = {"return_meta_info": True, "return_prompt_token_ids": True, "logprobs": True}
+        body = {"messages": HI, "max_tokens": 6, "seed": 3, "n": 2, **asked}
+        whole = (await door.post("/v1/chat/completions", {**body, "return_token_ids": True})).json()
+        assert len(whole["choices"]) == 2
+        for choice in whole["choices"]:
+            meta = choice["meta_info"]
+            triples = meta["output_token_logprobs"]
+            assert [token for _, token, _ in triples] == choice["token_ids"]
+            assert [value for value, *_ in triples] == [one["logprob"] for one in choice["logprobs"]["content"]]
+            assert meta["finish_reason"]["type"] == choice["finish_reason"] and meta["completion_tokens"] == 6
+            assert choice["prompt_token_ids"] == prompt_of(door) and "weight_version" in meta
+        events = await door.events("/v1/chat/completions", {**body, "n": 1})
+        choices = [one for event in events[:-1] for one in json.loads(event)["choices"]]
+        assert ["prompt_token_ids" in one for one in choices] == [True] + [False] * (len(choices) - 1)
+        told = [one["meta_info"] for one in choices if "meta_info" in one]
+        assert len(told) == 1 and "meta_info" in choices[-1] and told[0]["completion_tokens"] == 6
+        plain = (await door.post("/v1/chat/completions", {"messages": HI, "max_tokens": 2})).text
+        assert "meta_info" not in plain and "prompt_token_ids" not in plain

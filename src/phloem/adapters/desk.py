@@ -407,7 +407,7 @@ class Desk(Lender):
 
     def _taken(self, path: Path, sent: Sent) -> AdapterFile:
         """Copies of the tensors that were sent: whoever sent them may write over them."""
-        tensors = sent.tensors
+        tensors = sent.tensors if sent.coming is None else sent.coming.result()
         if tensors is None:
             blobs = [*sent.blobs, *(Path(file).read_bytes() for file in sent.files)]
             assert self._unpacked is not None

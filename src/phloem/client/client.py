@@ -233,7 +233,8 @@ class EngineClient:
     async def load_adapter(
         self, name: str, path: str, pinned: bool = False, sent: dict[str, Any] | None = None
     ) -> ControlReply:
-        """Load an adapter, or a new version of one. `sent`: fields of `core.adapters.Sent`, of one without a folder.
+        """Load an adapter, or a new version of one. `sent`: fields of `core.adapters.Sent`, of one without a folder; or
+        its `config`, and in `broadcast` what `core.updates.Keeper.receive` takes.
 
         Raises:
             EngineDead: there is no engine.

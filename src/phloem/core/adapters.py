@@ -82,7 +82,8 @@ SENT = "__tensor__/"  # in front of its name: the path of an adapter that came w
 class Sent:
     """An adapter that comes without a folder: its adapter_config.json, and tensors as PEFT names them.
 
-    `tensors`: [(name, Tensor)] as they are; None: a payload in `blobs` and `files`, as weights come in.
+    `tensors`: [(name, Tensor)] as they are; None: a payload in `blobs` and `files`, as weights come in. `coming`: such
+    tensors, on their way from a trainer's group.
     """
 
     config: dict[str, Any]
@@ -90,6 +91,7 @@ class Sent:
     blobs: Sequence[bytes] = ()
     files: Sequence[str] = ()
     load_format: str | None = None
+    coming: Pending[Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from phloem.core.batch import Pending
 
 TAGS = ("weights", "kv_cache", "cuda_graph")  # what memory can be given back
-SOURCES = ("tensors", "blobs", "disk", "group", "random")
+SOURCES = ("tensors", "blobs", "disk", "group", "ipc", "random")
 
 
 class Keeper(Protocol):
@@ -24,10 +24,19 @@ class Keeper(Protocol):
         """New weights, read, checked and made ready beside the steps: how many tensors. One at a time.
 
         `source`: tensors (args: tensors, [(name, Tensor)]), blobs (blobs, load_format), disk (path, load_format),
-        group (group, names, dtypes, shapes, load_format), random. Between `begin` and `end` they are collected.
+        group (group, names, dtypes, shapes, load_format), ipc (handles, {device: socket}), random. Between `begin` and
+        `end` they are collected.
 
         Raises:
             BadRequest: at once, or of the work: naming what is wrong. Nothing has changed then.
+        """
+        ...
+
+    def receive(self, args: dict[str, Any]) -> Pending[Any]:
+        """Tensors that a trainer broadcasts (args: group, names, dtypes, shapes, load_format): [(name, Tensor)].
+
+        Raises:
+            BadRequest: there is no such group, or they are larger than weights may be.
         """
         ...
 

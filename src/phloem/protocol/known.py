@@ -77,8 +77,8 @@ GENERATE_LATER: dict[str, Later] = {
 }
 CHAT_LATER: dict[str, Later] = {
     **MEDIA_LATER,
-    "return_meta_info": Later("meta_info", (False,)),
-    "return_prompt_token_ids": Later("token_ids", (False,)),
+    "return_routed_experts": Later("routed_experts", (False,), _EXPERTS),
+    "routed_experts_start_len": Later("routed_experts", (0,), _EXPERTS),
     "return_input_ids_in_sglext": Later("token_ids", (False,)),
     "return_output_ids_in_sglext": Later("token_ids", (False,)),
     "task": Later("tasks"),

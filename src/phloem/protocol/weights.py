@@ -115,9 +115,24 @@ class FromDistributedBody(UpdateBody, kw_only=True):
 
 
 class FromIpcBody(UpdateBody, kw_only=True):
-    """`POST /update_weights_from_ipc`."""
+    """`POST /update_weights_from_ipc`: for each device the socket at which a sender of checkpoint-engine's kind lends
+    its memory."""
 
-    zmq_handles: dict[str, str] | None = None
+    zmq_handles: dict[Name, Name] | None = None
+
+
+class RpcBody(AddressedBody, kw_only=True):
+    """`POST /collective_rpc`, as checkpoint-engine asks vLLM: `update_weights_from_ipc` with {device: socket} alone."""
+
+    method: Name | None = None
+    args: list[Any] | None = None
+    kwargs: dict[str, Any] | None = None
+    timeout: float | None = None
+
+    ignored: ClassVar[dict[str, str]] = {
+        **AddressedBody.ignored,
+        "timeout": "the caller stops waiting by itself; an update ends whole or not at all",
+    }
 
 
 class VersionBody(AddressedBody, kw_only=True):
@@ -139,6 +154,12 @@ class CheckerBody(SelectingBody, kw_only=True):
 
     action: str | None = None
     skip_tensor_list: list[Name] | None = None
+    allow_quant_error: bool | None = None
+
+    later: ClassVar[dict[str, Later]] = {
+        **SelectingBody.later,
+        "allow_quant_error": Later("inexact_digests", (False,), "digests are of the bits, and equal or not"),
+    }
 
 
 class MemoryBody(AddressedBody, kw_only=True):
@@ -177,15 +198,43 @@ def disk(body: FromDiskBody) -> dict[str, Any]:
 
 
 def distributed(body: FromDistributedBody) -> dict[str, Any]:
+    announced = announcement(body.names, body.dtypes, body.shapes, body.group_name, body.load_format)
+    return {"source": "group", **announced, **body.common()}
+
+
+def announcement(
+    names: list[str] | None,
+    dtypes: list[str] | None,
+    shapes: list[list[int]] | None,
+    group_name: str | None,
+    load_format: str | None,
+) -> dict[str, Any]:
+    """What is about to be broadcast in a group. Raises BadRequest: something of it is missing."""
     return {
-        "source": "group",
-        "group": body.group_name or GROUP,
-        "names": needed(body.names, "names"),
-        "dtypes": needed(body.dtypes, "dtypes"),
-        "shapes": needed(body.shapes, "shapes"),
-        "load_format": body.load_format,
-        **body.common(),
+        "group": group_name or GROUP,
+        "names": needed(names, "names"),
+        "dtypes": needed(dtypes, "dtypes"),
+        "shapes": needed(shapes, "shapes"),
+        "load_format": load_format,
     }
+
+
+def ipc(body: FromIpcBody) -> dict[str, Any]:
+    return {"source": "ipc", "handles": needed(body.zmq_handles, "zmq_handles"), **body.common()}
+
+
+def rpc(body: RpcBody) -> dict[str, Any]:
+    """Raises BadRequest: another method, or other arguments."""
+    if body.method != "update_weights_from_ipc":
+        raise BadRequest(
+            f"method {body.method!r:.100}: update_weights_from_ipc alone is called this way", param="method"
+        )
+    args = body.args or []
+    if len(args) != 1 or body.kwargs or not isinstance(args[0], dict):
+        raise BadRequest("args: one argument is expected, {device: socket}", param="args")
+    if not all(isinstance(one, str) for pair in args[0].items() for one in pair):
+        raise BadRequest("args: {device: socket} is of texts", param="args")
+    return ipc(FromIpcBody(zmq_handles=args[0]))
 
 
 def group(body: InitGroupBody) -> dict[str, Any]:

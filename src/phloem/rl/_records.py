@@ -53,6 +53,24 @@ class Made:
     state: dict[str, Any] | None = None
 
 
+MOST_DIMENSIONS = 8
+
+
+def count_in(found: Any) -> int:
+    """A number from 0 on. Raises BadRequest."""
+    if type(found) is not int or not 0 <= found < 1 << 48:
+        raise BadRequest("the payload has a size that is no number from 0 on")
+    return found
+
+
+def shape_in(found: Any) -> tuple[int, ...]:
+    """A shape, or strides. Raises BadRequest."""
+    sizes = found.args[0] if isinstance(found, Made) and found.name == "Size" and len(found.args) == 1 else found
+    if not isinstance(sizes, tuple | list) or len(sizes) > MOST_DIMENSIONS:
+        raise BadRequest("the payload has a tensor without a shape")
+    return tuple(count_in(size) for size in sizes)
+
+
 _VALUES: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _GIVEN = {
     *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),

@@ -1,5 +1,7 @@
 """A group of processes in which a trainer broadcasts weights: apart from torch's default group, left by name.
 
+On the host by gloo. On a device by the backend that its tensors travel by (NCCL on GPUs), or by gloo through the host.
+
 The trainer's rank 0 sends; this engine has one of the other ranks. It is joined as torch joins a group of its own: a
 store at the trainer's address, the group's name as prefix.
 """
@@ -14,6 +16,7 @@ import torch
 from torch import distributed as dist
 
 from phloem.core.errors import BadRequest
+from phloem.platforms._facts import in_host_memory
 from phloem.rl.payload import Tensors, dtype_of, flattened
 
 if TYPE_CHECKING:
@@ -22,14 +25,42 @@ if TYPE_CHECKING:
 c10d: Any = dist.distributed_c10d  # how a group beside the default one is made is a private part of torch
 TIMEOUT = 300.0  # seconds for the rendezvous, and for each tensor
 ROOT = 0
+HOST_BACKEND, DEVICE_BACKEND = "gloo", "nccl"
 MOST_NAMES = 1 << 20
 
 
-class Group:
-    """One group. Its calls run in a thread of its own, one after another; each gives a future."""
+def backend_for(asked: str, *, host: bool) -> str:
+    """What tensors travel by. `host`: whether this engine computes on the host.
 
-    def __init__(self, name: str, address: str, rank: int, world: int, backend: str, timeout: float = TIMEOUT) -> None:
+    Raises:
+        BadRequest: this engine, or this torch, has no such backend.
+    """
+    found = asked or (HOST_BACKEND if host else DEVICE_BACKEND)
+    if host and found != HOST_BACKEND:
+        raise BadRequest(f"backend {found!r:.50}: this engine runs on the host, use gloo", param="backend")
+    if not dist.is_backend_available(found):
+        raise BadRequest(f"backend {found!r:.50}: this torch is built without it, use gloo", param="backend")
+    return found
+
+
+class Group:
+    """One group. Its calls run in a thread of its own, one after another; each gives a future.
+
+    `device`: where tensors are received, unless they travel by gloo.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        address: str,
+        rank: int,
+        world: int,
+        backend: str,
+        timeout: float = TIMEOUT,
+        device: torch.device | None = None,
+    ) -> None:
         self.name, self.broken = name, ""
+        self._device = torch.device("cpu") if backend == HOST_BACKEND or device is None else device
         self._rank, self._timeout = rank, timedelta(seconds=timeout)
         self._made: Any = None
         self._worker = ThreadPoolExecutor(1, f"phloem-group-{name[:20]}")
@@ -76,10 +107,12 @@ class Group:
             for name, shape, dtype in zip(names, shapes, types, strict=True):
                 start, end = end, end + _bytes(shape, dtype)
                 places.append({"name": name, "shape": shape, "dtype": dtype, "start_idx": start, "end_idx": end})
-            flat = torch.empty(end, dtype=torch.uint8)
+            flat = torch.empty(end, dtype=torch.uint8, device=self._device)
             self._broadcast([flat])
             return flattened(flat, places)
-        values = [torch.empty(shape, dtype=dtype) for shape, dtype in zip(shapes, types, strict=True)]
+        values = [
+            torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in zip(shapes, types, strict=True)
+        ]
         self._broadcast(values)
         return list(zip(names, values, strict=True))
 
@@ -89,6 +122,8 @@ class Group:
         try:
             for value in values:
                 self._made.broadcast([value], options).wait()
+            if not in_host_memory(self._device):
+                torch.accelerator.synchronize(self._device)  # `wait` has only put the copy before what comes behind it
         except Exception as error:
             # Who has sent what is not known any more: the next broadcast could be read as another one.
             self.broken = f"a broadcast failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"

@@ -9,6 +9,7 @@ import secrets
 from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
 from pathlib import Path
+from threading import Event
 from time import perf_counter, sleep
 from typing import IO, TYPE_CHECKING, Any
 
@@ -19,8 +20,11 @@ from phloem.core import updates
 from phloem.core.errors import BadRequest, PhloemError
 from phloem.models._foreign_tower import ForeignTower, load_tower
 from phloem.models._push import Push
+from phloem.platforms import _lent
 from phloem.platforms._facts import in_host_memory
-from phloem.rl.group import TIMEOUT, Group
+from phloem.rl import ipc
+from phloem.rl._shared import device_handle
+from phloem.rl.group import TIMEOUT, Group, backend_for
 from phloem.rl.payload import check_format, flattened, named_tensors
 from phloem.rl.sleep import discard, restore, save, state_of
 from phloem.utils import log, memory
@@ -32,10 +36,11 @@ if TYPE_CHECKING:
     from phloem.core.batch import Pending
     from phloem.engine.runner import ModelRunner
     from phloem.models._common import Decoder
+    from phloem.rl._records import Made
+    from phloem.rl.payload import Tensors
 
 _log = log.get("rl")
 
-HOST_BACKEND = "gloo"
 SLICE = 0.01  # seconds between two steps that new weights are made ready for
 DISK_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 SLACK = 64 << 20  # bytes of a payload beyond twice what the weights take in float32
@@ -109,7 +114,7 @@ class Keeper(updates.Keeper):
         self._lost_before: set[str] = set()  # of the index, when memory was given back
         self._saved: IO[bytes] | None = None
         self._groups: dict[str, Group] = {}
-        self._worker = ThreadPoolExecutor(1, "phloem-weights")
+        self._worker, self._stopped = ThreadPoolExecutor(1, "phloem-weights"), Event()
         elements = sum(prod(self._index.stored_shape(name)) for name in self._index.names())
         self._limit = 8 * elements + SLACK
 
@@ -168,17 +173,21 @@ class Keeper(updates.Keeper):
             return submit(
                 lambda: push.add(
                     named_tensors(
-                        [*(args.get("blobs") or ()), *(path.read_bytes() for path in files)], load_format, self._limit
+                        [*(args.get("blobs") or ()), *(path.read_bytes() for path in files)],
+                        load_format,
+                        self._limit,
+                        None if in_host_memory(self._index.ctx.device) else self._on_device,
                     )
                 )
             )
+        if source == "ipc":
+            address = ipc.address_for(dict(args.get("handles") or {}), self._index.ctx.device)
+            return submit(lambda: push.add(self._in_buckets(address)))
         if source == "random":
             shapes = {name: self._index.stored_shape(name) for name in self._index.names()}
             return submit(lambda: push.add((name, torch.randn(shape)) for name, shape in shapes.items()))
         if source == "group":
-            received = self._group(str(args["group"])).receive(
-                args["names"], args["dtypes"], self._shapes(args), args.get("load_format") == "flattened_bucket"
-            )
+            received = self.receive(args)
             return submit(lambda: push.add(received.result()))
         path, load_format = str(args["path"]), str(args.get("load_format") or "auto")
         if load_format not in DISK_FORMATS:
@@ -188,6 +197,19 @@ class Keeper(updates.Keeper):
         if not os.path.exists(path):
             raise BadRequest(f"model_path: there is no {path!r:.300} on the engine's machine", param="model_path")
         return submit(self._from_disk, push, path, load_format)
+
+    def receive(self, args: dict[str, Any]) -> Future[Tensors]:
+        return self._group(str(args["group"])).receive(
+            args["names"], args["dtypes"], self._shapes(args), args.get("load_format") == "flattened_bucket"
+        )
+
+    def _on_device(self, record: Made) -> torch.Tensor:
+        return _lent.copied(device_handle(record), self._index.ctx.device)
+
+    def _in_buckets(self, address: str) -> Tensors:
+        """Bucket by bucket, each checked as it comes, so that the sender is told."""
+        seen = Push(self._index, self._rename, None if self._tower is None else self._tower.owns)
+        return ipc.receive(address, self._index.ctx.device, seen.add, self._limit, self._stopped)
 
     def _own(self, tensors: Any, load_format: str | None) -> list[tuple[str, torch.Tensor]]:
         """Tensors that were handed over in this process; copies, where they are kept for longer."""
@@ -257,14 +279,13 @@ class Keeper(updates.Keeper):
         name = str(args["name"])
         if name in self._groups:
             raise BadRequest(f"there is a group {name!r:.100}: destroy it first", param="group_name")
-        host = in_host_memory(self._index.ctx.device)
-        rank, world, backend = int(args["rank"]), int(args["world"]), str(args["backend"] or HOST_BACKEND)
+        rank, world = int(args["rank"]), int(args["world"])
         if not 0 < rank < world:
             raise BadRequest(f"rank {rank} of {world}: the trainer is 0, engines follow", param="rank_offset")
-        if host and backend != HOST_BACKEND:
-            raise BadRequest(f"backend {backend!r:.50}: this engine runs on the host, use gloo", param="backend")
+        backend = backend_for(str(args["backend"] or ""), host=in_host_memory(self._index.ctx.device))
         timeout = min(float(args.get("timeout") or TIMEOUT), TIMEOUT)
-        group = Group(name, str(args["address"]), rank, world, backend, timeout)
+        device = self._index.ctx.device
+        group = Group(name, str(args["address"]), rank, world, backend, timeout, device)
         self._groups[name] = group
         joined = group.join()
 
@@ -351,6 +372,7 @@ class Keeper(updates.Keeper):
         self.unfit = f"the weights' memory was given back, and {why}: send new ones"
 
     def close(self) -> None:
+        self._stopped.set()
         self._worker.shutdown(wait=False, cancel_futures=True)
         for group in self._groups.values():
             group.leave()

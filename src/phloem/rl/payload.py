@@ -6,9 +6,7 @@ Its memory is opened to be read, copied, and closed.
 
 from __future__ import annotations
 
-import os
-import re
-import stat
+from contextlib import closing
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -17,20 +15,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from phloem.core.errors import BadRequest
-from phloem.rl._records import DTYPES, Made, Named, records
+from phloem.rl._records import DTYPES, Made, Named, count_in, records, shape_in
+from phloem.rl._shared import ON_DEVICE, Place, Shared, place_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import Tensor
 
 Tensors = list[tuple[str, "Tensor"]]
 
-SHARED = "/dev/shm"
-HEADER = 64  # bytes in front of the data in torch's shared memory
-MOST_DIMENSIONS = 8
 FORMATS = (None, "auto", "direct", "flattened_bucket", "safetensors")
-_NAME = re.compile(r"/torch_\d{1,10}_\d{1,10}_\d{1,10}")
 _TYPES = {name: vars(torch)[name] for name in DTYPES}
 
 
@@ -51,11 +46,14 @@ def check_format(load_format: str | None) -> None:
         )
 
 
-def named_tensors(blobs: Sequence[bytes], load_format: str | None, limit: int) -> Tensors:
+def named_tensors(
+    blobs: Sequence[bytes], load_format: str | None, limit: int, lent: Callable[[Made], Tensor] | None = None
+) -> Tensors:
     """Names and tensors of a payload: pickles have one blob for each rank, safetensors as many as there are.
 
     Args:
         limit: bytes that all tensors together may take.
+        lent: gives the tensor behind a handle of the device's memory; None: such handles are refused.
 
     Raises:
         BadRequest: naming what is wrong. Nothing of a payload is ever executed.
@@ -67,7 +65,7 @@ def named_tensors(blobs: Sequence[bytes], load_format: str | None, limit: int) -
         return [item for blob in blobs for item in _safetensors(blob)]
     if len(blobs) != 1:
         raise BadRequest(f"{len(blobs)} payloads for one rank", param="serialized_named_tensors")
-    found, reader = records(blobs[0]), _Reader(limit)
+    found, reader = records(blobs[0]), _Reader(limit, lent)
     if isinstance(found, dict) and "flattened_tensor" in found:
         return flattened(
             reader.tensor(found["flattened_tensor"]), [_place(one) for one in _listed(found.get("metadata"))]
@@ -119,8 +117,8 @@ def flattened(flat: Tensor, places: Sequence[Mapping[str, Any]]) -> Tensors:
     found: Tensors = []
     left = len(flat)
     for place in places:
-        name, shape, dtype = place["name"], _shape(place["shape"]), place["dtype"]
-        start, end = _count(place["start_idx"]), _count(place["end_idx"])
+        name, shape, dtype = place["name"], shape_in(place["shape"]), place["dtype"]
+        start, end = count_in(place["start_idx"]), count_in(place["end_idx"])
         if not isinstance(name, str) or not start <= end <= len(flat):
             raise BadRequest("a tensor of the flattened bucket lies outside of it")
         if end - start != prod(shape) * dtype.itemsize:
@@ -139,7 +137,7 @@ def _place(record: Any) -> dict[str, Any]:
     missing = [name for name in ("name", "shape", "dtype", "start_idx", "end_idx") if name not in state]
     if missing:
         raise BadRequest(f"the bucket's metadata lacks {', '.join(missing)}")
-    return {**state, "dtype": _dtype(state["dtype"])}
+    return {**state, "dtype": dtype_in(state["dtype"])}
 
 
 def _listed(found: Any) -> list[Any]:
@@ -148,30 +146,20 @@ def _listed(found: Any) -> list[Any]:
     return list(found)
 
 
-def _dtype(found: Any) -> torch.dtype:
+def dtype_in(found: Any) -> torch.dtype:
     if not isinstance(found, Named) or found.name not in _TYPES:
         raise BadRequest("the payload has a tensor of no known type")
     return _TYPES[found.name]
 
 
-def _count(found: Any) -> int:
-    if type(found) is not int or not 0 <= found < 1 << 48:
-        raise BadRequest("the payload has a size that is no number from 0 on")
-    return found
-
-
-def _shape(found: Any) -> tuple[int, ...]:
-    sizes = found.args[0] if isinstance(found, Made) and found.name == "Size" and len(found.args) == 1 else found
-    if not isinstance(sizes, tuple | list) or len(sizes) > MOST_DIMENSIONS:
-        raise BadRequest("the payload has a tensor without a shape")
-    return tuple(_count(size) for size in sizes)
-
-
 class _Reader:
-    """Reads the memory behind handles, each once, while there is room."""
+    """Reads the memory behind handles, each piece once, while there is room.
 
-    def __init__(self, limit: int) -> None:
-        self._left, self._limit = limit, limit
+    `lent`: what gives the tensor behind a handle of the device's memory; None: such handles are refused.
+    """
+
+    def __init__(self, limit: int, lent: Callable[[Made], Tensor] | None = None) -> None:
+        self._left, self._limit, self._lent = limit, limit, lent
         self._known: dict[str, Tensor] = {}
 
     def either(self, record: Any) -> Tensor:
@@ -184,70 +172,31 @@ class _Reader:
         return self.tensor(record)
 
     def tensor(self, record: Any) -> Tensor:
-        if not isinstance(record, Made):
-            raise BadRequest("the payload has something else where a tensor should be")
-        if record.name in ("rebuild_cuda_tensor", "_rebuild_cuda_tensor_modified"):
-            raise BadRequest("the tensors are on a GPU: this engine reads those of the host; send tensor.cpu()")
-        if record.name != "rebuild_tensor" or len(record.args) != 3:
-            raise BadRequest(f"the payload has {record.name} where a tensor should be")
-        _, storage, meta = record.args
-        if not isinstance(meta, tuple) or len(meta) != 4:
-            raise BadRequest("the payload has a tensor without offset, shape and stride")
-        offset, shape, stride = _count(meta[0]), _shape(meta[1]), _shape(meta[2])
-        if len(shape) != len(stride):
-            raise BadRequest(f"a tensor of shape {list(shape)} has {len(stride)} strides")
-        untyped, dtype = self._storage(storage)
-        last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) + 1
-        if 0 not in shape and last * dtype.itemsize > len(untyped):
-            raise BadRequest(f"a tensor of shape {list(shape)} lies outside of its memory")
+        if self._lent is not None and isinstance(record, Made) and record.name in ON_DEVICE:
+            found = self._lent(record)
+            self._spend(found.nbytes)
+            return found
+        place = place_of(record)
+        untyped, dtype = self._memory(place), dtype_of(place.dtype)
+        if 0 in place.shape:
+            return torch.empty(place.shape, dtype=dtype)
+        if place.last * dtype.itemsize > place.size:
+            raise BadRequest(f"a tensor of shape {list(place.shape)} lies outside of its memory")
         whole = untyped[: len(untyped) // dtype.itemsize * dtype.itemsize].view(dtype)
-        return whole.new_empty(shape) if 0 in shape else whole.as_strided(shape, stride, offset)
+        return whole.as_strided(place.shape, place.stride, place.offset)
 
-    def _storage(self, record: Any) -> tuple[Tensor, torch.dtype]:
-        typed = record.args if isinstance(record, Made) and record.name == "rebuild_typed_storage" else ()
-        if len(typed) != 2 or not isinstance(typed[0], Made):
-            raise BadRequest("the payload has a tensor without memory")
-        dtype, untyped = _dtype(typed[1]), typed[0]
-        if untyped.name == "rebuild_storage_fd":
-            raise BadRequest(
-                "the tensors are shared by file descriptors, which only the sender's own children can open: call "
-                "torch.multiprocessing.set_sharing_strategy('file_system'), or send load_format 'safetensors'"
-            )
-        if untyped.name == "rebuild_storage_empty":
-            return torch.empty(0, dtype=torch.uint8), dtype
-        if untyped.name != "rebuild_storage_filename" or len(untyped.args) not in (4, 5):
-            raise BadRequest(f"the payload has {untyped.name} where shared memory should be")
-        handle, size = untyped.args[2], _count(untyped.args[3])
-        if not isinstance(handle, bytes) or not _NAME.fullmatch(handle.decode("latin-1")):
-            raise BadRequest("the payload names shared memory that is not torch's")
-        name = handle.decode("latin-1")
-        if name not in self._known:
-            self._known[name] = self._copied(name, size)
-        if len(self._known[name]) != size:
+    def _memory(self, place: Place) -> Tensor:
+        if not place.name:
+            return torch.empty(0, dtype=torch.uint8)
+        if place.name not in self._known:
+            self._spend(place.size)
+            with closing(Shared(place)) as memory:
+                self._known[place.name] = memory.read(0, place.size)
+        if len(self._known[place.name]) != place.size:
             raise BadRequest("the payload gives one piece of shared memory two sizes")
-        return self._known[name], dtype
+        return self._known[place.name]
 
-    def _copied(self, name: str, size: int) -> Tensor:
+    def _spend(self, size: int) -> None:
         if size > self._left:
             raise BadRequest(f"the tensors take more than the {self._limit} bytes that this model's weights may take")
         self._left -= size
-        try:
-            descriptor = os.open(SHARED + name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError as error:
-            raise BadRequest(
-                f"shared memory {name}: {error.strerror}: the sender must keep its tensors until the answer comes, on "
-                "this machine"
-            ) from None
-        with open(descriptor, "rb", buffering=0) as file:
-            found = os.fstat(descriptor)
-            if not stat.S_ISREG(found.st_mode) or found.st_size != size + HEADER:
-                raise BadRequest(f"shared memory {name} has {found.st_size} bytes, expected {size + HEADER}")
-            values = torch.empty(size, dtype=torch.uint8)
-            view, done = values.numpy().data, 0
-            file.seek(HEADER)
-            while done < size:
-                count = file.readinto(view[done:])
-                if not count:
-                    raise BadRequest(f"shared memory {name} has shrunk")
-                done += count
-        return values

@@ -75,13 +75,14 @@ WEIGHTS = (
     "/update_weight_version",
     "/weights_checker",
     "/load_lora_adapter_from_tensors",
+    "/load_lora_adapter_from_distributed",
     "/release_memory_occupation",
     "/resume_memory_occupation",
 )
 WEIGHTS_SECONDS = 900.0
 # These cannot be one call: a group counts a server's ranks from its own offset, handles belong to one device, and a
 # server's part in pairs is its own.
-EACH_ITS_OWN = ("/init_weights_update_group", "/update_weights_from_ipc", "/disaggregation_mode")
+EACH_ITS_OWN = ("/init_weights_update_group", "/update_weights_from_ipc", "/collective_rpc", "/disaggregation_mode")
 
 
 class AddWorker(msgspec.Struct):

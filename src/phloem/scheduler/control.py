@@ -224,9 +224,18 @@ class Controls:
     def _do_load_lora_adapter(self, call_id: str, args: dict[str, Any]) -> None:
         """The file is read beside the steps, and placed between two of them."""
         name, path = str(args.get("name") or ""), str(args.get("path") or "")
-        sent = args.get("sent")
-        work = self._lender().load(name, path, bool(args.get("pinned")), None if sent is None else Sent(**sent))
+        sent = None if args.get("sent") is None else self._sent(args["sent"])
+        work = self._lender().load(name, path, bool(args.get("pinned")), sent)
         self._works.append((call_id, work, lambda loaded: (f"adapter {name} is loaded", {"loaded": loaded})))
+
+    def _sent(self, fields: dict[str, Any]) -> Sent:
+        """`broadcast` is received before anything else is looked at, so that the trainer's group stays in step."""
+        announced = fields.get("broadcast")
+        if announced is None:
+            return Sent(**fields)
+        if self.scheduler.keeper is None:
+            raise BadRequest("models that run transformers' code, or on several ranks, have no trainers' groups")
+        return Sent(fields["config"], coming=self.scheduler.keeper.receive(announced))
 
     def _do_unload_lora_adapter(self, call_id: str, args: dict[str, Any]) -> None:
         users, loaded = self._lender().unload(str(args.get("name") or ""))

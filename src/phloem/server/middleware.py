@@ -24,10 +24,10 @@ log = logging.getLogger("phloem.server")
 OPEN_PATHS = page.PATHS | {"/health", "/ready", "/ping"}  # the latter are asked by supervisors that hold no key
 UPDATE_PATHS = {
     *("/update_weights_from_tensor", "/update_weights_from_disk", "/update_weights_from_distributed"),
-    *("/update_weights_from_ipc", "/init_weights_update_group", "/destroy_weights_update_group"),
+    *("/update_weights_from_ipc", "/collective_rpc", "/init_weights_update_group", "/destroy_weights_update_group"),
     *("/begin_weight_update", "/end_weight_update", "/abort_weight_update", "/post_process_weights"),
     *("/update_weight_version", "/weights_checker", "/release_memory_occupation", "/resume_memory_occupation"),
-    "/load_lora_adapter_from_tensors",
+    *("/load_lora_adapter_from_tensors", "/load_lora_adapter_from_distributed"),
 }
 ADMIN_PATHS = UPDATE_PATHS | {
     *("/pause_generation", "/continue_generation", "/get_weights_by_name"),

@@ -96,6 +96,17 @@ def _check(body: ChatBody) -> None:
         raise BadRequest("messages: at least one is needed", param="messages")
 
 
+def _routed_start(body: ChatBody) -> int:
+    """Raises BadRequest: the experts are asked for, and not the place where they are told."""
+    start = body.routed_experts_start_len or 0
+    if body.return_routed_experts and not body.return_meta_info:
+        text = "return_routed_experts: they stand in meta_info, ask for return_meta_info too"
+        raise BadRequest(text, param="return_routed_experts")
+    if start < 0:
+        raise BadRequest(f"routed_experts_start_len: {start} is below 0", param="routed_experts_start_len")
+    return start
+
+
 async def _to_request(body: ChatBody, client: EngineClient, info: ModelInfo) -> Conversation:
     _check(body)
     body = renewed(body)
@@ -137,6 +148,8 @@ async def _to_request(body: ChatBody, client: EngineClient, info: ModelInfo) -> 
         reasons=(reasoning is not None or bool(body.require_reasoning)) and not tools.at_once,
         session=body.session_params.step() if body.session_params is not None else None,
         return_hidden=bool(body.return_hidden_states),
+        return_routed=bool(body.return_routed_experts),
+        routed_start=_routed_start(body),
         thinking_budget=body.max_thinking_tokens,
         dp_rank=dp_rank(body),
         pictures=pictures,

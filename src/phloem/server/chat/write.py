@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from msgspec import UNSET, UnsetType
 
 from phloem.protocol.answers import Answer, Extensions, Usage
+from phloem.protocol.generate.body import GenerateBody
+from phloem.protocol.generate.write import Renderer
 from phloem.server.chat.functions import is_old
 from phloem.server.chat.logprobs import ChatLogprobs, chat_logprobs
 from phloem.server.chunks import stream_chunks
@@ -42,6 +44,8 @@ class ChatChoice(Answer, kw_only=True):
     matched_stop: int | str | None
     hidden_states: list[float] | UnsetType = UNSET  # of the last output token
     token_ids: list[int] | UnsetType = UNSET  # where the request has `return_token_ids`
+    prompt_token_ids: list[int] | UnsetType = UNSET  # with `return_prompt_token_ids`
+    meta_info: dict[str, Any] | UnsetType = UNSET  # as in `/generate`; with `return_meta_info`
 
 
 class ChatCompletion(Answer, kw_only=True):
@@ -73,6 +77,8 @@ class ChatChunkChoice(Answer, kw_only=True):
     matched_stop: int | str | UnsetType | None = UNSET
     hidden_states: list[float] | UnsetType = UNSET  # with the finish reason
     token_ids: list[int] | UnsetType = UNSET  # those that this chunk brings, also such as show no text yet
+    prompt_token_ids: list[int] | UnsetType = UNSET  # with the first chunk; where the request has them
+    meta_info: dict[str, Any] | UnsetType = UNSET  # with the finish reason; where the request has `return_meta_info`
 
 
 class ChatChunk(Answer, kw_only=True):
@@ -130,6 +136,7 @@ class ChatWriter:
         self.parsers = parsers
         self.created = int(time.time())
         self._old = is_old(body)
+        self._native = Renderer(GenerateBody(), None, prompts=False)
 
     def answer(self, outputs: list[Continuation]) -> ChatCompletion:
         choices: list[ChatChoice] = []
@@ -153,6 +160,8 @@ class ChatWriter:
                     matched_stop=matched_stop(output.finish),
                     hidden_states=last_hidden(output),
                     token_ids=ids_of(self.body, output),
+                    prompt_token_ids=self._prompt_ids(output),
+                    meta_info=self._meta(output),
                 )
             )
         return ChatCompletion(
@@ -181,7 +190,8 @@ class ChatWriter:
             return self._chunk([ChatChunkChoice(index=output.choice, delta=ChatDelta(content=text))])
 
         simple = all(isinstance(parser, PlainAnswer) for parser in self.parsers)
-        simple = simple and not (self.body.logprobs or self.body.return_token_ids)
+        more = self.body.return_token_ids or self.body.return_prompt_token_ids or self.body.return_meta_info
+        simple = simple and not (self.body.logprobs or more)
         return stream_chunks(self.body, call, chunks, lambda: self._chunk([]), plain if simple else None)
 
     def _choices(self, output: Continuation, began: set[int], called: set[int]) -> list[ChatChunkChoice]:
@@ -189,7 +199,8 @@ class ChatWriter:
         ids = ids_of(self.body, output, output.new_from)
         if index not in began:
             began.add(index)
-            out.append(ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content="")))
+            begin = ChatDelta(role="assistant", content="")
+            out.append(ChatChunkChoice(index=index, delta=begin, prompt_token_ids=self._prompt_ids(output)))
         told = _told(self.parsers[index].push(output.delta, output.finish is not None, is_cut(output)))
         logprobs = self._logprobs(output, output.new_from)
         delta = ChatDelta()
@@ -214,9 +225,17 @@ class ChatWriter:
                     finish_reason=self._reason(index in called, reason),
                     matched_stop=matched_stop(output.finish),
                     hidden_states=last_hidden(output),
+                    meta_info=self._meta(output),
                 )
             )
         return out
+
+    def _prompt_ids(self, output: Continuation) -> list[int] | UnsetType:
+        return output.prompt_ids if self.body.return_prompt_token_ids else UNSET
+
+    def _meta(self, output: Continuation) -> dict[str, Any] | UnsetType:
+        """What `/generate` says of an output, log probabilities of its tokens by their ids among it."""
+        return self._native.answer(output)["meta_info"] if self.body.return_meta_info else UNSET
 
     def _reason(self, called: bool, reason: str | None) -> str | None:
         if not called or reason != "stop":

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 from fastapi import APIRouter, Request
+from msgspec import Meta
 from starlette.responses import Response
 
 from phloem.core.adapters import SENT
@@ -12,6 +13,7 @@ from phloem.core.errors import BadRequest
 from phloem.protocol.answers import Answer
 from phloem.protocol.body import Body, Parser
 from phloem.protocol.known import INTERNAL
+from phloem.protocol.weights import Name, Size, announcement
 from phloem.server.door import door_of, json_response
 from phloem.server.openapi import NEEDS_ENGINE, describe
 from phloem.server.payloads import decoded, on_their_way
@@ -67,6 +69,27 @@ class SendAdapterBody(Body, kw_only=True):
     }
 
 
+class BroadcastAdapterBody(Body, kw_only=True):
+    """`POST /load_lora_adapter_from_distributed`: what is about to be broadcast in a group, in that order, as
+    `/update_weights_from_distributed` has it."""
+
+    lora_name: str | None = None
+    config_dict: dict[str, Any] | None = None
+    names: list[Name] | None = None
+    dtypes: list[Name] | None = None
+    shapes: list[Annotated[list[Size], Meta(max_length=8)]] | None = None
+    group_name: Name | None = None
+    load_format: str | None = None
+    pinned: bool | None = None
+    added_tokens_config: dict[str, Any] | None = None
+    lora_id: str | None = None
+    upsert: bool | None = None
+    rid: str | None = None
+    http_worker_ipc: str | None = None
+
+    ignored: ClassVar[dict[str, str]] = SendAdapterBody.ignored
+
+
 class UnloadAdapterBody(Body, kw_only=True):
     """`POST /unload_lora_adapter`."""
 
@@ -97,6 +120,7 @@ T = TypeVar("T")
 router = APIRouter(tags=["control"])
 _load = Parser(LoadAdapterBody)
 _send, _unload = Parser(SendAdapterBody), Parser(UnloadAdapterBody)
+_broadcast = Parser(BroadcastAdapterBody)
 _SAID: dict[str, Any] = {"answer": AdaptersAnswer, "errors": NEEDS_ENGINE}
 
 
@@ -127,6 +151,19 @@ async def load_lora_adapter_from_tensors(request: Request) -> Response:
     async with on_their_way(await decoded(texts, "serialized_named_tensors")) as sent:
         told = {"config": config, "load_format": body.load_format, **sent}
         return _answer(door, await door.client.load_adapter(name, SENT + name, bool(body.pinned), told))
+
+
+@router.post("/load_lora_adapter_from_distributed", **describe(body=BroadcastAdapterBody, **_SAID))
+async def load_lora_adapter_from_distributed(request: Request) -> Response:
+    """Load an adapter, or a new version of one, whose tensors rank 0 of a trainer's group broadcasts."""
+    door = door_of(request)
+    body = await door.read(request, _broadcast)
+    name = _free(door, body.lora_name)
+    if body.added_tokens_config:
+        raise BadRequest("added_tokens_config is not supported", param="added_tokens_config", code="not_supported")
+    announced = announcement(body.names, body.dtypes, body.shapes, body.group_name, body.load_format)
+    told = {"config": _needed(body.config_dict, "config_dict"), "broadcast": announced}
+    return _answer(door, await door.client.load_adapter(name, SENT + name, bool(body.pinned), told))
 
 
 @router.post("/unload_lora_adapter", **describe(body=UnloadAdapterBody, **_SAID))

@@ -124,6 +124,9 @@ async def server_info(request: Request) -> Response:
         "decisions": [*engine.get("decisions", []), *door.info.decisions],
         "internal_states": await _states(door),
     }
+    # What slime compares of an engine that it has not started.
+    answer |= {"encoder_only": False, "enable_memory_saver": True, "base_gpu_id": 0, "gpu_id_step": 1}
+    answer["node_rank"] = answer["node_rank"] or 0
     if answer["max_running_requests"] is None:
         answer["max_running_requests"] = engine.get("max_running_requests")
     return json_response(answer)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
-from phloem.core.errors import BadRequest
 from phloem.protocol import weights as ask
 from phloem.protocol.answers import ControlAnswer, Error
 from phloem.protocol.body import Parser
@@ -25,6 +24,7 @@ RAW = "application/octet-stream"
 _tensor, _disk, _group = Parser(ask.FromTensorBody), Parser(ask.FromDiskBody), Parser(ask.InitGroupBody)
 _destroy, _distributed, _ipc = Parser(ask.DestroyGroupBody), Parser(ask.FromDistributedBody), Parser(ask.FromIpcBody)
 _version, _checker, _memory = Parser(ask.VersionBody), Parser(ask.CheckerBody), Parser(ask.MemoryBody)
+_rpc = Parser(ask.RpcBody)
 _selecting, _end, _post = Parser(ask.SelectingBody), Parser(ask.UpdateBody), Parser(ask.PostProcessBody)
 _SAID: dict[str, Any] = {"answer": ask.UpdateAnswer, "errors": NEEDS_ENGINE}
 _DONE: dict[str, Any] = {"answer": ControlAnswer, "errors": NEEDS_ENGINE}
@@ -109,14 +109,17 @@ async def update_weights_from_distributed(request: Request) -> Response:
     return await _update(request, "update_weights", ask.distributed(body))
 
 
-@router.post("/update_weights_from_ipc", **describe(body=ask.FromIpcBody, **_DONE))
+@router.post("/update_weights_from_ipc", **describe(body=ask.FromIpcBody, **_SAID))
 async def update_weights_from_ipc(request: Request) -> Response:
-    """Refused: the handles are of GPU memory."""
-    await door_of(request).read(request, _ipc)
-    raise BadRequest(
-        "handles of GPU memory are not read: use /update_weights_from_tensor with shared memory, or a group",
-        code="not_supported",
-    )
+    """Receive weights in buckets of memory that a sender on this machine lends (checkpoint-engine); nothing is written
+    before all of them are there."""
+    return await _update(request, "update_weights", ask.ipc(await door_of(request).read(request, _ipc)))
+
+
+@router.post("/collective_rpc", **describe(body=ask.RpcBody, **_SAID))
+async def collective_rpc(request: Request) -> Response:
+    """The same, as checkpoint-engine's own examples ask for it."""
+    return await _update(request, "update_weights", ask.rpc(await door_of(request).read(request, _rpc)))
 
 
 @router.post("/begin_weight_update", **describe(body=ask.SelectingBody, body_required=False, **_DONE))

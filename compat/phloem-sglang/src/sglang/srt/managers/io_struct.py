@@ -43,6 +43,9 @@ UpdateWeightFromDiskReqInput = _like(
 UpdateWeightsFromDistributedReqInput = _like(
     "UpdateWeightsFromDistributedReqInput", ask.FromDistributedBody, names=None, dtypes=None, shapes=None
 )
+UpdateWeightsFromIPCReqInput = _like(
+    "UpdateWeightsFromIPCReqInput", ask.FromIpcBody, zmq_handles=None, flush_cache=True, weight_version=None
+)
 InitWeightsUpdateGroupReqInput = _like(
     "InitWeightsUpdateGroupReqInput", ask.InitGroupBody, master_address=None, master_port=None, rank_offset=None,
     world_size=None, group_name=ask.GROUP, backend="gloo",
@@ -103,6 +106,22 @@ class LoadLoRAAdapterFromTensorsReqInput:
     load_format: str | None = None
     serialized_tensors: Any = None
     expected_checksums: Any = None
+    upsert: bool = False
+
+
+@dataclass
+class LoadLoRAAdapterFromDistributedReqInput:
+    """What rank 0 of a group is about to broadcast, in that order."""
+
+    lora_name: str
+    config_dict: dict[str, Any]
+    names: list[str]
+    dtypes: list[str]
+    shapes: list[list[int]]
+    group_name: str | None = None
+    pinned: bool = False
+    added_tokens_config: dict[str, Any] | None = None
+    lora_id: str | None = None
     upsert: bool = False
 
 

@@ -6,7 +6,10 @@ import asyncio
 from base64 import b64decode
 from collections.abc import AsyncIterator
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from phloem.core.errors import PhloemError
 from sglang._missing import missing
@@ -50,9 +53,20 @@ class TokenizerManager:
         found = await self.engine.async_generate(prompt, params, **fields)
         if fields.get("stream"):
             async for answer in found:
-                yield answer
+                yield self._with_experts(answer)
         else:
-            yield found
+            yield [self._with_experts(one) for one in found] if isinstance(found, list) else self._with_experts(found)
+
+    def _with_experts(self, answer: dict[str, Any]) -> dict[str, Any]:
+        """Where the caller tokenises by itself (`skip_tokenizer_init`) verl reads the experts as a tensor, int32
+        [tokens, layers, top_k]; everywhere else as text, by `extract_routed_experts_from_meta_info`."""
+        meta = answer["meta_info"]
+        if self.server_args.skip_tokenizer_init and "routed_experts" in meta:
+            (size,) = (value for name, value, _ in self.engine.ready["decisions"] if name == "routed_experts")
+            layers, k = map(int, size.split(" x "))
+            flat = torch.frombuffer(bytearray(b64decode(meta["routed_experts"])), dtype=torch.int32)
+            meta["routed_experts"] = flat.view(-1, layers, k)
+        return answer
 
     def abort_request(self, rid: str = "", abort_all: bool = False, **_: Any) -> None:
         self.engine.abort_request(rid, abort_all)
@@ -84,6 +98,9 @@ class TokenizerManager:
     async def update_weights_from_distributed(self, obj: Any, request: Any = None) -> tuple[bool, str]:
         names = "names dtypes shapes group_name flush_cache load_format"
         return await self._update("update_weights_from_distributed", **_of(obj, names))
+
+    async def update_weights_from_ipc(self, obj: Any, request: Any = None) -> tuple[bool, str]:
+        return await self._update("update_weights_from_ipc", **_of(obj, "zmq_handles flush_cache"))
 
     async def init_weights_update_group(self, obj: Any, request: Any = None) -> tuple[bool, str]:
         names = ("master_address", "master_port", "rank_offset", "world_size", "group_name", "backend")
@@ -117,6 +134,15 @@ class TokenizerManager:
 
     async def load_lora_adapter_from_tensors(self, obj: Any, request: Any = None) -> ask.LoRAUpdateOutput:
         return await self._adapters(self.engine.load_sent_lora_adapter, obj)
+
+    async def load_lora_adapter_from_distributed(self, obj: Any, request: Any = None) -> ask.LoRAUpdateOutput:
+        """Rank 0 of a trainer's group broadcasts what `obj` announces. `upsert` is how it always is here."""
+        if obj.added_tokens_config:
+            return ask.LoRAUpdateOutput(False, "added_tokens_config is not supported")
+        group = {} if obj.group_name is None else {"group_name": obj.group_name}
+        args = (obj.lora_name, obj.config_dict, obj.names, obj.dtypes, obj.shapes)
+        call = partial(self.engine.load_lora_adapter_from_distributed, *args, pinned=obj.pinned, **group)
+        return await self._adapters(call)
 
     async def start_profile(self, *args: Any, **fields: Any) -> None:
         await asyncio.to_thread(self.engine.start_profile, *args, **fields)

@@ -1,4 +1,4 @@
-"""Pictures together with what else a request may ask: adapters, tools, schemas, drafts, and memory that is too small."""
+"""Pictures beside what else a request may ask for: adapters, tools, schemas, drafts, and a memory that is too small."""
 
 from __future__ import annotations
 

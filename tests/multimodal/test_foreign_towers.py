@@ -99,12 +99,14 @@ def made(request: Any, tmp_path_factory: Any) -> Iterator[tuple[Theirs, Path]]:
 @pytest.mark.parametrize("settings", [{}, {"chunked_prefill_size": 5, "page_size": 4}])
 def test_logits_and_greedy_text_are_those_of_transformers(made: Any, settings: dict[str, Any]) -> None:
     theirs, path = made
+    alone: list[list[int]] = []
+    params = {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True}
     with Engine(model_path=str(path), debug_invariants=True, **(SETTINGS | settings)) as engine:
         for text, which in TEXTS.items():
             found: Any = engine.generate(
                 text,
                 image_data=[png(PICTURES[number]) for number in which] or None,
-                sampling_params={"temperature": 0, "max_new_tokens": 6, "ignore_eos": True},
+                sampling_params=params,
                 return_logprob=True,
                 logprob_start_len=0,
                 return_prompt_token_ids=True,
@@ -114,8 +116,13 @@ def test_logits_and_greedy_text_are_those_of_transformers(made: Any, settings: d
             worst = max(abs(told[at + 1][0] - float(logits[at, one])) for at, one in enumerate(ids[1:]))
             assert worst < 1e-4, f"{text}: {worst}"
             assert found["output_ids"] == wanted
+            alone.append(wanted)
         info = engine.get_server_info()
         assert info["internal_states"][0]["pictures_encoded"] == 2
+        engine.flush_cache()
+        shown = [[png(PICTURES[number]) for number in which] for which in TEXTS.values()]
+        found = engine.generate([*TEXTS] * 2, image_data=shown * 2, sampling_params=params)
+        assert [answer["output_ids"] for answer in found] == alone * 2  # texts and pictures in the same steps
 
 
 @pytest.mark.slow

@@ -116,6 +116,31 @@ def test_videos_are_found_by_content(pair: Any) -> None:
         assert (state["pictures_encoded"], state["pictures_found"]) == (2, 0)
 
 
+@pytest.mark.slow
+def test_videos_pictures_and_texts_in_the_same_steps_are_as_alone(pair: Any) -> None:
+    _, path = pair
+    with engine_of(path, chunked_prefill_size=7, page_size=4) as engine:
+        alone = {name: ask(engine, name) for name in TEXTS}
+        engine.flush_cache()
+        text = [5, 17, 200, 301, 44, 9]
+        params = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
+        written: Any = engine.generate(input_ids=text, sampling_params=params)
+        processors = engine._client.pictures.processors
+        marks = {
+            letter: engine.tokenizer.encode(processors[kind].mark, False)
+            for letter, kind in (("P", "image"), ("V", "video"))
+        }
+        prompts = [[token for one in ids for token in marks.get(one, [one])] for ids, _, _ in TEXTS.values()]
+        found: Any = engine.generate(
+            input_ids=[*prompts, text] * 2,
+            image_data=[*([png(IMAGE)] if pictured else [] for _, _, pictured in TEXTS.values()), []] * 2,
+            video_data=[*([FILES[number] for number in which] for _, which, _ in TEXTS.values()), []] * 2,
+            sampling_params=params,
+        )
+        wanted = [*(answer["output_ids"] for answer in alone.values()), written["output_ids"]]
+        assert [answer["output_ids"] for answer in found] == wanted * 2
+
+
 def test_a_video_whose_seconds_lead_behind_the_context_is_refused_alone(pair: Any) -> None:
     """A frame each four minutes: few tokens, far places. Others go on, and nothing reads behind the rope table."""
     theirs, path = pair

@@ -12,6 +12,9 @@ from engine_door import http_door
 
 from phloem import Engine
 from phloem.core.errors import BadRequest
+from phloem.protocol.body import Parser
+from phloem.server.messages.body import MessagesBody
+from phloem.server.responses.body import ResponsesBody
 from phloem.testing.checkpoints import tiny_checkpoint
 
 pytest.importorskip("llguidance")
@@ -200,3 +203,10 @@ def test_arguments_and_answers_have_the_numbers_of_the_schema(url: str, route: s
         assert calls_of(ask(url, route, [tool("f", schema, strict)], "f"), route) == [("f", want)]
     answer = ask(url, route, [], shape=schema)
     assert answer.status_code == 200 and json.dumps(json.dumps(want, separators=(",", ":"))) in answer.text, answer.text
+
+
+def test_a_field_that_is_missing_is_named() -> None:
+    for kind, data, field in ((ResponsesBody, b"{}", "input"), (MessagesBody, b'{"messages": []}', "max_tokens")):
+        with pytest.raises(BadRequest, match=f"^{field}: missing required field") as told:
+            Parser(kind).parse(data)
+        assert told.value.param == field

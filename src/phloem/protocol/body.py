@@ -55,6 +55,7 @@ def _asks(value: Any, rule: Later) -> bool:
 T = TypeVar("T", bound=Body)
 
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>.*?)`(?: - at `\$(?P<path>.*)`)?$", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(?P<name>[^`]+)`$")
 _AT = re.compile(r"^(?P<what>.*?)(?: - at `(?:key in )?\$(?P<path>.*)`)?$", re.DOTALL)
 _ANY = msgspec.json.Decoder(float_hook=read_float)
 MAX_ECHO = 200  # characters of a client's own text that an error repeats
@@ -118,6 +119,9 @@ class Parser(Generic[T]):
         found = _AT.match(text)
         what, path = (found["what"], found["path"]) if found else (text, None)
         field = (path or "").lstrip(".") or None
+        missing = _MISSING.match(what)
+        if missing is not None:
+            what, field = "missing required field", f"{field}.{missing['name']}" if field else missing["name"]
         return BadRequest(f"{field}: {what}" if field else what, param=field, code="invalid_value")
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import msgspec
 
 from phloem.core.errors import ConfigError
+from phloem.core.nodes import as_torchrun_says
 from phloem.core.ranges import EPLB_STEPS, check_ranges, check_ranks
 from phloem.core.spellings import CP_NAMES, attention_groups, one_address, refuse_missing
 from phloem.core.targets import Fair, Targets
@@ -535,42 +536,8 @@ SECRETS = ("api_key", "admin_api_key", "dist_secret")  # what is never shown
 def read_environment(values: dict[str, Any]) -> dict[str, Any]:
     """Add what only the environment says: keys, so that they need not stand on a command line."""
     keys = {name: os.environ.get(f"PHLOEM_{name.upper()}") for name in SECRETS}
-    return _as_torchrun_says({**values, **{name: key for name, key in keys.items() if key and not values.get(name)}})
-
-
-def _as_torchrun_says(values: dict[str, Any]) -> dict[str, Any]:
-    """Add which node this is and where the first one listens, where options leave that out and the environment has it.
-
-    A server of one rank that torchrun starts is none of several nodes: it is left alone.
-
-    Raises:
-        ConfigError: torchrun has started several processes on a node, or as many nodes as options do not say.
-    """
-    env, nodes = os.environ, values.get("nnodes") or 1
-    started = "TORCHELASTIC_RUN_ID" in env
-    world = int(env["WORLD_SIZE"]) if env.get("WORLD_SIZE", "").isdecimal() else 1
-    ranks = int(values.get("tp_size") or 1) * int(values.get("pp_size") or 1)
-    if nodes == 1 and not (started and world > 1 and ranks > 1):
-        return values
-    if started:
-        if env.get("LOCAL_WORLD_SIZE", "1") != "1":
-            why = f"torchrun has started {env['LOCAL_WORLD_SIZE']} processes on a node, where one starts the others"
-            raise ConfigError(f"nnodes: {why}: --nproc-per-node 1", param="nnodes")
-        if nodes not in (1, world):
-            raise ConfigError(f"nnodes {nodes}: torchrun has started {world} nodes", param="nnodes")
-        nodes = world
-    found: dict[str, Any] = {"nnodes": nodes}
-    if values.get("node_rank") is None:
-        # A number that nobody can read must not make this node 0, which every node is that says nothing.
-        names = ("NODE_RANK", "GROUP_RANK", *(["RANK"] if world == nodes else []))
-        said = next((name for name in names if env.get(name)), None)
-        found["node_rank"] = None if said is None else _convert(said, env[said], int)
-    host, port = env.get("MASTER_ADDR"), env.get("MASTER_PORT", "")
-    if values.get("dist_init_addr") is None and host and port.isdecimal():
-        # At the port itself torchrun listens.
-        beside = int(port) + (env.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
-        found["dist_init_addr"] = f"[{host}]:{beside}" if ":" in host else f"{host}:{beside}"
-    return {**values, **found}
+    said = {**values, **{name: key for name, key in keys.items() if key and not values.get(name)}}
+    return as_torchrun_says(said, os.environ)
 
 
 def cpu_level(requested: CpuLevel) -> tuple[CpuLevel, str]:

@@ -130,7 +130,10 @@ def test_videos_pictures_and_texts_in_the_same_steps_are_as_alone(pair: Any) -> 
             letter: engine.tokenizer.encode(processors[kind].mark, False)
             for letter, kind in (("P", "image"), ("V", "video"))
         }
-        prompts = [[token for one in ids for token in marks.get(one, [one])] for ids, _, _ in TEXTS.values()]
+        prompts = [
+            [token for one in ids for token in (marks[one] if isinstance(one, str) else [one])]
+            for ids, _, _ in TEXTS.values()
+        ]
         found: Any = engine.generate(
             input_ids=[*prompts, text] * 2,
             image_data=[*([png(IMAGE)] if pictured else [] for _, _, pictured in TEXTS.values()), []] * 2,

@@ -206,7 +206,7 @@ def test_arguments_and_answers_have_the_numbers_of_the_schema(url: str, route: s
 
 
 def test_a_field_that_is_missing_is_named() -> None:
-    for kind, data, field in ((ResponsesBody, b"{}", "input"), (MessagesBody, b'{"messages": []}', "max_tokens")):
+    for kind, data, field in ((ResponsesBody, b"{}", "input"), (MessagesBody, b"{}", "messages")):
         with pytest.raises(BadRequest, match=f"^{field}: missing required field") as told:
             Parser(kind).parse(data)
         assert told.value.param == field

@@ -129,7 +129,7 @@ PHL_INLINE void input_four(const float* p, const float* q, const float* norm, in
 }
 #endif
 
-PHL_APART void prepare_row(const Input& in, int64_t row, const Rows& rows, int64_t to, bool write_sum) {
+[[maybe_unused]] PHL_APART void prepare_row(const Input& in, int64_t row, const Rows& rows, int64_t to, bool write_sum) {
   const float inverse = in.norm != nullptr || in.sum != nullptr ? in.inverse_rms(row, write_sum) : 0.0f;
   int64_t at = 0;
 #if PHL_LEVEL == 2

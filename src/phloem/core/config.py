@@ -18,10 +18,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import msgspec
 
 from phloem.core.errors import ConfigError
-from phloem.core.nodes import as_torchrun_says
 from phloem.core.ranges import EPLB_STEPS, check_ranges, check_ranks
 from phloem.core.spellings import CP_NAMES, attention_groups, one_address, refuse_missing
 from phloem.core.targets import Fair, Targets
+from phloem.core.torchrun import as_torchrun_says
 
 
 def opt(default: Any, text: str, *also: str) -> Any:

@@ -1,0 +1,50 @@
+"""Which node this is, as torchrun and other launchers say in the environment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from phloem.core.errors import ConfigError
+
+
+def as_torchrun_says(values: dict[str, Any], env: Mapping[str, str]) -> dict[str, Any]:
+    """Add which node this is and where the first one listens, where options leave that out and the environment has it.
+
+    A server of one rank that torchrun starts is none of several nodes: it is left alone.
+
+    Raises:
+        ConfigError: torchrun has started several processes on a node, or as many nodes as options do not say.
+    """
+    nodes = values.get("nnodes") or 1
+    started = "TORCHELASTIC_RUN_ID" in env
+    world = int(env["WORLD_SIZE"]) if env.get("WORLD_SIZE", "").isdecimal() else 1
+    ranks = int(values.get("tp_size") or 1) * int(values.get("pp_size") or 1)
+    if nodes == 1 and not (started and world > 1 and ranks > 1):
+        return values
+    if started:
+        if env.get("LOCAL_WORLD_SIZE", "1") != "1":
+            why = f"torchrun has started {env['LOCAL_WORLD_SIZE']} processes on a node, where one starts the others"
+            raise ConfigError(f"nnodes: {why}: --nproc-per-node 1", param="nnodes")
+        if nodes not in (1, world):
+            raise ConfigError(f"nnodes {nodes}: torchrun has started {world} nodes", param="nnodes")
+        nodes = world
+    found: dict[str, Any] = {"nnodes": nodes}
+    if values.get("node_rank") is None:
+        # A number that nobody can read must not make this node 0, which every node is that says nothing.
+        names = ("NODE_RANK", "GROUP_RANK", *(["RANK"] if world == nodes else []))
+        said = next((name for name in names if env.get(name)), None)
+        found["node_rank"] = None if said is None else _rank(said, env[said])
+    host, port = env.get("MASTER_ADDR"), env.get("MASTER_PORT", "")
+    if values.get("dist_init_addr") is None and host and port.isdecimal():
+        # At the port itself torchrun listens.
+        beside = int(port) + (env.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
+        found["dist_init_addr"] = f"[{host}]:{beside}" if ":" in host else f"{host}:{beside}"
+    return {**values, **found}
+
+
+def _rank(name: str, said: str) -> int:
+    try:
+        return int(said)
+    except ValueError:
+        raise ConfigError(f"{name}: {said!r} is no number", param=name) from None

@@ -40,8 +40,10 @@ if TYPE_CHECKING:
 
 STATES, TEXTS = "hidden_states", "encoder_hidden_states"
 # Arguments of blocks with a row for each.
-BY_ROW = (STATES, TEXTS, "encoder_hidden_states_mask", "temb", "attention_mask", "modulate_index")
-BY_ROW += ("x", "attn_mask", "freqs_cis", "adaln_input")  # of Z-Image's
+BY_ROW = (
+    *(STATES, TEXTS, "encoder_hidden_states_mask", "temb", "attention_mask", "modulate_index"),
+    *("x", "attn_mask", "freqs_cis", "adaln_input"),  # of Z-Image's
+)
 PLAIN = (0.0, 0.0, 0.0, 1.0, 0.0)  # TeaCache's polynomial where none was fitted: the distance itself
 
 

@@ -167,7 +167,7 @@ def _template_tokenizer() -> Any:
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
 
-    parts = [word for word, _ in Whitespace().pre_tokenize_str(DEFAULT_PROMPT_TEMPLATE["template"])]
+    parts = [word for word, _ in Whitespace().pre_tokenize_str(str(DEFAULT_PROMPT_TEMPLATE["template"]))]
     names = dict.fromkeys(["<pad>", "<unk>", *parts, *WORDS])
     made = Tokenizer(WordLevel({name: at for at, name in enumerate(names)}, unk_token="<unk>"))
     made.pre_tokenizer = Whitespace()  # type: ignore[assignment]

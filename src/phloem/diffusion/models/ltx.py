@@ -73,10 +73,11 @@ class LTX(Family):
         generator = torch.Generator("cpu").manual_seed(job.draw.seed)
         first = self._first_frame(job, generator) if job.draw.pictures else None
         noise = torch.randn(shape, generator=generator)
-        job.latents = self.pipe._pack_latents(noise, self._patch, 1)[0].to(self.device)
+        latents = self.pipe._pack_latents(noise, self._patch, 1)[0].to(self.device)
         if first is not None:
-            job.latents[: first.shape[0]] = first
+            latents[: first.shape[0]] = first
             job.seen = Seen(first)
+        job.latents = latents
         job.key = (job.width, job.height, job.frames, first is None)
         job.sigmas, job.times = self.schedule(job.steps, frames * sides[0] * sides[1])
 

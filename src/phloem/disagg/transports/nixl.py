@@ -233,9 +233,9 @@ class Sender:
         said = bytearray(1)
         while True:
             link.read_into(memoryview(said), max(seconds, 4 * BEAT))
-            if said == DONE:
+            if bytes(said) == DONE:
                 return
-            if said != READING:
+            if bytes(said) != READING:
                 raise LinkLost("the peer says what cannot be understood")
 
     def close(self) -> None:

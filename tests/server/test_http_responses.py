@@ -329,7 +329,7 @@ async def test_errors_before_and_inside_a_stream() -> None:
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({}, None),
+        ({}, "input"),
         ({"input": []}, "input"),
         ({"input": "a", "inpt": 1}, "inpt"),
         ({"input": [{"role": "tool", "content": "a"}]}, "input[0].role"),

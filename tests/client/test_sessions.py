@@ -111,8 +111,8 @@ async def test_chat_and_completions_take_sessions_too() -> None:
         ("/open_session", {"timeout": 0}, "timeout"),
         ("/open_session", {"streaming": 1}, "streaming"),
         ("/open_session", {"name": "x"}, "name"),
-        ("/close_session", {}, None),
-        ("/generate", {"text": "a", "session_params": {"rid": "x"}}, "session_params"),
+        ("/close_session", {}, "session_id"),
+        ("/generate", {"text": "a", "session_params": {"rid": "x"}}, "session_params.id"),
         ("/generate", {"text": "a", "session_params": {"id": "x", "sid": 1}}, "session_params.sid"),
     ],
 )

@@ -215,7 +215,7 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
     for args, said in (
         (["--policies", "fastest"], "fastest"),
         (["--replicas", "0"], "replicas must be above 0"),
-        (["--workload", "none"], "workload 'none' is none of chat"),
+        (["--workload", "none"], "workload 'none' is none of throughput, chat"),
         (["--kv-tokens", "1000"], "hold no request of the context"),
         (["--steps", "a", "--model", "b"], "give one of the two"),
         (["--trace", str(tmp_path / "gone")], "gone"),

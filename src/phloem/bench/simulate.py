@@ -12,7 +12,7 @@ import math
 import os
 import resource
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +101,7 @@ def main(argv: list[str]) -> int:
         runs[policy] = seen[policy].told()
         runs[policy]["cost"] = {"steps": fleet.turns, "cpu_seconds": round(spent, 2),
                                 "us_per_step": round(spent / max(fleet.turns, 1) * 1e6, 1)}  # fmt: skip
-    record = {**context(), "bench": "simulate", "options": vars(options), "replica": vars(size), "policies": runs}
+    record = {**context(), "bench": "simulate", "options": vars(options), "replica": asdict(size), "policies": runs}
     record["memory_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     print(json.dumps(record) if options.json else table(runs))
     if options.output:

@@ -141,6 +141,8 @@ def reference(pipe: Any, family: str, **fields: Any) -> torch.Tensor:
         fields["num_frames"] = 5
     if family in SHOWN:
         fields["image"] = image_of(PICTURE)
+    if family == "flux_kontext":
+        fields["max_area"] = width * height  # else the size is of a megapixel
     with torch.no_grad():
         made = pipe(
             prompt="draw a red cat", width=width, height=height, num_inference_steps=3,

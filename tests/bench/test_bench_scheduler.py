@@ -13,7 +13,7 @@ from phloem.bench import scheduler
 def test_prints_a_line_per_measurement(capsys: pytest.CaptureFixture[str]) -> None:
     assert scheduler.main(["--sizes", "10", "200", "--steps", "20", "--running", "8", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(rows) == 2 * 7 and {row["size"] for row in rows} == {10, 200}
+    assert len(rows) == 2 * 8 and {row["size"] for row in rows} == {10, 200}
     assert all(0 < row["p50_us"] <= row["p99_us"] for row in rows)
 
 

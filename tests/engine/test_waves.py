@@ -18,10 +18,12 @@ class First:
     ahead = 1
 
     def __init__(self) -> None:
+        self.busy = 0.0
         self.coming: list[Future[tuple[torch.Tensor, torch.Tensor]]] = []
         self.handed: list[tuple[str, torch.Tensor]] = []
 
     def start(self, step: Any, kind: Any) -> Future[tuple[torch.Tensor, torch.Tensor]]:
+        self.busy += 0.5
         self.coming.append(Future())
         return self.coming[-1]
 
@@ -86,6 +88,7 @@ def test_steps_of_other_rows_begin_and_tokens_come_in_order() -> None:
         coming.set_result((torch.zeros(2, 4), torch.tensor([10 + number, 20 + number])))
     found: list[StepOutput] = [flight.land() for flight in flights]
     assert [output.tokens.tolist() for output in found] == [[10, 20], [11, 21]]
+    assert [output.stage_seconds for output in found] == [0.5, 0.5]
     assert [output.counts.tolist() for output in found] == [[1, 1], [1, 1]]
     assert not made.waits(one)
 

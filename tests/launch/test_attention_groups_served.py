@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import deep_ep_stand_in
 import numpy as np
 import pytest
+import torch
 from loads import answers, load
 from share_support import ThreadRanks, checkpoint
 
@@ -15,6 +18,7 @@ from phloem import Engine
 from phloem.checkpoint.describe import describe
 from phloem.core.config import Config
 from phloem.core.errors import ConfigError
+from phloem.distributed import deepep
 from phloem.engine.parallel import Go, Moved, Plan
 from phloem.launch.core import EngineCore
 
@@ -35,6 +39,8 @@ PAIR: dict[str, Any] = {"tp_size": 2, "attn_dp_size": 2}
         ("deepseek_v3", {"tp_size": 4, "dp_size": 2, "enable_dp_attention": True, "ep_size": 2}, 160),
         ("qwen3_moe", {**PAIR, "ep_size": 2, "moe_a2a_backend": "torch"}, 160),
         ("deepseek_v3", {"tp_size": 4, "attn_dp_size": 4, "ep_size": 4, "moe_a2a_backend": "torch"}, 160),
+        ("qwen3_moe", {**PAIR, "ep_size": 2, "moe_a2a_backend": "deepep"}, 160),
+        ("deepseek_v3", {"tp_size": 4, "attn_dp_size": 4, "ep_size": 4, "moe_a2a_backend": "deepep_low_latency"}, 160),
         ("gemma3_text", PAIR, 160),
         ("qwen3_next", PAIR, 160),
         ("llama", {**PAIR, "pp_size": 2}, 160),
@@ -53,8 +59,13 @@ PAIR: dict[str, Any] = {"tp_size": 2, "attn_dp_size": 2}
     ],
     ids=lambda value: str(value) if isinstance(value, str) else "",
 )
-def test_groups_answer_as_one_rank_does(name: str, sizes: dict[str, Any], tokens: int, tmp_path: Path) -> None:
-    """With prefix hits, chunks, preemption, grammars, penalties and log probabilities."""
+def test_groups_answer_as_one_rank_does(
+    name: str, sizes: dict[str, Any], tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With prefix hits, chunks, preemption, grammars, penalties and log probabilities. DeepEP is a stand-in of it."""
+    monkeypatch.setitem(sys.modules, deepep.PACKAGE, deep_ep_stand_in.module())
+    monkeypatch.setattr(deepep, "refuse", lambda *_: None)
+    monkeypatch.setattr(deepep.DeepEP, "carries", torch.float32)
     path = str(checkpoint(name, tmp_path))
     one = EngineCore(
         Config.from_flat({"model_path": path, "max_total_tokens": 160, **OPTIONS}), describe(path), lambda message: None
@@ -86,6 +97,9 @@ def test_groups_answer_as_one_rank_does(name: str, sizes: dict[str, Any], tokens
     assert sum(isinstance(one, Go) for one in ranks.told) > 20
     if config.experts.enable_eplb:
         assert any(isinstance(one, Moved) for one in ranks.told), "experts have moved meanwhile"
+    calls = {call for buffer in deep_ep_stand_in.Buffer.made for call in buffer.calls}
+    by = {"deepep": {"dispatch"}, "deepep_low_latency": {"low_latency_dispatch"}}
+    assert by.get(config.runtime.moe_a2a_backend, set()) == calls & {"dispatch", "low_latency_dispatch"}
     decisions = {name: (value, why) for name, value, why in core.info["decisions"]}
     assert f"{groups} groups of them attend to rows of their own (attn_dp_size)" in decisions["tp_size"][1]
 
@@ -107,7 +121,8 @@ def test_groups_answer_as_one_rank_does(name: str, sizes: dict[str, Any], tokens
             {"tp_size": 2, "ep_size": 2, "moe_a2a_backend": "torch", "enable_eplb": True},
             "not with enable_eplb",
         ),
-        ({"tp_size": 2, "ep_size": 2, "moe_a2a_backend": "deepep"}, "'deepep' is not one of none, torch"),
+        ({"tp_size": 2, "ep_size": 2, "moe_a2a_backend": "deepep"}, "deepep moves rows between NVIDIA's .* choose"),
+        ({"tp_size": 2, "ep_size": 2, "moe_a2a_backend": "pplx"}, "'pplx' is not one of none, torch, deepep"),
     ],
 )
 def test_what_groups_do_not_serve_is_refused_before_any_process(

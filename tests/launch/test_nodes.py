@@ -21,6 +21,7 @@ from share_support import checkpoint
 from phloem.checkpoint.describe import describe
 from phloem.core.config import Config
 from phloem.launch.core import EngineCore
+from phloem.testing.checkpoints import tiny_checkpoint
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc of Linux")
 LOADED: dict[str, Any] = {
@@ -167,3 +168,20 @@ def test_another_checkpoint_or_a_missing_node_ends_the_start_on_every_node(tmp_p
     finally:
         for started in (server, other, alone, early):
             started.close()
+
+
+@pytest.mark.slow
+@linux
+def test_sizes_that_cannot_be_shared_out_are_told_to_every_node(tmp_path: Path) -> None:
+    """Node 0 alone finds it, before it would listen to anybody."""
+    path = tiny_checkpoint("llama", tmp_path, num_attention_heads=9, num_key_value_heads=3, hidden_size=72)
+    arguments = options(free_port(), **SMALL, tp=2, dist_timeout=60)
+    server, other = Server(path, *arguments), FurtherNode(path, *arguments)
+    try:
+        why = "tp_size 2: 9 attention heads and 3 kv heads cannot be shared out; valid: 1, 3, 9"
+        for node in (server, other):
+            assert node.process.wait(90) == 1
+            eventually(lambda node=node: why in "\n".join(node.lines), 5)
+    finally:
+        server.close()
+        other.close()

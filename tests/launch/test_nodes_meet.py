@@ -136,6 +136,25 @@ def test_a_node_rank_that_is_given_twice_ends_the_start_of_all() -> None:
         first.close()
 
 
+def test_where_no_start_is_possible_all_nodes_hear_why() -> None:
+    """Node 0 waits for them a while, and no longer than until all know."""
+    port = free_port()
+    with leading(port, nnodes=4) as lead:
+        telling = threading.Thread(target=lead.nodes.dismiss, args=("sizes do not divide", 60))
+        telling.start()
+        for rank in (3, 1, 2):
+            assert telling.is_alive()
+            assert "refuses this node: sizes do not divide" in refusal_of(lambda rank=rank: join(port, node_rank=rank))
+        telling.join(10)
+        assert not telling.is_alive()
+
+
+def test_nobody_waits_for_nodes_that_do_not_come_to_hear_it() -> None:
+    with leading(free_port()) as lead:
+        lead.nodes.dismiss("sizes do not divide", 0.2)
+        assert "sizes do not divide" in refusal_of(lead.nodes.wait)
+
+
 def test_who_comes_late_is_refused_and_changes_nothing() -> None:
     port = free_port()
     with leading(port) as lead:

@@ -17,8 +17,9 @@ from phloem.core.config import Config
 from phloem.core.messages import Submit, pack_ids
 from phloem.core.request import SamplingParams
 from phloem.engine import stages
-from phloem.engine.parallel import Chosen, Go, Plan
+from phloem.engine.parallel import Chosen, Go, Plan, ranks_of
 from phloem.launch.core import EngineCore
+from phloem.scheduler.chunks import Price
 
 OPTIONS: dict[str, Any] = {
     "dtype": "float32", "ops": "reference", "page_size": 8, "context_length": 128, "chunked_prefill_size": 16,
@@ -26,11 +27,13 @@ OPTIONS: dict[str, Any] = {
     "log_level": "warning",
 }  # fmt: skip
 
+GROUPS = {"pp_size": 2, "tp_size": 2, "attn_dp_size": 2}
+
 
 def served(path: str, submits: list[Submit], **sizes: Any) -> tuple[dict[str, Any], list[Any]]:
     """Answers, and what ranks were told."""
     config = Config.from_flat({"model_path": path, **OPTIONS, **sizes})
-    ranks = ThreadRanks(config, describe(path)) if sizes else None
+    ranks = ThreadRanks(config, describe(path)) if ranks_of(config) > 1 else None
     core = EngineCore(config, describe(path), lambda message: None, ranks)
     try:
         return answers(core, submits), [] if ranks is None else ranks.told
@@ -98,6 +101,35 @@ def test_stages_work_at_the_same_time(tmp_path: Path, monkeypatch: pytest.Monkey
     pairs = list(pairwise(decodes))
     assert len(pairs) > 15 and not any(np.isin(*pair).any() for pair in pairs), "rows of one are not in the next"
     assert not any(isinstance(one, Chosen) for one in told)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"pp_size": 2}, {"pp_size": 2, "tp_size": 2}, GROUPS], ids=str)
+def test_chunks_of_equal_time_give_the_same_tokens(sizes: dict[str, Any], tmp_path: Path) -> None:
+    """Beside rows that decode; a price is set, and what steps have shown replaces it."""
+    path, more = str(checkpoint("llama", tmp_path)), {"context_length": 512, "max_total_tokens": 1600}
+    sampling = SamplingParams(max_new_tokens=8, temperature=0.0, ignore_eos=True)
+    prompts = [(np.arange(400) * (3 + row) % 90 + 5).tolist() for row in range(2)] + [[7, 8, 9]]
+    submits = [Submit(id=f"p{row}", input_ids=pack_ids(ids), sampling=sampling) for row, ids in enumerate(prompts)]
+    expected, _ = served(path, submits, **more, tp_size=1)
+    config = Config.from_flat({"model_path": path, **OPTIONS, **more, **sizes, "enable_dynamic_chunking": True})
+    ranks = ThreadRanks(config, describe(path))
+    core = EngineCore(config, describe(path), lambda message: None, ranks)
+    try:
+        chunks = core.scheduler.planner.chunks
+        assert chunks is not None and chunks.price == Price(0.0, 4)
+        chunks.price = Price(0.02, 4)
+        before = list[int]()
+        took = chunks.took
+        chunks.took = lambda sample: (before.append(int(sample.tokens)), took(sample))[1]  # type: ignore[method-assign]
+        found = answers(core, submits)
+    finally:
+        core.close()
+    assert {key: value[0] for key, value in found.items()} == {key: value[0] for key, value in expected.items()}
+    assert len(before) > 20, "steps are measured"
+    plans = [plan for plan in ranks.told if isinstance(plan, Plan)]
+    lens = [np.frombuffer(plan.query_lens, np.int32).tolist() for plan in plans]
+    assert max(max(row) for row in lens) == 16 and sum(sum(row) for row in lens) >= 803
 
 
 def test_without_overlap_a_step_is_waited_for(tmp_path: Path) -> None:

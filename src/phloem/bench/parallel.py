@@ -22,7 +22,8 @@ from phloem.cli._options import parse
 from phloem.core.config import opt
 from phloem.core.errors import BadRequest
 from phloem.engine import worker
-from phloem.engine.parallel import LeadingModel, ParallelRunner, ranks_of, refuse
+from phloem.engine.around import RunnerAround
+from phloem.engine.parallel import LeadingModel, ParallelRunner, pack, ranks_of, refuse
 from phloem.engine.runner import ModelRunner
 from phloem.launch.ranks import RankProcesses
 
@@ -32,12 +33,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.checkpoint.describe import Checkpoint
-    from phloem.core.batch import Runner
+    from phloem.core.batch import Batch, Pending, Runner, StepOutput
     from phloem.core.config import Config
     from phloem.distributed.comm import Comm
     from phloem.distributed.groups import Groups
+    from phloem.engine.parallel import Told
 
 T = TypeVar("T")
+
+BATCHES = (1, 2, 4)  # that the rows are dealt out in, where there are stages
 
 
 @dataclass(frozen=True)
@@ -155,15 +159,17 @@ def _together(config: Config, checkpoint: Checkpoint, steps: StepOptions) -> dic
     try:
         team = replace(ranks.team, groups=timed(ranks.team.groups, times))
         built = worker.build(config, checkpoint, lambda phase, seconds: None, team)
-        runner = ParallelRunner(built.runner, team.tell)
+        runner = Telling(built.runner, team.tell)
         try:
             decode = DecodeSteps(runner, steps)
             decode.seconds()
             times.clear()
+            runner.words.clear()
             begun = perf_counter()
             decode.run(1, steps.steps)
             seconds = perf_counter() - begun
-            stages = _first_stage(runner, built.runner, steps)
+            told_us = runner.words.seconds["plan"] / runner.words.calls["plan"] * 1e6
+            stages = _stages(runner, built.runner, ranks, steps)
         finally:
             runner.close()
     finally:
@@ -184,20 +190,43 @@ def _together(config: Config, checkpoint: Checkpoint, steps: StepOptions) -> dic
         "meetings": meetings,
         "meetings_share": sum(times.seconds.values()) / seconds,
         "bytes_read": ranks.bytes_read,
+        "told_us": told_us,
         **stages,
     }
 
 
-def _first_stage(runner: ParallelRunner, inner: Runner, steps: StepOptions) -> dict[str, Any]:
-    """Of several stages: the share of the time in which the first one computes, with all rows in one batch, which is
-    waited for, and with the rows dealt out in as many batches as are on their way at a time."""
+def _stages(runner: ParallelRunner, inner: Runner, ranks: RankProcesses, steps: StepOptions) -> dict[str, Any]:
+    """Of several stages, by how many batches the rows are dealt out in: milliseconds of a step of all rows, and the
+    share of the time in which each stage computes (of several ranks, its first). As many batches as stages are on
+    their way at a time; one batch is waited for."""
     if not isinstance(inner, ModelRunner) or not isinstance(inner.model, LeadingModel) or inner.waves == 1:
         return {}
-    found: dict[str, float] = {}
-    for name, waves in (("one_batch", 1), ("in_waves", min(inner.waves, steps.batch))):
-        decode = DecodeSteps(runner, steps, waves)
+    model, each = inner.model, ranks.team.mesh.tp.size
+    firsts = range(each, ranks.size, each)
+
+    def busy() -> list[float]:
+        others = ranks.busy()
+        return [model.busy, *(others[rank] for rank in firsts if rank in others)]
+
+    found: list[dict[str, Any]] = []
+    for batches in (count for count in BATCHES if count <= steps.batch):
+        decode = DecodeSteps(runner, steps, batches)
         decode.run(0, WARM)
-        busy, begun = inner.model.busy, perf_counter()
+        before, begun = busy(), perf_counter()
         decode.run(WARM, steps.steps)
-        found[name] = (inner.model.busy - busy) / (perf_counter() - begun)
-    return {"waves": inner.waves, "first_stage_busy": found}
+        seconds = perf_counter() - begun
+        shares = [(after - then) / seconds for then, after in zip(before, busy(), strict=True)]
+        found.append({"batches": batches, "step_ms": seconds / steps.steps * 1e3, "busy": shares})
+    return {"waves": inner.waves, "stages": found}
+
+
+class Telling(ParallelRunner):
+    """One whose words to the other ranks are timed: a batch as bytes, encoded and sent."""
+
+    def __init__(self, inner: Runner, tell: Callable[[Told], None]) -> None:
+        super().__init__(inner, tell)
+        self.words = Times()
+
+    def launch(self, batch: Batch) -> Pending[StepOutput]:
+        self.words.of("plan", 0, lambda: self._tell(pack(batch)))
+        return RunnerAround.launch(self, batch)

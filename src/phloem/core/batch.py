@@ -192,6 +192,7 @@ class StepOutput:
     branches: dict[int, list[int]] = field(default_factory=dict)
     drafting_seconds: float = 0.0  # of the runner's own drafting model
     forward_seconds: float = 0.0
+    stage_seconds: float = 0.0  # in which the first of several stages computed, while it may have waited in between
     total_seconds: float = 0.0
 
 

@@ -31,7 +31,7 @@ def opt(default: Any, text: str, *also: str) -> Any:
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
-A2A = Literal["none", "torch"]
+A2A = Literal["none", "torch", "deepep", "deepep_low_latency"]
 Policy = Literal["fcfs", "lpm", "priority", "deadline"]
 Whitespace = Literal["compact", "flexible"]
 Eviction = Literal["lru", "lfu", "fifo"]
@@ -118,6 +118,9 @@ class ScheduleConfig:
     max_queued_requests: int = opt(4096, "Most waiting requests; beyond, a request is answered 503.")
     max_queue_seconds: float = opt(0.0, "Longest predicted wait for the first token; beyond, 503 at once. 0: any.")
     chunked_prefill_size: int | None = opt(None, "Token budget of one step: prompts are prefilled in such chunks.")
+    enable_dynamic_chunking: bool = opt(
+        False, "With pp_size: chunks get the smaller the more of the prompt is before them, to take equal time."
+    )
     schedule_policy: Policy = opt("lpm", "Who waits least: longest cached prefix, arrival, priority, or deadline.")
     slo: str | None = opt(None, 'What requests are promised, as JSON: {"ttft_ms": 500, "itl_ms": 50, "tiers": {...}}.')
     fair_queueing: Fair = opt("none", "Whose requests get equal parts while some wait: each API key's, or user's.")
@@ -168,7 +171,8 @@ class RuntimeConfig:
         False, "SGLang's spelling of attn_dp_size: dp_size then says how many groups, and there is one replica."
     )
     moe_a2a_backend: A2A = opt(
-        "none", "How rows get to experts with attn_dp_size: to all ranks (none), or all-to-all by torch to their own."
+        "none",
+        "How rows get to experts with attn_dp_size: to all ranks (none), or to their own, by torch or by DeepEP.",
     )
     load_balance_method: LoadBalance = opt(
         "auto", "Which replica a request goes to: in turn, or by requests or tokens; auto: tokens, and known prefixes."

@@ -16,7 +16,6 @@ _NOT_THERE = {
         "choice of how many batches a pipeline has: as many as stages (pp_size)": (
             "pp_async_batch_depth pp_max_micro_batch_size"
         ),
-        "choice of chunks by their time": "enable_dynamic_chunking",
         "other way of experts than --ep-size, by which every rank sees all tokens": (
             "enable_expert_parallel all2all_backend eplb_config ep_dispatch_algorithm deepep_mode"
         ),

@@ -22,6 +22,7 @@ from phloem import platforms
 from phloem.core.batch import Batch
 from phloem.core.errors import BadRequest, ConfigError, EngineDead
 from phloem.core.nodes import Nodes
+from phloem.distributed import deepep
 from phloem.distributed.groups import Groups
 from phloem.distributed.mesh import Mesh
 from phloem.engine.apart import cut
@@ -106,11 +107,15 @@ class Moved(msgspec.Struct, frozen=True, tag=True):
     ranks: list[list[int]]
 
 
+class Busy(msgspec.Struct, frozen=True, tag=True):
+    """How long a rank's stage has computed so far is wanted, once it has done what it was told before."""
+
+
 class End(msgspec.Struct, frozen=True, tag=True):
     """No more steps."""
 
 
-Told = Pages | Plan | Go | Chosen | Moved | End
+Told = Pages | Plan | Go | Chosen | Moved | Busy | End
 encode_told = msgspec.msgpack.Encoder().encode
 _DECODER: msgspec.msgpack.Decoder[Told] = msgspec.msgpack.Decoder(Told)
 decode_told = _DECODER.decode
@@ -127,6 +132,7 @@ class Team:
     decision: Decision
     # Of rank 0, once all have their weights: the least (free, all) bytes of other machines that have ranks.
     elsewhere: Callable[[], tuple[int, int] | None] = lambda: None
+    busy: Callable[[float], None] = lambda _: None  # of the others: says seconds, where it was asked for
 
 
 _POSITIONS = 64  # tables of rotations are built for so many: nobody looks into them
@@ -161,6 +167,10 @@ def refuse(config: Config, checkpoint: Checkpoint) -> None:
     if Nodes.of(config).rank:
         raise ConfigError("node_rank: a further node is started by `phloem serve`", param="node_rank")
     refuse_unshared(config, checkpoint)
+    backend = config.runtime.moe_a2a_backend
+    if backend in deepep.NAMES:
+        name = platforms.named(config.runtime.device)
+        deepep.refuse(backend, deepep.PACKAGE in platforms.facts_of(name).exchanges, name)
     meshes = [mesh_of(config, rank) for rank in range(0, ranks_of(config), config.runtime.tp_size)]
     # A share without weights says whether the sizes divide, before any process is started.
     for mesh in meshes:
@@ -178,7 +188,9 @@ def shared(ctx: BuildContext, mesh: Mesh, groups: Groups, backend: str = "none")
     if mesh.dp.size * mesh.cp.size == 1:
         return replace(ctx, mesh=mesh, comm=groups.tp)
     context = mesh.cp.size > 1
-    rows = Rows(groups.tp, mesh.cp if context else mesh.dp, backend != "none", context)
+    by = groups.tp if backend in deepep.NAMES else None
+    exchange = None if by is None else deepep.DeepEP(by, low_latency=backend == deepep.NAMES[1])
+    rows = Rows(groups.tp, mesh.cp if context else mesh.dp, backend != "none", context, exchange)
     return replace(ctx, mesh=mesh, comm=groups.attn, rows=rows)
 
 
@@ -314,6 +326,11 @@ class Leading:
         self._rows, self.ahead = whole.rows, whole.ahead
         self._taking = ThreadPoolExecutor(1, "phloem-stages") if self.ahead else None
 
+    @property
+    def busy(self) -> float:
+        """Seconds in which the first of several stages has computed."""
+        return self._whole.busy
+
     def start(self, step: Step, kind: Kind) -> Future[tuple[Tensor, Tensor]]:
         """Begin a step on the first stage; the others go on with it. To come: its hidden states [L, N], and what the
         head made of them. All that were started come before any `run`."""
@@ -380,9 +397,10 @@ class Executor:
         ops: Ops,
         slots: int,
         shift: Callable[[Moved], object],
+        busy: Callable[[float], None] = lambda _: None,
     ) -> None:
-        """`shift`: what is to be done when experts move."""
-        self._shift = shift
+        """`shift`: what is to be done when experts move. `busy`: says how long this stage has computed."""
+        self._shift, self._busy = shift, busy
         self._whole, self._backend, self._pool = whole, backend, pool
         self._last = LastTokens(slots, pool.device, True, None, ops)
         self._plans: list[Batch] = []
@@ -400,6 +418,8 @@ class Executor:
                     self._choose(told)
                 elif isinstance(told, Moved):
                     self._shift(told)
+                elif isinstance(told, Busy):
+                    self._busy(self._whole.busy)
 
     def _go(self, told: Go) -> None:
         while self._plans:

@@ -114,6 +114,10 @@ class StepWork:
         chooses = self.slots, self.masks, self.last, self.chooser
         return Waves(leading, lambda batch, wanted: self._step(batch, wanted, None)[0], *chooses)
 
+    @property
+    def _stage_busy(self) -> float:
+        return 0.0 if self.waves is None else self.waves.busy
+
     def needs_values(self, batch: Batch) -> bool:
         """Whether the step can only be begun when the one before has landed. Beside the host it waits for those values
         only where they are looked at: the device is computing then."""
@@ -170,10 +174,11 @@ class StepWork:
         output.drafted, output.drafting_seconds = wanted.drafted, drafted
         if self._ears is not None and self._ears.aligned:
             output.pooled = self._ears.of(batch)
-        before = perf_counter()
+        before, busy = perf_counter(), self._stage_busy
         placed, pictures = (batch, None) if desk is None else desk.dress(batch)
         step, after = self._step(placed, wanted, pictures)
         hidden_LN = self._forward.run(step, settle)
+        output.stage_seconds = self._stage_busy - busy
         if self._pool.routes is not None:
             self._pool.routes.keep(batch)
             output.routed = self._pool.routes.of(batch, self.slots.routed)

@@ -60,8 +60,9 @@ class Together:
         if rows is not None and groups.after is None:
             made = [rows.gather(made[0])]
         if self.head and groups.after is None:
-            of = self.model.head if self.head == "logits" else self.model.greedy
+            of, begun = self.model.head if self.head == "logits" else self.model.greedy, perf_counter()
             made = [made[0], of(made[0])]
+            self.busy += perf_counter() - begun
         if groups.up is not None and groups.up.rank == 0:
             give(groups.up, made)
         elif groups.up is not None and not self.head:

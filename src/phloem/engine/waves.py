@@ -41,6 +41,9 @@ class Starts(Protocol):
 
     ahead: int  # steps that others may still have while one is begun
 
+    @property
+    def busy(self) -> float: ...  # seconds in which it has computed
+
     def start(self, step: Step, kind: Kind, /) -> Future[tuple[Tensor, Tensor]]: ...
 
     def hand(self, kind: Kind, found: Tensor, /) -> None: ...
@@ -66,6 +69,11 @@ class Waves:
         self._slots, self._masks, self._last, self._chooser = slots, masks, last, chooser
         self._flying: deque[NDArray[np.int32]] = deque()  # the slots whose tokens are to come
 
+    @property
+    def busy(self) -> float:
+        """Seconds in which the first stage has computed."""
+        return self._first.busy
+
     @staticmethod
     def takes(batch: Batch) -> bool:
         """Whether the head is asked once for what the step yields, and it yields something."""
@@ -86,8 +94,9 @@ class Waves:
         easy = bool(self._slots.easy[wanted.slots].all())
         slots = [] if easy else [self._slots[slot] for slot in wanted.slots.tolist()]
         kind: Kind = "greedy" if most_likely(self._slots, wanted, easy) else "logits"
-        before = perf_counter()
+        before, busy = perf_counter(), self.busy
         coming = self._first.start(self._make(batch, wanted), kind)
+        output.stage_seconds = self.busy - busy
         self._flying.append(wanted.slots)
 
         def land() -> StepOutput:

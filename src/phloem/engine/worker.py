@@ -414,7 +414,7 @@ def build_executor(config: Config, checkpoint: Checkpoint, team: Team, receive: 
     own = model.stage.own if isinstance(model, Decoder) and model.stage is not None else None
     pool = KVPool(model.memory, told.num_pages, kept.page, kept.dtype, device, kept.scales, own)
     shift = balancing.shifter_of(model, checkpoint, machine.spread, team)
-    return Executor(Together(model, team.groups), kept.backend, pool, machine.ops, machine.running, shift)
+    return Executor(Together(model, team.groups), kept.backend, pool, machine.ops, machine.running, shift, team.busy)
 
 
 def _desk(config: Config, model: Model, ops: Ops, running: int) -> Callable[[LastTokens], Desk] | None:

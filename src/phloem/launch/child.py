@@ -32,11 +32,12 @@ LOOK = 0.25  # seconds between looks at ranks that may be stopped
 
 
 class Said(msgspec.Struct, frozen=True):
-    """What a rank says of itself: `here`, `loaded`, or `failed` and why."""
+    """What a rank says of itself: `here`, `loaded`, `busy` for so many seconds, or `failed` and why."""
 
     what: str
     why: str = ""
     bytes_read: int = 0  # of the checkpoint's files
+    seconds: float = 0.0
 
 
 Heard = Callable[["Child", Said], None]

@@ -13,7 +13,7 @@ from phloem.adapters import served
 from phloem.adapters.desk import Desk
 from phloem.checkpoint.families import audio_of
 from phloem.core import speculation
-from phloem.core.errors import BadRequest, ConfigError, EngineDead
+from phloem.core.errors import BadRequest, ConfigError, EngineDead, PhloemError
 from phloem.core.messages import Failed, FromEngine, Progress, Ready, Stats, Submit, ToEngine
 from phloem.core.ranges import parse_bytes
 from phloem.core.renoising import Renoising
@@ -23,7 +23,7 @@ from phloem.engine.canvas import CanvasRunner
 from phloem.engine.compiled import CompiledModel
 from phloem.engine.renoise import RenoisingRunner
 from phloem.engine.runner import ModelRunner
-from phloem.engine.unshared import option_of
+from phloem.engine.unshared import option_of, refuse_unshared
 from phloem.engine.watchdog import Watchdog
 from phloem.grammar._base import name_of
 from phloem.grammar._manager import GrammarManager, GrammarSettings
@@ -33,6 +33,7 @@ from phloem.kvcache.parted import PartedCache
 from phloem.kvcache.publisher import ZmqPublisher, read_config
 from phloem.launch.disagg import check as check_disagg
 from phloem.launch.disagg import disaggregated
+from phloem.launch.nodes import dismiss
 from phloem.launch.pictures import PictureCore, refuse_ranks
 from phloem.launch.ranks import RankProcesses
 from phloem.launch.rest import Resting
@@ -225,6 +226,7 @@ def _settings(config: Config, checkpoint: Checkpoint, built: Built, speculates: 
         block=0 if built.denoising is None else built.denoising.unit,
         canvas=0 if built.denoising is None else built.denoising.canvas,
         waves=built.runner.waves if isinstance(built.runner, ModelRunner) else 1,
+        dynamic_chunks=config.schedule.enable_dynamic_chunking,
         sees=built.tower is not None,
         whole_pictures=built.tower is not None and built.tower.whole,
     )
@@ -360,6 +362,16 @@ def _no_grammar(submit: Submit, prompt: Any) -> None:
         raise BadRequest(f"{field} needs the tokenizer, which skip_tokenizer_init leaves out", param=field)
 
 
+def _refuse(config: Config, checkpoint: Checkpoint) -> None:
+    """As `parallel.refuse`; what further nodes do not find by themselves they are told."""
+    refuse_unshared(config, checkpoint)
+    try:
+        parallel.refuse(config, checkpoint)
+    except PhloemError as error:
+        dismiss(config, checkpoint, error.message)
+        raise
+
+
 def serve(
     config: Config,
     checkpoint: Checkpoint,
@@ -376,7 +388,7 @@ def serve(
         if checkpoint.pictures is not None:
             refuse_ranks(config)
         elif max(parallel.ranks_of(config), *sizes) > 1 or config.nodes.node_rank:
-            parallel.refuse(config, checkpoint)
+            _refuse(config, checkpoint)
         kind = EngineCore if checkpoint.pictures is None else PictureCore
         core = kind(config, checkpoint, send)
         try:

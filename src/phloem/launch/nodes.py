@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from phloem.core.errors import ConfigError, EngineDead
-from phloem.launch.agree import differences
+from phloem.core.errors import ConfigError, EngineDead, PhloemError
+from phloem.core.nodes import Nodes
+from phloem.launch.agree import differences, facts_of
 from phloem.launch.wire import (
     BEAT,
     FOR_RANKS,
@@ -46,14 +47,15 @@ from phloem.utils.ipc import frame
 from phloem.utils.sockets import bind
 
 if TYPE_CHECKING:
+    from phloem.checkpoint.describe import Checkpoint
     from phloem.core.config import Config
-    from phloem.core.nodes import Nodes
 
 _log = log.get("launch")
 
 MOST_STRANGERS = 16  # connections that have not shown yet who they are
 LAST_SECONDS = 1.0  # that nodes get to hear the last word
 MOST_TOLD = 3  # of those who were turned away, the last ones: anybody may knock for as long as it serves
+FAREWELL = 10.0  # that nodes get to come and hear that there is no start
 WAIT = 0.1  # seconds between looks for nodes that have not come
 
 
@@ -96,6 +98,7 @@ class FurtherNodes:
         self._lock, self._closing, self._begun = threading.Lock(), threading.Event(), False
         self._ending = False  # whoever comes now belongs to the next start
         self._problem = ""  # why no start is possible
+        self._told: set[int] = set()  # nodes that have heard it
         self._turned_away: deque[str] = deque(maxlen=MOST_TOLD)  # who was refused, or has gone again, and why
         resolve(nodes.host, nodes.port)
         self._listening = bind(nodes.host, nodes.port, "dist_init_addr")
@@ -129,6 +132,15 @@ class FurtherNodes:
         """Nobody needs to be waited for: no start is possible."""
         with self._lock:
             self._problem = self._problem or why
+
+    def dismiss(self, why: str, seconds: float) -> None:
+        """No start is possible, and all nodes are to know: wait for them, so long at most."""
+        self.fail(why)
+        until = monotonic() + seconds
+        while monotonic() < until and not self._closing.wait(WAIT):
+            with self._lock:
+                if len(self._told) >= self._nodes.size - 1:
+                    return
 
     @property
     def all(self) -> list[Node]:
@@ -247,7 +259,9 @@ class FurtherNodes:
             if problem:
                 self._problem = self._problem or problem
             if self._problem:
-                return self._refuse(stream, self._problem)
+                self._refuse(stream, self._problem)
+                self._told.add(hello.node)
+                return None
             stream.send(Welcome(proof_of(self._secret, "lead", hello.nonce, nonce)))
             stream.trust(self._patience)
             self._all[hello.node] = node
@@ -304,6 +318,22 @@ class FurtherNodes:
             node.stream.send(message)
         except OSError as error:
             raise EngineDead(f"{node.name} has gone: {error}") from None
+
+
+def dismiss(config: Config, checkpoint: Checkpoint, why: str) -> None:
+    """Of node 0, which cannot start: the other nodes are told the reason, those that come soon."""
+    nodes = Nodes.of(config)
+    if nodes.size == 1 or config.nodes.use_ray:  # Ray starts the others later
+        return
+    seconds = min(FAREWELL, config.nodes.dist_timeout)
+    _log.error("%s; the other nodes are told, if they come within %g s", why, seconds)
+    try:
+        further = FurtherNodes(config, nodes, facts_of(config, checkpoint), lambda *_: None, lambda _: None)
+    except PhloemError as error:
+        _log.warning("the other nodes are not told: %s", error.message)
+        return
+    further.dismiss(why, seconds)
+    further.close(why, False)
 
 
 def listening_beside(host: str) -> tuple[socket.socket, int]:

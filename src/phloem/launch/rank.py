@@ -45,6 +45,9 @@ class _Pipe:
     def loaded(self, bytes_read: int) -> None:
         self.say("loaded", bytes_read=bytes_read)
 
+    def busy(self, seconds: float) -> None:
+        self._socket.sendall(frame(msgspec.msgpack.encode(Said("busy", seconds=seconds))))
+
     def receive(self) -> Told:
         """The next message; `End` when rank 0 has gone."""
         while not self._ahead:
@@ -76,7 +79,7 @@ def main() -> int:
         way = Way(order["comm"], Path(order["place"]), None if board is None else (*board,), order["here"])
         groups = join(config, rank, way)
         decision = Decision("tp_size", config.runtime.tp_size, "as rank 0 says")
-        team = Team(mesh_of(config, rank), groups, pipe.tell, pipe.loaded, decision)
+        team = Team(mesh_of(config, rank), groups, pipe.tell, pipe.loaded, decision, busy=pipe.busy)
         executor = build_executor(config, described(config.model), team, pipe.receive)
         gc.freeze()
         executor.run(pipe.receive)

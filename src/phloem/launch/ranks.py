@@ -22,7 +22,7 @@ from phloem.core.resolve import Decision
 from phloem.distributed.choose import choose, connect
 from phloem.distributed.comm import Board, Gloo
 from phloem.distributed.groups import Groups
-from phloem.engine.parallel import End, LostStep, Team, Told, encode_told, mesh_of, ranks_of
+from phloem.engine.parallel import Busy, End, LostStep, Team, Told, encode_told, mesh_of, ranks_of
 from phloem.launch.agree import facts_of
 from phloem.launch.child import LEAVE_SECONDS, Child, Said, end, meeting_place, watch
 from phloem.launch.nodes import FurtherNodes, Node, listening_beside
@@ -33,6 +33,7 @@ from phloem.utils.ipc import frame
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Sequence
 
     from phloem.core.config import Config
     from phloem.distributed.comm import Comm
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 _log = log.get("launch")
 
 START_SECONDS = 120.0  # how long a rank may take to import what it needs
+ANSWER_SECONDS = 30.0  # that one may take to answer behind its steps
 LAST_WORDS = 0.5  # seconds in which a broken collective may be explained by the end of a rank
 
 Phase = Literal["start", "serving", "drained"]  # how far an engine had come when it ended
@@ -105,11 +107,15 @@ class _News:
         self.changed = threading.Condition()
         self.said: set[tuple[int, str]] = set()
         self.bytes_read: dict[int, int] = {}
+        self.busy: dict[int, float] = {}
         self.memory: list[tuple[int, int]] = []  # of further nodes, whose ranks have their weights
 
-    def add(self, rank: int, what: str, bytes_read: int, memory: tuple[int, int] | None = None) -> None:
+    def add(
+        self, rank: int, what: str, bytes_read: int, memory: tuple[int, int] | None = None, seconds: float = 0.0
+    ) -> None:
         with self.changed:
             self.said.add((rank, what))
+            self.busy[rank] = max(seconds, self.busy.get(rank, 0.0))
             self.bytes_read[rank] = max(bytes_read, self.bytes_read.get(rank, 0))
             self.memory += [] if memory is None else [memory]
             self.changed.notify_all()
@@ -196,6 +202,15 @@ class RankProcesses:
                 except OSError as error:
                     raise self.explain(EngineDead(f"rank {rank.rank} takes no message: {error}")) from None
 
+    def busy(self) -> dict[int, float]:
+        """Seconds in which the stages of the other ranks of this node have computed, once all have done what they were
+        told. Raises EngineDead when one has gone."""
+        with self._news.changed:
+            self._news.said -= {(rank, "busy") for rank in range(self.size)}
+        self.tell(Busy())
+        self._all_said("busy", ANSWER_SECONDS, [rank.rank for rank in self.ranks])
+        return dict(self._news.busy)
+
     def check(self) -> None:
         if self._cause:
             raise EngineDead(self._cause)
@@ -237,9 +252,9 @@ class RankProcesses:
         found = self._news.memory
         return (min(free for free, _ in found), min(total for _, total in found)) if found else None
 
-    def _all_said(self, what: str, timeout: float | None) -> None:
+    def _all_said(self, what: str, timeout: float | None, ranks: Sequence[int] = ()) -> None:
         until, news = None if timeout is None else monotonic() + timeout, self._news
-        for rank in range(1, self.size):
+        for rank in ranks or range(1, self.size):
             with news.changed:
                 while (rank, what) not in news.said:
                     self.check()
@@ -250,7 +265,7 @@ class RankProcesses:
     # --- in threads of those who tell of it
 
     def _heard(self, rank: Child, said: Said) -> None:
-        self._news.add(rank.rank, said.what, said.bytes_read)
+        self._news.add(rank.rank, said.what, said.bytes_read, seconds=said.seconds)
 
     def _heard_of(self, node: Node, word: Word | Echo) -> None:
         if isinstance(word, Echo):

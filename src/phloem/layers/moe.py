@@ -184,11 +184,17 @@ class SparseMLP(Layer):
         return x_TN if self.narrow is None else self.narrow(x_TN)[0], *self._routed(logits_TE)
 
     def own_part(self, x_TN: Tensor, ids_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
-        """What this rank's experts alone make of rows; those of others give nothing."""
+        """What this rank's experts alone make of rows; those of others, and -1, give nothing."""
         biases = None if self.biases is None else (self.biases[0].value, self.biases[1].value)
         weights = self.gate_up.value, self.down.value
-        out_TN = self.ops.experts(x_TN, self.placed_at(ids_Tk), weights_Tk, *weights, self.spec, biases)
-        return self._with_identities(out_TN, x_TN, ids_Tk, weights_Tk)
+        return self.ops.experts(x_TN, self.placed_at(ids_Tk), weights_Tk, *weights, self.spec, biases)
+
+    def with_identities(self, out_TN: Tensor, x_TN: Tensor, ids_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
+        """And what experts that give back what they read make of rows."""
+        if not self.config.identities:
+            return out_TN
+        kept_T = self.ops.weights_from(ids_Tk, weights_Tk, self.config.count)
+        return self.ops.add(out_TN, self.ops.scale_rows(x_TN, kept_T))
 
     def widened(self, x_TN: Tensor) -> Tensor:
         return self._widened(x_TN)
@@ -225,11 +231,8 @@ class SparseMLP(Layer):
         return self._with_identities(out_TN, x_TN, ids_Tk, weights_Tk)
 
     def _with_identities(self, out_TN: Tensor, x_TN: Tensor, ids_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
-        """And of experts that give back what they are given."""
-        if not self.identities:
-            return out_TN
-        kept_T = self.ops.weights_from(ids_Tk, weights_Tk, self.config.count)
-        return self.ops.add(out_TN, self.ops.scale_rows(x_TN, kept_T))
+        """And of experts that give back what they are given, of which one rank sums."""
+        return self.with_identities(out_TN, x_TN, ids_Tk, weights_Tk) if self.identities else out_TN
 
 
 class Starts(Protocol):

@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from phloem.distributed.exchange import Ragged
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
     from phloem.distributed.comm import Comm
+    from phloem.distributed.exchange import Exchange
     from phloem.distributed.mesh import Axis
 
 
@@ -30,11 +33,20 @@ class Rows:
         comm: all ranks of the stage, group by group; None: nothing is computed.
         dp: the groups, and that of this rank.
         dispatch: rows go to the ranks that have their experts, and to no others; each group is one rank then.
+        exchange: by what they go; None: by collectives of `comm`.
         context: what is a row here is a token of a request, of which other groups have others.
     """
 
-    def __init__(self, comm: Comm | None, dp: Axis, dispatch: bool = False, context: bool = False) -> None:
+    def __init__(
+        self,
+        comm: Comm | None,
+        dp: Axis,
+        dispatch: bool = False,
+        context: bool = False,
+        exchange: Exchange | None = None,
+    ) -> None:
         self.comm, self.dp, self.dispatch, self.context = comm, dp, dispatch, context
+        self.exchange = exchange or (None if comm is None else Ragged(comm))
         self._each = 1 if comm is None else comm.size // dp.size  # ranks of a group
         self.begun = False  # before the first step all ranks compute the same rows
         self._tokens = self._wanted = self._now = [0] * dp.size
@@ -53,6 +65,11 @@ class Rows:
     def wanted(self) -> int:
         """Rows of all groups whose next token is wanted."""
         return sum(self._wanted)
+
+    @property
+    def most(self) -> int | None:
+        """Rows of the group that has the most of this step's; None before the first step."""
+        return max(self._now) if self.begun else None
 
     def narrow(self) -> None:
         """From here on the wanted rows alone are computed."""

@@ -118,8 +118,27 @@ def compiles(requested: str) -> bool:
     Raises:
         ConfigError: if there is none of that name.
     """
-    named = [requested] if requested != "auto" else [name for name in _in_order() if AVAILABLE.get(name)()[0]][:1]
-    return any(PLATFORMS.get(name).facts.compiles for name in named)
+    return facts_of(named(requested)).compiles
+
+
+def named(requested: str) -> str:
+    """The device of that name, or the one that `choose` would take.
+
+    Raises:
+        ConfigError: if there is none of that name, or none at all.
+    """
+    if requested != "auto":
+        PLATFORMS.check(requested)
+        return requested
+    found = next((name for name in _in_order() if AVAILABLE.get(name)()[0]), "")
+    if not found:
+        raise ConfigError("no device is available", param="device")
+    return found
+
+
+def facts_of(name: str) -> StepFacts:
+    """How steps run on the devices of that name. Raises ConfigError if there are none."""
+    return PLATFORMS.get(name).facts
 
 
 def choose(requested: str, threads: int | None, *, compiles: bool = False) -> tuple[Platform, Decision]:

@@ -37,6 +37,7 @@ class StepFacts:
     `patience`: how often a bucket of rows is wanted before it is recorded.
     `records_idle`: steps are recorded while nothing is asked for.
     `compiles`: steps are compiled whole, by the table's `compiler`, and nothing runs op by op.
+    `exchanges`: packages that move rows between such devices, to the ranks of their experts.
     """
 
     on_host: bool = False
@@ -44,6 +45,7 @@ class StepFacts:
     patience: int = 2
     records_idle: bool = False
     compiles: bool = False
+    exchanges: tuple[str, ...] = ()
 
 
 def in_host_memory(device: torch.device) -> bool:

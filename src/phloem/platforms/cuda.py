@@ -73,7 +73,7 @@ class Platform:
     default_mixed_chunk = 2048
     worthwhile_chunk = 1024
     quantised_kv_dtype = None
-    facts: ClassVar[StepFacts] = StepFacts(records_idle=True)
+    facts: ClassVar[StepFacts] = StepFacts(records_idle=True, exchanges=("deep_ep",))
 
     def __init__(self, threads: int | None) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from phloem.platforms import cuda
+from phloem.platforms._facts import StepFacts
 
 
 def is_available() -> tuple[bool, str]:
@@ -18,6 +21,7 @@ def is_available() -> tuple[bool, str]:
 
 class Platform(cuda.Platform):
     name = "rocm"
+    facts: ClassVar[StepFacts] = StepFacts(records_idle=True)
 
     def target(self) -> tuple[str, int | str, int]:
         props = torch.cuda.get_device_properties(self.device)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from phloem.core.batch import Batch, Follower
     from phloem.kvcache.manager import Given
+    from phloem.scheduler.chunks import Price
     from phloem.scheduler.state import Request, Slots
 
 KEPT = 4  # a prompt that goes on leaves 1 / KEPT of a step to those that wait
@@ -35,6 +36,7 @@ class Pace:
     # Steps that the runner has on their way at a time, where it has stages: the rows that decode are dealt out among so
     # many, and a row is in one of them. 1: a row's next step may be launched before its token is known.
     waves: int = 1
+    price: Price | None = None  # where tokens of a prompt cost the more, the more are before them; None: they do not
 
 
 @dataclass(slots=True)
@@ -143,6 +145,7 @@ def spend(slots: Slots, waiting: Iterable[Chunk], means: Means) -> Spent:
     pages = means.pages - len(needy) if slots.paged[0] else means.pages
     pace = means.pace
     purse = _Purse(min(pace.budget, means.most), pages, slots.page_size, slots.paged[0], pace.whole, pace.forced)
+    purse.price = pace.price
     if len(decodes):
         # With every slot decoding there must be a token for each, or the last ones would starve.
         purse.left = min(max(purse.left - len(decodes), 0), means.pace.mixed)
@@ -192,10 +195,19 @@ class _Purse:
     forced: int = 0  # see `Pace`
     long: int = 0  # tokens of a prompt beyond which it is a long one
     used: bool = False
+    price: Price | None = None  # of tokens of prompts; `left` counts such as have nothing before them
+
+    def room(self, start: int) -> int:
+        """Tokens from `start` on that can be paid."""
+        return self.left if self.price is None else self.price.most(self.left, start)
+
+    def pay(self, start: int, count: int) -> None:
+        """For so many tokens from `start` on."""
+        self.left = self.left - count if self.price is None else self.price.left(self.left, start, count)
 
     def chunk(self, start: int, todo: int, covered: int) -> int:
         """Of `todo` tokens from `start` on, those that can be paid; they are."""
-        count = min(todo, self.left)
+        count = min(todo, self.room(start))
         if self.whole and count < todo:
             if self.used:
                 return 0
@@ -204,7 +216,7 @@ class _Purse:
         if self.paged:
             count = min(count, covered + max(0, self.pages) * self.size - start)
             self.pages -= max(0, -(-(start + count - covered) // self.size))
-        self.left -= max(0, count)
+        self.pay(start, max(0, count))
         return count
 
 
@@ -253,8 +265,8 @@ def _let_in(spent: Spent, slots: Slots, waiting: Iterable[Chunk], means: Means, 
         want = next(waiting, None)
         if want is None:
             break
-        rest = len(want.known) - want.start
-        if rest > purse.left and ((begun and not (beside and rest <= purse.long)) or (purse.whole and purse.used)):
+        rest, room = len(want.known) - want.start, purse.room(want.start)
+        if rest > room and ((begun and not (beside and rest <= purse.long)) or (purse.whole and purse.used)):
             continue
         page = page_after(want.known, want.start, size, want.request.namespace)
         if want.sharable and page in computing:
@@ -263,10 +275,10 @@ def _let_in(spent: Spent, slots: Slots, waiting: Iterable[Chunk], means: Means, 
                 continue
         if not alone and want.pages > purse.pages - promised:
             break
-        want.count = rest if purse.whole else min(rest, purse.left)
+        want.count = rest if purse.whole else min(rest, room)
         purse.used = True
         spent.entries.append(want)
-        purse.left -= want.count
+        purse.pay(want.start, want.count)
         purse.pages -= want.pages
         promised += -(-int(want.growth * means.share) // size)
         computing[page] = want.known

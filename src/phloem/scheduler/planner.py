@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from phloem.core.batch import StepOutput
     from phloem.kvcache.manager import CacheManager, Lease
     from phloem.kvcache.tiers._fetch import Claim
+    from phloem.scheduler.chunks import Chunks
     from phloem.scheduler.further import Further
     from phloem.scheduler.mixture import Mixture
     from phloem.scheduler.plan import Pace, Plan, Spent
@@ -76,6 +77,7 @@ class Planner:
         self.mixture = mixture
         self.further: Further | None = None
         self.tempo: Tempo | None = None  # where steps are to be short enough for what requests are promised
+        self.chunks: Chunks | None = None  # where chunks of a prompt are to take equal time
         self.headroom = Headroom()
         self.refused: list[Refusal] = []
         self.preemptions = 0
@@ -152,6 +154,8 @@ class Planner:
     def committed(self, plan: Plan, output: StepOutput) -> None:
         """What the step gave is known, and about to be told: accepted drafts count, and windows give back pages."""
         slots, batch = self.slots, plan.batch
+        if self.chunks is not None:
+            self.chunks.saw(batch, output.stage_seconds or output.forward_seconds)
         if slots.any_held:
             # A row whose later step is in flight waits for that one: this one may be a chunk of its prompt.
             outputs = batch.outputs if batch.canvas is None else np.minimum(batch.canvas, 1)
@@ -209,6 +213,7 @@ class Planner:
             "preemptions": self.preemptions,
             "step_tokens": self.throttle.budget,
             "schedule_policy": self.policy.name,
+            **({} if self.chunks is None else {"attention_price": self.chunks.price.ratio}),
         }
 
     # what a step may spend
@@ -226,6 +231,8 @@ class Planner:
         pace = self.pace
         if self.tempo is not None:
             pace = replace(pace, mixed=self.tempo.within(self.slots, pace.mixed))
+        if self.chunks is not None:
+            pace = replace(pace, price=self.chunks.price)
         return Means(
             pace=pace,
             most=self.throttle.budget,

@@ -48,6 +48,7 @@ class ScheduleSettings:
     targets: Targets = Targets()  # of requests that say none of their own
     fair: Fair = "none"  # by what the queue tells clients apart, of whom each gets its part; none: it does not
     waves: int = 1  # see `Pace.waves`
+    dynamic_chunks: bool = False  # chunks of a prompt take equal time (`chunks.py`), which is found while serving
 
     @property
     def queue(self) -> WaitingQueue:

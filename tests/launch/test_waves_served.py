@@ -117,8 +117,8 @@ def test_chunks_of_equal_time_give_the_same_tokens(sizes: dict[str, Any], tmp_pa
     core = EngineCore(config, describe(path), lambda message: None, ranks)
     try:
         chunks = core.scheduler.planner.chunks
-        assert chunks is not None and chunks.price == Price(0.0, 4)
-        chunks.price = Price(0.02, 4)
+        assert chunks is not None and chunks.price == Price()
+        chunks.price = Price(0.02)
         before = list[int]()
         took = chunks.took
         chunks.took = lambda sample: (before.append(int(sample.tokens)), took(sample))[1]  # type: ignore[method-assign]

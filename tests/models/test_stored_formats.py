@@ -11,6 +11,7 @@ import packers
 import pytest
 import torch
 from model_support import CPU, PROMPT, Engine, check_modes, close, reference
+from share_support import engine_of, together
 
 from phloem.checkpoint.describe import describe
 from phloem.core.errors import ConfigError, ModelLoadError
@@ -219,6 +220,16 @@ def test_experts_of_gpt_oss_are_read_from_their_blocks(made: Any, tmp_path: Path
         (ours, _), (theirs, _) = loaded(packed, mesh=mesh), loaded(plain, mesh=mesh)
         for one, other in zip(ours.weights(), theirs.weights(), strict=True):
             assert torch.equal(one.value, other.value), one.names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["awq", "gptq", "fp8-blocks", "nf4-nested"])
+def test_ranks_give_the_logits_of_one(pairs: Any, case: str) -> None:
+    """No group of quantised values is cut, so that nothing is rounded anew."""
+    packed, _ = pairs(case)
+    whole = Engine(packed).whole(PROMPT)
+    found = together(2, lambda comm: engine_of(packed, comm).whole(PROMPT))[0]
+    assert whole.abs().max() > 0.1 and (found - whole).abs().max() <= 1e-4
 
 
 def gpt_oss(made: Any, target: Path) -> tuple[Path, Path]:

@@ -34,7 +34,7 @@ def test_what_is_bought_is_what_the_money_is_worth(ratio: float, left: int, star
     count = price.most(left, start)
     assert 1 <= count <= left
     worth = cost(ratio, left, 0) * (1 + 1e-6)
-    assert count == 1 or cost(ratio, count, start) <= worth
+    assert count <= max(1, left // LEAST) or cost(ratio, count, start) <= worth
     assert count == left or cost(ratio, count + 1, start) >= worth * (1 - 3e-6)
     rest = price.left(left, start, count)
     assert 0 <= rest <= left - count
@@ -43,7 +43,7 @@ def test_what_is_bought_is_what_the_money_is_worth(ratio: float, left: int, star
 
 @given(ratios, counts, counts, st.integers(1, 5000))
 def test_more_before_a_token_never_buys_more(ratio: float, left: int, start: int, more: int) -> None:
-    price = Price(ratio, 3)
+    price = Price(ratio)
     assert price.most(left, start + more) <= price.most(left, start) <= left
     assert price.most(left, 0) == left and price.left(left, 0, left) == 0
     assert Price().most(left, start) == left and Price().left(left, start, 0) == left
@@ -60,7 +60,7 @@ def test_chunks_of_a_long_prompt_take_equal_time() -> None:
     """Attention costs what everything else does at 8,192 tokens; a stage that waits for the last chunk of a prompt of
     65,536 waits no longer than for the first. Fixed chunks take seven times as long in the end."""
     budget, prompt, ratio = 2048, 65_536, 1 / (2 * 8192)
-    chunks = plan(Price(ratio, budget // LEAST), budget, prompt)
+    chunks = plan(Price(ratio), budget, prompt)
     assert sum(chunks) == prompt and chunks[0] == budget
     assert all(after < before for before, after in pairwise(chunks[:-1]) if after > budget // LEAST)
     assert min(chunks[:-1]) == budget // LEAST, "no chunk but the last is below a quarter"
@@ -76,31 +76,31 @@ def test_chunks_of_a_long_prompt_take_equal_time() -> None:
 
 
 def samples(chunk: Callable[[int], int], count: int, noise: float = 0.0) -> list[Sample]:
-    """Of one prompt: 5 us a pair-and-a-half, 1 ms a token, 20 ms a step."""
+    """Of one prompt, by (a, b, c) = (0.5 us, 1 ms, 20 ms)."""
     draw, found, start = np.random.default_rng(1), list[Sample](), 0
     for number in range(count):
         x = chunk(number)
         pairs = x * (x + 2 * start)
-        seconds = (5e-6 * pairs + 1e-3 * x + 0.02) * (1 + noise * draw.standard_normal())
+        seconds = (5e-7 * pairs + 1e-3 * x + 0.02) * (1 + noise * draw.standard_normal())
         found.append(Sample(x, pairs, seconds))
         start += x
     return found
 
 
 def test_the_ratio_is_found_in_steps_of_several_sizes() -> None:
-    assert ratio_of(samples(lambda number: 64 + 16 * (number % 5), 20)) == pytest.approx(5e-3, rel=1e-6)
-    noisy = samples(lambda number: 64 + 16 * (number % 5), 64, noise=0.02)
-    assert ratio_of(noisy) == pytest.approx(5e-3, rel=0.2)
+    assert ratio_of(samples(lambda number: 64 + 16 * (number % 5), 20)) == pytest.approx(5e-4, rel=1e-6)
+    noisy = samples(lambda number: 64 + 16 * (number % 5), 64, noise=0.01)
+    assert ratio_of(noisy) == pytest.approx(5e-4, rel=0.2)
 
 
 def test_a_step_that_something_else_held_up_is_left_out() -> None:
     found = samples(lambda number: 64 + 16 * (number % 5), 20)
     found[4] = replace(found[4], seconds=found[4].seconds + 3.0)
-    assert ratio_of(found) == pytest.approx(5e-3, rel=1e-3)
+    assert ratio_of(found) == pytest.approx(5e-4, rel=1e-3)
 
 
 def test_of_chunks_of_one_size_what_a_step_costs_counts_with_its_tokens() -> None:
-    assert ratio_of(samples(lambda _: 128, 20)) == pytest.approx(5e-6 / (1e-3 + 0.02 / 128), rel=1e-6)
+    assert ratio_of(samples(lambda _: 128, 20)) == pytest.approx(5e-7 / (1e-3 + 0.02 / 128), rel=1e-6)
 
 
 def test_what_tells_nothing_changes_nothing() -> None:
@@ -108,15 +108,15 @@ def test_what_tells_nothing_changes_nothing() -> None:
     assert ratio_of(same) is None
     falling = [Sample(64, 64 * (64 + 128 * at), 0.1 - 0.001 * at) for at in range(20)]
     assert ratio_of(falling) == 0.0, "later tokens cost no more"
-    chunks = Chunks(64)
+    chunks = Chunks()
     for sample in samples(lambda _: 64, ENOUGH - 1):
         chunks.took(sample)
-    assert chunks.price == Price(0.0, 16), "too few"
+    assert chunks.price == Price(), "too few"
     chunks.took(Sample(64, 1e6, 0.0))
     assert chunks.price.ratio == 0.0, "a step that took no time was not measured"
     for sample in samples(lambda _: 64, 2 * ENOUGH):
         chunks.took(sample)
-    assert chunks.price.ratio > 1e-3 and chunks.price.least == 16
+    assert chunks.price.ratio > 1e-4
 
 
 def rows(query: list[int], prefix: list[int]) -> Batch:
@@ -126,7 +126,7 @@ def rows(query: list[int], prefix: list[int]) -> Batch:
 
 
 def test_steps_that_decode_much_tell_nothing_of_prompts() -> None:
-    chunks = Chunks(64)
+    chunks = Chunks()
     for at in range(4 * ENOUGH):
         chunks.saw(rows([1] * 8 + [32], [5] * 8 + [32 * at]), 0.01 * at + 0.01)
     assert chunks.price.ratio == 0.0
@@ -172,7 +172,7 @@ def test_a_scheduler_learns_and_gives_the_same_tokens() -> None:
         while name not in found.finish:
             found.step()
         sizes = chunks_of(seen)
-        assert sum(sizes) == 1500
+        assert sum(sizes) in (1499, 1500), "all of it, but for a last token alone"
     assert found.tokens["long"] == plain.tokens["long"]
     assert found.scheduler.state()["attention_price"] == pytest.approx(1e-2, rel=0.05)
     assert sizes[0] == 64 and min(sizes[:-1]) == 16, "what was learnt of one prompt serves the next from its beginning"
@@ -184,8 +184,8 @@ def test_a_scheduler_learns_and_gives_the_same_tokens() -> None:
 def test_several_prompts_share_what_a_step_may_take() -> None:
     """What the first leaves is worth more to one with less before it; no step is dearer than its budget is."""
     found, seen = driver(quadratic)
-    found.scheduler.planner.chunks = chunks = Chunks(64)
-    chunks.price = Price(1e-2, 16)
+    found.scheduler.planner.chunks = chunks = Chunks()
+    chunks.price = Price(1e-2)
     chunks.took = lambda sample: None  # type: ignore[method-assign]
     prompts = {"a": 700, "b": 9, "c": 30, "d": 400}
     for number, (name, length) in enumerate(prompts.items()):
@@ -202,25 +202,25 @@ def test_several_prompts_share_what_a_step_may_take() -> None:
             for x, before in zip(batch.query_lens, batch.prefix_lens, strict=True)
             if x > 1
         )
-        # A quarter is taken whatever it costs, once.
+        # A quarter is taken whatever it costs; one part of a step is kept for others, and has a quarter of its own.
         dearest = max((cost(1e-2, 16, int(before)) for before in batch.prefix_lens), default=0.0)
-        assert alone or spent <= worth + dearest
+        assert alone or spent <= worth + 2 * dearest
 
 
 def test_the_first_chunk_behind_a_long_cached_prefix_is_a_small_one() -> None:
     found, seen = driver(quadratic)
-    found.scheduler.planner.chunks = chunks = Chunks(64)
-    chunks.price = Price(1e-2, 4)
+    found.scheduler.planner.chunks = chunks = Chunks()
+    chunks.price = Price(1e-2)
     chunks.took = lambda sample: None  # type: ignore[method-assign]
     prompt = [11 + at % 800 for at in range(1000)]
     found.submit("first", prompt, 3)
     while "first" not in found.finish:
         found.step()
     seen.clear()
-    found.submit("second", [*prompt[:800], *([777] * 60)], 3)
+    found.submit("second", [*prompt[:160], *([777] * 60)], 3)
     found.step(2)
     start, count = int(seen[0].prefix_lens[0]), int(seen[0].query_lens[0])
-    assert start == 800 and count == Price(1e-2, 4).most(64, 800) < 10
+    assert start == 160 and 16 < count == Price(1e-2).most(64, 160) < 30
 
 
 def test_the_option_needs_stages() -> None:
@@ -231,5 +231,5 @@ def test_the_option_needs_stages() -> None:
 
 
 def test_a_price_of_nothing_is_a_price_of_tokens() -> None:
-    assert Price().most(0, 5) == 0 and Price(0.1).most(0, 5) == 0 and Price(0.1, 8).most(3, 10**6) == 3
+    assert Price().most(0, 5) == 0 and Price(0.1).most(0, 5) == 0 and Price(0.1).most(3, 10**6) == 1
     assert math.isfinite(Price(1e-300).most(10**6, 10**6)) and Price(1e-300).most(10**6, 10**6) == 10**6

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-LEAST = 4  # no chunk is below 1 / LEAST of a budget: each step costs something whatever it computes
+LEAST = 4  # a chunk has 1 / LEAST of the tokens that are left, whatever they cost: so does each step
 SAMPLES = 64  # steps that are remembered
 ENOUGH = 8  # before so many nothing is believed of them
 EACH = 4  # steps from one fit to the next
@@ -35,14 +35,9 @@ FAR = 4.0  # median errors beyond which a step is left out: something else took 
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """What tokens cost, in tokens that have nothing before them.
-
-    `ratio`: a / b, in 1 / tokens; 0: all cost the same. `least`: tokens of a chunk that are taken whatever they cost,
-    where a step has them.
-    """
+    """What tokens cost, in tokens with nothing before them. `ratio`: a / b, in 1 / tokens; 0: all cost the same."""
 
     ratio: float = 0.0
-    least: int = 1
 
     def most(self, left: int, start: int) -> int:
         """Tokens behind `start` others that `left` pays for: at most as many."""
@@ -52,7 +47,7 @@ class Price:
         # of near numbers.
         half, whole = self.ratio * start + 0.5, (self.ratio * left + 1.0) * left
         found = int(whole / (half + math.sqrt(half * half + self.ratio * whole)) + 1e-9)
-        return min(left, max(found, self.least, 1))
+        return min(left, max(found, left // LEAST, 1))
 
     def left(self, left: int, start: int, count: int) -> int:
         """Of `left` what remains when `count` tokens behind `start` others are paid."""
@@ -75,14 +70,10 @@ class Sample:
 
 
 class Chunks:
-    """Learns from steps what a token costs; `price` says it.
+    """Learns from steps what a token costs; `price` says it."""
 
-    Args:
-        budget: tokens of a step.
-    """
-
-    def __init__(self, budget: int) -> None:
-        self.price = Price(0.0, -(-budget // LEAST))
+    def __init__(self) -> None:
+        self.price = Price()
         self._samples: deque[Sample] = deque(maxlen=SAMPLES)
         self._news = 0
 
@@ -104,19 +95,19 @@ class Chunks:
             self._news = 0
             ratio = ratio_of(list(self._samples))
             if ratio is not None:
-                self.price = Price(ratio, self.price.least)
+                self.price = Price(ratio)
 
 
 def ratio_of(samples: list[Sample]) -> float | None:
-    """a / b by least squares; 0 where later tokens of a prompt cost no more. None: they tell nothing of it."""
+    """a / b by least squares of relative errors; 0 where later tokens of a prompt cost no more. None: unknown."""
     found = np.array([(one.tokens, one.pairs, one.seconds) for one in samples])
     if not _differ(found[:, 1] / found[:, 0]):
         return None
     scale = found.max(0)  # so that no column is tiny beside another
-    ratio = _fitted(found / scale)
-    if ratio is None:
+    fitted = _fitted(found / scale)
+    if fitted is None:
         return 0.0
-    solved, errors = ratio
+    solved, errors = fitted
     close = errors <= FAR * max(float(np.median(errors)), 1e-12)
     again = _fitted(found[close] / scale) if close.sum() >= ENOUGH else None
     a, b = (solved if again is None else again[0])[:2]
@@ -128,15 +119,15 @@ def _differ(values: Floats) -> bool:
 
 
 def _fitted(found: Floats) -> tuple[Floats, Floats] | None:
-    """(a, b, c), and how far each sample is from them. With c only where tokens differ: else b has it too. None: a
-    would be below 0."""
+    """(a, b, c), and how far from them each sample is, of its seconds. With c only where tokens differ: else b has it
+    too. None: a would be below 0."""
     tokens, pairs, seconds = found.T
     ones = np.ones_like(tokens)
     for columns in ((pairs, tokens, ones), (pairs, tokens)):
         if len(columns) == 3 and not _differ(tokens):
             continue
-        matrix = np.stack(columns, 1)
-        solved: Floats = np.linalg.lstsq(matrix, seconds, rcond=None)[0]
+        matrix = np.stack(columns, 1) / seconds[:, None]
+        solved: Floats = np.linalg.lstsq(matrix, ones, rcond=None)[0]
         if solved[0] > 0 and solved[1] > 0 and (solved >= 0).all():
-            return solved, np.abs(matrix @ solved - seconds)
+            return solved, np.abs(matrix @ solved - 1.0)
     return None

@@ -126,7 +126,7 @@ class Scheduler:
         pace = settings.pace(slots, runner.draft_room)
         mixture = Mixture(self.slots, lender.most) if lender is not None and lender.most < slots else None
         self.planner = Planner(self.slots, self.queue, cache, self._policy, pace, settings.eos_ids, mixture)
-        self.planner.chunks = Chunks(pace.budget) if settings.dynamic_chunks else None
+        self.planner.chunks = Chunks() if settings.dynamic_chunks else None
         interval = settings.stream_interval
         self.results = Results(self.live, self.slots, self.queue, self.planner.release, interval, lender)
         self.results.speculates = settings.speculates

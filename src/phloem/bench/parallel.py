@@ -22,8 +22,7 @@ from phloem.cli._options import parse
 from phloem.core.config import opt
 from phloem.core.errors import BadRequest
 from phloem.engine import worker
-from phloem.engine.around import RunnerAround
-from phloem.engine.parallel import LeadingModel, ParallelRunner, pack, ranks_of, refuse
+from phloem.engine.parallel import LeadingModel, ParallelRunner, ranks_of, refuse
 from phloem.engine.runner import ModelRunner
 from phloem.launch.ranks import RankProcesses
 
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.checkpoint.describe import Checkpoint
-    from phloem.core.batch import Batch, Pending, Runner, StepOutput
+    from phloem.core.batch import Batch, Runner
     from phloem.core.config import Config
     from phloem.distributed.comm import Comm
     from phloem.distributed.groups import Groups
@@ -227,6 +226,5 @@ class Telling(ParallelRunner):
         super().__init__(inner, tell)
         self.words = Times()
 
-    def launch(self, batch: Batch) -> Pending[StepOutput]:
-        self.words.of("plan", 0, lambda: self._tell(pack(batch)))
-        return RunnerAround.launch(self, batch)
+    def send(self, batch: Batch) -> None:
+        self.words.of("plan", 0, lambda: super(Telling, self).send(batch))

@@ -32,6 +32,7 @@ from phloem.engine.counts import spread_of
 from phloem.engine.forward import run_forward
 from phloem.engine.inputs import Step
 from phloem.engine.memory import first_line
+from phloem.engine.plans import Packing, Plan, Unpacking, ints, raw
 from phloem.engine.stages import Kind, Together
 from phloem.engine.transfer import LastTokens
 from phloem.engine.unshared import refuse_unshared
@@ -45,7 +46,6 @@ from phloem.models._common import Decoder
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
 
-    from numpy.typing import NDArray
     from torch import Tensor
 
     from phloem.attention import AttentionBackend
@@ -65,20 +65,6 @@ class Pages(msgspec.Struct, frozen=True, tag=True):
 
     num_pages: tuple[int, ...]
     facts: dict[str, str]
-
-
-class Plan(msgspec.Struct, frozen=True, tag=True):
-    """A `Batch` as bytes, int32 all: what a rank needs to execute it."""
-
-    step: int
-    epoch: int
-    slots: bytes
-    query_lens: bytes
-    prefix_lens: bytes
-    input_ids: bytes
-    outputs: bytes
-    tables: list[bytes]  # [R, P] each
-    targets: dict[int, bytes]
 
 
 class Go(msgspec.Struct, frozen=True, tag=True):
@@ -199,47 +185,6 @@ def has_experts(model: Any) -> bool:
     return not isinstance(model, Decoder) or any(weight.experts for weight in model.weights())
 
 
-def pack(batch: Batch) -> Plan:
-    """What the other ranks need of a batch. Raises ValueError for one that they cannot execute."""
-    if batch.embeds or batch.positions is not None or batch.adapters is not None or (batch.outputs > 1).any():
-        raise ValueError("a batch with pictures, adapters or drafts runs on one rank alone")
-    return Plan(
-        step=batch.step,
-        epoch=batch.epoch,
-        slots=_raw(batch.slots),
-        query_lens=_raw(batch.query_lens),
-        prefix_lens=_raw(batch.prefix_lens),
-        input_ids=_raw(batch.input_ids),
-        outputs=_raw(batch.outputs),
-        tables=[_raw(table) for table in batch.tables],
-        targets={row: _raw(targets) for row, targets in batch.prompt_targets.items()},
-    )
-
-
-def _raw(array: NDArray[np.integer[Any]]) -> bytes:
-    return np.ascontiguousarray(array, np.int32).tobytes()
-
-
-def _ints(data: bytes) -> NDArray[np.int32]:
-    return np.frombuffer(data, np.int32).copy()  # torch wants memory that it may write to
-
-
-def unpack(plan: Plan) -> Batch:
-    """The batch again, without admissions."""
-    slots = _ints(plan.slots)
-    return Batch(
-        plan.step,
-        slots,
-        _ints(plan.query_lens),
-        _ints(plan.prefix_lens),
-        _ints(plan.input_ids),
-        tuple(_ints(table).reshape(len(slots), -1) for table in plan.tables),
-        _ints(plan.outputs),
-        prompt_targets={row: _ints(targets) for row, targets in plan.targets.items()},
-        epoch=plan.epoch,
-    )
-
-
 class LostStep(EngineDead):
     """Rank 0 failed where the others waited for it: what they would be given next is not what they wait for."""
 
@@ -336,7 +281,7 @@ class Leading:
         head made of them. All that were started come before any `run`."""
         inputs, batch = step.inputs, step.batch
         ids = inputs.input_ids.numpy().tobytes()
-        self._team.tell(Go(batch.step, batch.epoch, ids, _raw(batch.query_lens), kind))
+        self._team.tell(Go(batch.step, batch.epoch, ids, raw(batch.query_lens), kind))
         assert self._taking is not None
         with _all_or_none(self._team.groups):
             self._whole.head = kind
@@ -357,7 +302,7 @@ class Leading:
     def run(self, step: Step, ready: Callable[[], None]) -> Tensor:
         inputs, batch = step.inputs, step.batch
         ids = inputs.input_ids.numpy().tobytes()
-        self._team.tell(Go(batch.step, batch.epoch, ids, _raw(batch.query_lens)))
+        self._team.tell(Go(batch.step, batch.epoch, ids, raw(batch.query_lens)))
         ready()
         with _all_or_none(self._team.groups):
             if self._rows is not None:
@@ -375,15 +320,19 @@ class ParallelRunner(RunnerAround):
 
     def __init__(self, inner: Runner, tell: Callable[[Told], None]) -> None:
         super().__init__(inner)
-        self._tell = tell
+        self._tell, self._packing = tell, Packing()
 
     @property
     def draft_room(self) -> int:
         return 0
 
     def launch(self, batch: Batch) -> Pending[StepOutput]:
-        self._tell(pack(batch))
+        self.send(batch)
         return super().launch(batch)
+
+    def send(self, batch: Batch) -> None:
+        """To the other ranks, who run it when they are told to."""
+        self._tell(self._packing.pack(batch))
 
 
 class Executor:
@@ -403,6 +352,7 @@ class Executor:
         self._shift, self._busy = shift, busy
         self._whole, self._backend, self._pool = whole, backend, pool
         self._last = LastTokens(slots, pool.device, True, None, ops)
+        self._unpacking = Unpacking()
         self._plans: list[Batch] = []
         self._hidden_LN: Tensor | None = None
 
@@ -411,7 +361,7 @@ class Executor:
         with torch.inference_mode():
             while not isinstance(told := receive(), End):
                 if isinstance(told, Plan):
-                    self._plans.append(unpack(told))
+                    self._plans.append(self._unpacking.unpack(told))
                 elif isinstance(told, Go):
                     self._go(told)
                 elif isinstance(told, Chosen):
@@ -430,7 +380,7 @@ class Executor:
             raise ValueError(f"step {told.step} was never planned")
         batch = replace(batch, input_ids=np.frombuffer(told.ids, np.int64).astype(np.int32))
         self._whole.head = told.head
-        rows, batch_cut = self._whole.rows, cut(batch, _ints(told.lens))
+        rows, batch_cut = self._whole.rows, cut(batch, ints(told.lens))
         if rows is not None:
             self._hidden_LN = run_rows(self._whole, rows, self._backend, self._pool, batch_cut, self._last)
             return

@@ -1,0 +1,95 @@
+"""Batches on their way to other ranks: what comes is what was sent, and of tables only what is new is sent."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from phloem.core.batch import Batch
+from phloem.engine.parallel import decode_told, encode_told
+from phloem.engine.plans import Cells, Packing, Plan, Unpacking
+
+
+def batch(step: int, tables: list[Any], **more: Any) -> Batch:
+    rows = len(tables[0])
+    ones = np.ones(rows, np.int32)
+    lens, ids = ones * 7, np.arange(rows, dtype=np.int32)
+    made = tuple(np.array(table, np.int32).reshape(rows, -1) for table in tables)
+    return Batch(step, np.arange(rows, dtype=np.int32), ones, lens, ids, made, ones, epoch=3, **more)
+
+
+def told(packing: Packing, one: Batch) -> Plan:
+    plan = decode_told(encode_told(packing.pack(one)))
+    assert isinstance(plan, Plan)
+    return plan
+
+
+def same(one: Batch, other: Batch) -> None:
+    for name in ("slots", "query_lens", "prefix_lens", "input_ids", "outputs"):
+        assert getattr(one, name).tolist() == getattr(other, name).tolist()
+    assert (one.step, one.epoch) == (other.step, other.epoch)
+    assert [table.tolist() for table in one.tables] == [table.tolist() for table in other.tables]
+    assert {row: ids.tolist() for row, ids in one.prompt_targets.items()} == {
+        row: ids.tolist() for row, ids in other.prompt_targets.items()
+    }
+
+
+table = st.integers(1, 4).flatmap(
+    lambda rows: st.integers(0, 5).flatmap(
+        lambda pages: st.lists(
+            st.lists(st.lists(st.integers(0, 3), min_size=pages, max_size=pages), min_size=rows, max_size=rows),
+            min_size=2,
+            max_size=2,
+        )
+    )
+)
+
+
+@given(st.lists(table, min_size=1, max_size=8))
+def test_what_comes_is_what_was_sent(tables: list[list[Any]]) -> None:
+    """Of any tables one after another; a batch that has come does not change with the next one."""
+    packing, unpacking = Packing(), Unpacking()
+    sent = [batch(step, each) for step, each in enumerate(tables)]
+    come = [unpacking.unpack(told(packing, one)) for one in sent]
+    for one, other in zip(sent, come, strict=True):
+        same(one, other)
+
+
+def test_of_a_steady_step_a_few_cells_are_sent() -> None:
+    packing, unpacking = Packing(), Unpacking()
+    pages = np.arange(256 * 128).reshape(256, 128)
+    first = batch(1, [pages])
+    assert len(encode_told(packing.pack(first))) > pages.size * 4
+    unpacking.unpack(Packing().pack(first))
+    after = pages.copy()
+    after[[3, 250], [7, 90]] = 77_777
+    second = batch(2, [after])
+    plan = told(packing, second)
+    assert plan.tables == [Cells(np.array([3 * 128 + 7, 250 * 128 + 90], np.int32).tobytes(), b"\xd1/\x01\x00" * 2)]
+    assert len(encode_told(plan)) < 6000
+    same(second, unpacking.unpack(plan))
+    assert told(packing, replace(second, step=3)).tables == [Cells(b"", b"")]
+
+
+def test_the_sender_may_write_to_its_tables_again() -> None:
+    packing, unpacking = Packing(), Unpacking()
+    one = batch(1, [[[1, 2], [3, 4]]])
+    unpacking.unpack(told(packing, one))
+    one.tables[0][1, 1] = 9
+    same(one, unpacking.unpack(told(packing, one)))
+
+
+def test_what_differs_from_nothing_and_what_one_rank_runs_alone_is_refused() -> None:
+    packing = Packing()
+    packing.pack(batch(1, [[[1, 2, 3]]]))
+    plan = packing.pack(batch(2, [[[1, 2, 4]]]))
+    with pytest.raises(ValueError, match="a table of 1 rows differs from one that was never told"):
+        Unpacking().unpack(plan)
+    with pytest.raises(ValueError, match="drafts runs on one rank alone"):
+        packing.pack(replace(batch(3, [[[1]]]), outputs=np.array([2], np.int32)))
+    same(batch(4, [[[5]]]), Unpacking().unpack(packing.pack(batch(4, [[[5]]]))))

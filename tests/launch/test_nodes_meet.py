@@ -144,7 +144,9 @@ def test_where_no_start_is_possible_all_nodes_hear_why() -> None:
         telling.start()
         for rank in (3, 1, 2):
             assert telling.is_alive()
-            assert "refuses this node: sizes do not divide" in refusal_of(lambda rank=rank: join(port, node_rank=rank))
+            assert "refuses this node: sizes do not divide" in refusal_of(
+                lambda rank=rank: join(port, nnodes=4, node_rank=rank)
+            )
         telling.join(10)
         assert not telling.is_alive()
 

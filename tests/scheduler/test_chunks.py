@@ -174,7 +174,7 @@ def test_a_scheduler_learns_and_gives_the_same_tokens() -> None:
         sizes = chunks_of(seen)
         assert sum(sizes) in (1499, 1500), "all of it, but for a last token alone"
     assert found.tokens["long"] == plain.tokens["long"]
-    assert found.scheduler.state()["attention_price"] == pytest.approx(1e-2, rel=0.05)
+    assert found.scheduler.state()["attention_price"] == pytest.approx(1e-2, rel=0.15)
     assert sizes[0] == 64 and min(sizes[:-1]) == 16, "what was learnt of one prompt serves the next from its beginning"
     assert all(after <= before for before, after in pairwise(sizes[:-1]))
     free = [quadratic(batch) for batch in seen if batch.query_lens[0] > 16 and batch.num_rows == 1]

@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from phloem.bench._report import context as machine_context
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 BATCHES = (1, 2, 4)  # that the rows are dealt out in, where there are stages
+TOLD, PAUSE = 50, 0.001  # batches of each kind that are sent without a step, and seconds between two
 
 
 @dataclass(frozen=True)
@@ -167,31 +168,37 @@ def _together(config: Config, checkpoint: Checkpoint, steps: StepOptions) -> dic
             begun = perf_counter()
             decode.run(1, steps.steps)
             seconds = perf_counter() - begun
-            told_us = runner.words.seconds["plan"] / runner.words.calls["plan"] * 1e6
+            meetings = _meetings(times, steps.steps, seconds)
+            told = {"launched": runner.words.seconds["plan"] / runner.words.calls["plan"] * 1e6, **runner.alone()}
             stages = _stages(runner, built.runner, ranks, steps)
         finally:
             runner.close()
     finally:
         ranks.close()
-    meetings = [
+    return {
+        "ranks_ms": seconds / steps.steps * 1e3,
+        "comm": ranks.team.groups.ends[0].name,
+        "meetings": meetings,
+        "meetings_share": sum(one["share"] for one in meetings),
+        "bytes_read": ranks.bytes_read,
+        "told_us": told,
+        **stages,
+    }
+
+
+def _meetings(times: Times, steps: int, seconds: float) -> list[dict[str, Any]]:
+    """Of so many steps, the kind that takes longest first. Where there are stages rank 0 waits for some of them in a
+    thread of their own, beside its steps."""
+    return [
         {
             "what": kind,
-            "calls": times.calls[kind] / steps.steps,
+            "calls": times.calls[kind] / steps,
             "us": times.seconds[kind] / times.calls[kind] * 1e6,
             "bytes": times.bytes[kind] / times.calls[kind],
             "share": times.seconds[kind] / seconds,
         }
         for kind in sorted(times.calls, key=lambda kind: -times.seconds[kind])
     ]
-    return {
-        "ranks_ms": seconds / steps.steps * 1e3,
-        "comm": ranks.team.groups.ends[0].name,
-        "meetings": meetings,
-        "meetings_share": sum(times.seconds.values()) / seconds,
-        "bytes_read": ranks.bytes_read,
-        "told_us": told_us,
-        **stages,
-    }
 
 
 def _stages(runner: ParallelRunner, inner: Runner, ranks: RankProcesses, steps: StepOptions) -> dict[str, Any]:
@@ -225,6 +232,23 @@ class Telling(ParallelRunner):
     def __init__(self, inner: Runner, tell: Callable[[Told], None]) -> None:
         super().__init__(inner, tell)
         self.words = Times()
+        self._last: Batch | None = None
 
     def send(self, batch: Batch) -> None:
+        self._last = batch
         self.words.of("plan", 0, lambda: super(Telling, self).send(batch))
+
+    def alone(self) -> dict[str, float]:
+        """Microseconds of it while no step runs, the median: of the rows of the last step, whose tables are known, and
+        of rows that are new. Those batches are never run."""
+        last = self._last
+        assert last is not None
+        new = replace(last, tables=tuple(table[::-1] for table in last.tables))
+        found: dict[str, list[float]] = {"steady": [], "new": []}
+        for turn in range(4 * TOLD):
+            batch = new if turn % 8 > 3 else last  # what is new stays for three more
+            begun = perf_counter()
+            super().send(batch)
+            found["new" if turn % 4 == 0 else "steady"].append(perf_counter() - begun)
+            sleep(PAUSE)
+        return {name: sorted(values)[len(values) // 2] * 1e6 for name, values in found.items()}

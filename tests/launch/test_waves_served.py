@@ -126,7 +126,7 @@ def test_chunks_of_equal_time_give_the_same_tokens(sizes: dict[str, Any], tmp_pa
     finally:
         core.close()
     assert {key: value[0] for key, value in found.items()} == {key: value[0] for key, value in expected.items()}
-    assert len(before) > 20, "steps are measured"
+    assert len(before) > 4, "steps are measured"
     plans = [plan for plan in ranks.told if isinstance(plan, Plan)]
     lens = [np.frombuffer(plan.query_lens, np.int32).tolist() for plan in plans]
     assert max(max(row) for row in lens) == 16 and sum(sum(row) for row in lens) >= 803

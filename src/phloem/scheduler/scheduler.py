@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from phloem.core.batch import Pending, Runner, StepOutput
     from phloem.core.late import Late, Prepared
     from phloem.core.updates import Keeper
+    from phloem.disagg.encoders import Encoders
     from phloem.kvcache.events import Feed
     from phloem.kvcache.manager import CacheManager
     from phloem.scheduler.control import Capturer, Recorder
@@ -130,6 +131,7 @@ class Scheduler:
         self.results.speculates = settings.speculates
         self.remote: Remote | None = None  # prompts are computed for others, or by others
         self.duty: Callable[[str], dict[str, Any]] | None = None  # changes which of the two
+        self.encoders: Encoders | None = None  # other servers encode media; `prepare` waits for them
         self.controls = Controls(self)
         self.meter = Meter(clock())
         self._service = Service(self.planner, self.meter, settings.targets)
@@ -186,6 +188,7 @@ class Scheduler:
             **({} if self.lender is None else self.lender.state()),
             **({} if self.further is None or self.remote is not None else {"tiers": self.further.state()}),
             **({} if self.remote is None else {"disaggregation": self.remote.state()}),
+            **({} if self.encoders is None else {"encoders": self.encoders.state()}),
         }
 
     @property

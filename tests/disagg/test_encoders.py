@@ -56,7 +56,9 @@ class Fakes:
         return [url for url, _ in self.asked]
 
 
-def encoders_of(fakes: Fakes, *urls: str, budget: int = 1 << 20, clock: Callable[[], float] = time.monotonic) -> Encoders:
+def encoders_of(
+    fakes: Fakes, *urls: str, budget: int = 1 << 20, clock: Callable[[], float] = time.monotonic
+) -> Encoders:
     return Encoders(urls or (ONE, TWO), Wanted(FACTS, WIDTH), budget, None, fakes, clock)
 
 
@@ -265,7 +267,8 @@ def test_at_the_end_whoever_waits_is_told() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", ["ftp://host:1", "host:30000", "http://", "http://host:1/path", "http://u:p@host:1", "http://h:99999", " , "]
+    "given",
+    ["ftp://host:1", "host:30000", "http://", "http://host:1/path", "http://u:p@host:1", "http://h:99999", " , "],
 )
 def test_addresses_that_are_none_are_refused(given: str) -> None:
     with pytest.raises(ConfigError, match="encoder_urls"):

@@ -1,7 +1,7 @@
 """What a server of a language model and an encoder server say to each other, in bodies of HTTP.
 
-One item is asked for at a time: msgpack of plain data there, and back the raw bytes of its embeddings behind their shape.
-Nothing is ever unpickled. Imports no torch: the process that answers HTTP takes a size from here.
+One item is asked for at a time: msgpack of plain data there, and back the raw bytes of its embeddings behind their
+shape. Nothing is ever unpickled. Imports no torch: the process that answers HTTP takes a size from here.
 """
 
 from __future__ import annotations

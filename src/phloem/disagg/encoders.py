@@ -1,9 +1,9 @@
 """The side of a language model without towers: encoder servers are asked for what a request's pictures became.
 
-A request waits (`core.late.Late`) until the embeddings of all its items are here; from then on they stand in the place of
-the pixels, as if they had come with it. Items are asked for one by one, each from the encoder that has the fewest tokens
-to make for this server; among those that have equally many the item's content decides, so that the same picture goes to
-the encoder that knows it. Where one is lost, another is asked; where none is left, the request ends with 503.
+A request waits (`core.late.Late`) until the embeddings of all its items are here; from then on they stand in the place
+of the pixels, as if they had come with it. Items are asked for one by one, each from the encoder that has the fewest
+tokens to make for this server; among those that have equally many the item's content decides, so that the same picture
+goes to the encoder that knows it. Where one is lost, another is asked; where none is left, the request ends with 503.
 """
 
 from __future__ import annotations
@@ -124,7 +124,9 @@ class Awaited:
 def dress(submit: Submit, made: Mapping[bytes, bytes], kind: str) -> None:
     """Give a request's items their embeddings. The list is a new one: others may have the old one."""
     submit.media = [
-        msgspec.structs.replace(item, features=made[item.digest], kind=kind, pixels=b"") if item.digest in made else item
+        msgspec.structs.replace(item, features=made[item.digest], kind=kind, pixels=b"")
+        if item.digest in made
+        else item
         for item in submit.media
     ]
 

@@ -321,6 +321,39 @@ def data_uri(data: bytes) -> str:
 
 
 @pytest.mark.slow
+def test_beside_a_split_of_prompts_and_answers(sees: Path) -> None:
+    """Three kinds of servers: one has the tower, one computes prompts, one writes answers."""
+
+    async def run(url: str) -> None:
+        split = {"language_only": True, "encoder_urls": [url], "disaggregation_bootstrap_port": 0}
+        shown = [data_uri(picture) for picture in PICTURES]
+        texts = [("Say something", []), ("See <image> here", [0]), ("<image> and <image> again", [2, 1])]
+        bodies = [
+            {"text": text, "image_data": [shown[at] for at in which] or None, "sampling_params": GREEDY}
+            for text, which in texts
+        ]
+        async with door(sees) as whole:
+            expected = [(await whole.post("/generate", json=body)).json()["output_ids"] for body in bodies]
+        async with (
+            door(sees, **split, disaggregation_mode="prefill") as prefill,
+            door(sees, **split, disaggregation_mode="decode") as decode,
+        ):
+            told = (await prefill.get("/server_info")).json()
+            port = told["disaggregation"]["bootstrap_port"]
+            for room, (body, wanted) in enumerate(zip(bodies, expected, strict=True)):
+                asked = {**body, "bootstrap_host": "127.0.0.1", "bootstrap_port": port, "bootstrap_room": room}
+                both = await asyncio.gather(*(one.post("/generate", json=asked) for one in (prefill, decode)))
+                assert [one.status_code for one in both] == [200, 200], [one.text for one in both]
+                assert both[1].json()["output_ids"] == wanted
+            state = (await decode.get("/server_info")).json()["internal_states"][0]["disaggregation"]
+            assert state["rooms_fetched"] == 3 and state["rooms_failed"] == 0
+
+    with EncoderServer(sees) as encoder:
+        asyncio.run(run(encoder.url))
+        eventually(lambda: encoder.counts == (3, 3))  # both ask
+
+
+@pytest.mark.slow
 def test_two_servers_over_http_and_one_is_killed(sees: Path) -> None:
     """The answers of one server; killed in the middle, its requests end with 503; back again, all goes on."""
     common = ("--ops", "reference", "--dtype", "float32", "--threads", "1", "--max-total-tokens", "4096")

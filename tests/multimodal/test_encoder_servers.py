@@ -122,9 +122,9 @@ def same(path: Path, media: list[bytes], field: str, distinct: int, **settings: 
     usual = {**SETTINGS, **LENGTH, "model_path": str(path), "page_size": 1, "debug_invariants": True, **settings}
     with EncoderServer(path) as encoder:
         for more in ({}, {"chunked_prefill_size": 3, "max_running_requests": 2}):
-            with Engine(**usual, **more) as whole:
+            with Engine(**usual | more) as whole:
                 expected, weights = answers(whole, TEXTS, media, field), whole.ready["weight_bytes"]
-            with Engine(**usual, **more, language_only=True, encoder_urls=[encoder.url]) as engine:
+            with Engine(**usual | more, language_only=True, encoder_urls=[encoder.url]) as engine:
                 assert answers(engine, TEXTS, media, field) == expected
                 state = engine.get_server_info()["internal_states"][0]
                 assert (

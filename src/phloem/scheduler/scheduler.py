@@ -79,6 +79,8 @@ class Scheduler:
     adapters, where any are served; `keeper` changes the weights, where that can be done.
     """
 
+    encoders: Encoders | None = None  # other servers encode media; `prepare` waits for them
+
     def __init__(
         self,
         runner: Runner,
@@ -131,7 +133,6 @@ class Scheduler:
         self.results.speculates = settings.speculates
         self.remote: Remote | None = None  # prompts are computed for others, or by others
         self.duty: Callable[[str], dict[str, Any]] | None = None  # changes which of the two
-        self.encoders: Encoders | None = None  # other servers encode media; `prepare` waits for them
         self.controls = Controls(self)
         self.meter = Meter(clock())
         self._service = Service(self.planner, self.meter, settings.targets)

@@ -398,11 +398,11 @@ def test_two_servers_over_http_and_one_is_killed(sees: Path) -> None:
     common = ("--ops", "reference", "--dtype", "float32", "--threads", "1", "--max-total-tokens", "4096")
     body = {"image_data": data_uri(PICTURES[0]), "sampling_params": GREEDY, "text": "See <image> here"}
     with httpx.Client(timeout=120) as http:
-        whole = Server(sees, *common).wait_ready()
+        whole = Server(sees, *common).wait_ready(300)
         expected = http.post(f"{whole.url}/generate", json=body).json()
         whole.close()
-        encoder = Server(sees, *common, "--encoder-only").wait_ready()
-        language = Server(sees, *common, "--language-only", "--encoder-urls", encoder.url).wait_ready()
+        encoder = Server(sees, *common, "--encoder-only").wait_ready(300)
+        language = Server(sees, *common, "--language-only", "--encoder-urls", encoder.url).wait_ready(300)
         try:
             found = http.post(f"{language.url}/generate", json=body).json()
             assert found["output_ids"] == expected["output_ids"] and found["text"] == expected["text"]
@@ -412,7 +412,7 @@ def test_two_servers_over_http_and_one_is_killed(sees: Path) -> None:
             lost = http.post(f"{language.url}/generate", json=other)
             assert lost.status_code == 503 and lost.json()["error"]["retryable"] is True
             assert http.post(f"{language.url}/generate", json=body).json()["output_ids"] == expected["output_ids"]
-            encoder = Server(sees, *common, "--encoder-only", "--port", str(port)).wait_ready()
+            encoder = Server(sees, *common, "--encoder-only", "--port", str(port)).wait_ready(300)
             assert http.post(f"{language.url}/generate", json=other).status_code == 200
             state = language.state()
             assert state["running"] == state["waiting"] == 0 and state["encoders"]["media_coming"] == 0

@@ -372,7 +372,7 @@ class DisaggConfig:
         "null", "What this server does: null, both; prefill, prompts alone; decode, answers alone."
     )
     disaggregation_transfer_backend: str | None = opt(
-        None, "How pages get to decode servers: shm on one machine, tcp, nixl or mooncake; default: the first both have."
+        None, "How pages get to decode servers: shm on one machine, tcp, nixl, mooncake; default: the first both have."
     )
     disaggregation_bootstrap_port: int = opt(
         8998, "Port at which decode servers find a prefill server; 0 takes a free one."

@@ -71,6 +71,8 @@ class Engine(Administered):
             self._client, self.info, checkpoint = make_client(self.config)
             if self.info.draws:
                 raise ConfigError("this folder draws pictures: use `phloem serve` or `phloem generate`")
+            if self.info.encodes:
+                raise ConfigError("encoder_only: towers alone serve other servers: use `phloem serve`")
             several = self.config.runtime.dp_size > 1
             self._link = engine_of(self.config) if several else EngineThread(self.config, checkpoint)
             self._door = EngineDoor(self._client, self._link)

@@ -31,7 +31,7 @@ def test_flat_round_trip_and_spellings() -> None:
     config = Config.from_flat({"page-size": "32", "schedule_policy": "lpm"})
     assert config.cache.page_size == 32
     assert Config.from_flat(config.flat()) == config
-    assert len(flat_fields()) <= 156
+    assert len(flat_fields()) <= 159
 
 
 def test_bytes() -> None:

@@ -27,6 +27,7 @@ ROUTES = {
     "tokens": "/classify or /encode",
     "image": "/v1/images/generations, /v1/images/edits or /v1/videos",
     "transcribe": "/v1/audio/transcriptions or /v1/audio/translations",
+    "encode_media": "a server of language_only, which asks this one at /encode_media",
 }
 
 
@@ -62,6 +63,7 @@ class ModelInfo:
     reasoning_parser: str | None = None  # file in text/thinking
     pooling: Pooling | None = None  # of a model that does not generate
     draws: bool = False  # pictures, and nothing else
+    encodes: bool = False  # media for other servers, and nothing else
     speech: Speech | None = None  # of a model that writes down what it hears
     decisions: tuple[tuple[str, Any, str], ...] = ()  # name, value, reason: the door's own choices
     duty: Duty = field(default_factory=lambda: Duty("null"))
@@ -88,6 +90,7 @@ class ModelInfo:
             features=features,
             pooling=checkpoint.pooling,
             draws=checkpoint.pictures is not None,
+            encodes=config.disagg.encoder_only,
             replicas=config.runtime.dp_size,
         )
 
@@ -98,20 +101,26 @@ class ModelInfo:
 
     @property
     def task(self) -> str:
-        if self.draws:
-            return "image"
+        if self.draws or self.encodes:
+            return "image" if self.draws else "encode_media"
         if self.speech is not None:
             return "transcribe"
         return "generate" if self.pooling is None else self.pooling.task
 
     def check_pooled(self, pooled: bool, heard: bool = False) -> None:
         """Whether such requests are for this model. Raises BadRequest, with the routes that are."""
-        if self.draws or pooled != (self.pooling is not None) or heard != (self.speech is not None):
+        other = self.draws or self.encodes
+        if other or pooled != (self.pooling is not None) or heard != (self.speech is not None):
             raise self.wrong_task()
 
     def check_draws(self) -> None:
         """Whether pictures can be asked for. Raises BadRequest, with the routes that are for this model."""
         if not self.draws:
+            raise self.wrong_task()
+
+    def check_encodes(self) -> None:
+        """Whether embeddings of media can be asked for. Raises BadRequest, with the routes that are for this model."""
+        if not self.encodes:
             raise self.wrong_task()
 
     def wrong_task(self) -> BadRequest:
@@ -120,6 +129,8 @@ class ModelInfo:
         what = "writes down speech" if self.speech is not None else what
         if self.draws:
             what = "draws pictures, and does nothing else"
+        if self.encodes:
+            what = "is served by its towers alone (encoder_only)"
         what = f"{what}, and not this" if self.pooling is not None and self.task != "embed" else what
         return BadRequest(
             f"{self.served_model_name!r:.200} {what}: use {ROUTES[self.task]}", param="model", code="wrong_task"

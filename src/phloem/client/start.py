@@ -54,7 +54,7 @@ def make_client(config: Config) -> tuple[EngineClient, ModelInfo, Checkpoint]:
     if config.disagg.disaggregation_mode != "null":
         features |= {"disaggregation"}
     info = _without_penalties(ModelInfo.of(checkpoint, config, features), checkpoint)
-    if model.skip_tokenizer_init or info.draws:
+    if model.skip_tokenizer_init or info.draws or info.encodes:
         return EngineClient(None, None, info), info, checkpoint
     tokenizer = load_tokenizer(checkpoint)
     hears = audio_of(checkpoint.model_type)

@@ -370,17 +370,20 @@ class ImagesConfig:
 
 @dataclass(frozen=True)
 class DisaggConfig:
-    """Prompts computed by one server, answers by another (`docs/disaggregation.md`)."""
+    """Prompts computed by one server, answers by another, media by a third (`docs/disaggregation.md`)."""
 
     disaggregation_mode: Disaggregation = opt(
         "null", "What this server does: null, both; prefill, prompts alone; decode, answers alone."
     )
     disaggregation_transfer_backend: str | None = opt(
-        None, "How pages get to decode servers: shm on one machine, or tcp; default: the first that both have."
+        None, "How pages get to decode servers: shm on one machine, tcp, nixl, mooncake; default: the first both have."
     )
     disaggregation_bootstrap_port: int = opt(
         8998, "Port at which decode servers find a prefill server; 0 takes a free one."
     )
+    encoder_only: bool = opt(False, "Load the model's towers alone, and encode media for servers of language_only.")
+    language_only: bool = opt(False, "Load no towers: the servers of encoder_urls encode media.")
+    encoder_urls: list[str] | None = opt(None, "Encoder servers, separated by commas: http://10.0.0.2:30000.")
 
 
 @dataclass(frozen=True)

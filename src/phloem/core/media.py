@@ -40,6 +40,10 @@ class Media(msgspec.Struct, omit_defaults=True, kw_only=True):
     # Its spans lie among those of another, by time, and the places of both begin together: `MINGLED`, or `FOLDED`,
     # where the two tokens in front share a place, and so do the two behind. `grids` is then one, of all spans.
     mingled: int = 0
+    # What an encoder server has made of it: little-endian values of this type, as many for each token. `pixels` is
+    # then empty.
+    features: bytes = b""
+    kind: str = ""
 
     @property
     def count(self) -> int:

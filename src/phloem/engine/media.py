@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from phloem.models import Tower
 
 
+_WORDS = {2: np.dtype("<i2"), 4: np.dtype("<i4")}  # by bytes of a value: numpy does not know all types
+
+
 class EncoderCache:
     """What the tower made of pictures, by digest; the least recently used go first beyond `budget` bytes.
 
@@ -212,10 +215,21 @@ class Desk:
         (index_n,) = self._up([index])
         return Pictures(index_n, values[0] if len(values) == 1 else torch.cat(values), self.tower.hidden_size, spans)
 
+    def _given(self, item: Media) -> Tensor:
+        """What an encoder server has made of it [tokens, N, or a multiple of it]."""
+        kind: torch.dtype = getattr(torch, item.kind)
+        words = np.frombuffer(item.features, dtype=_WORDS[kind.itemsize])
+        (values,) = self._up([words.copy()])  # torch wants memory that may be written
+        return values.view(kind).view(item.count, -1)
+
     def _features(self, wanted: dict[bytes, Media]) -> dict[bytes, Tensor]:
         found = {digest: kept for digest in wanted if (kept := self.cache.get(digest)) is not None}
         self.found += len(found)
-        fresh = [item for digest, item in wanted.items() if digest not in found]
+        fresh = [item for digest, item in wanted.items() if digest not in found and not item.features]
+        for digest, item in wanted.items():
+            if digest not in found and item.features:
+                found[digest] = self._given(item)
+                self.cache.put(digest, found[digest])
         if fresh:
             made = self.tower.encode(fresh, self._pack)
             for item, features in zip(fresh, made, strict=True):

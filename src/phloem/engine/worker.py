@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from phloem import attention, models, platforms, quant
+from phloem import attention, platforms, quant
 from phloem.adapters import served
 from phloem.attention import AttentionBackend, AttentionNeed
 from phloem.attention._packed import refusal
@@ -36,6 +36,7 @@ from phloem.engine.dtypes import (
     latents,
     tower_of,
 )
+from phloem.engine.encoding import load_seeing
 from phloem.engine.media import Desk
 from phloem.engine.parallel import Executor, Leading, LeadingModel, Pages, ranks_here, ranks_of, shared
 from phloem.engine.pooled import PooledRunner
@@ -49,7 +50,7 @@ from phloem.kernels.ops import Ops
 from phloem.kvcache.pool import KVPool
 from phloem.layers.context import BuildContext
 from phloem.models._common import Decoder
-from phloem.models._foreign_tower import ForeignTower, load_tower
+from phloem.models._foreign_tower import ForeignTower
 from phloem.models._pooled import load_pooled
 from phloem.models._transformers import load_foreign
 from phloem.platforms import cpu
@@ -520,10 +521,7 @@ def _loaded(
             trust = config.model.trust_remote_code
             model = load_foreign(checkpoint, ctx, _progress(checkpoint.name), trust=trust)
         else:
-            model = models.load_model(checkpoint, ctx, _progress(checkpoint.name))
-            if checkpoint.seen is not None and isinstance(model, Decoder):
-                model.tower = load_tower(checkpoint, checkpoint.seen, ctx, model.hidden_size)
-                decisions.append(Decision("tower", "transformers", f"no file models/{checkpoint.seen.model_type}.py"))
+            model = load_seeing(config, checkpoint, ctx, _progress(checkpoint.name), decisions)
     finally:
         if stager is not None:
             stager.close()

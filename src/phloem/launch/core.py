@@ -33,6 +33,8 @@ from phloem.kvcache.parted import PartedCache
 from phloem.kvcache.publisher import ZmqPublisher, read_config
 from phloem.launch.disagg import check as check_disagg
 from phloem.launch.disagg import disaggregated
+from phloem.launch.encoders import EncoderCore, encoders_of, seeing
+from phloem.launch.encoders import check as check_encoders
 from phloem.launch.nodes import dismiss
 from phloem.launch.pictures import PictureCore, refuse_ranks
 from phloem.launch.ranks import RankProcesses
@@ -124,6 +126,7 @@ class EngineCore:
         settings = _settings(config, checkpoint, built, speculates)
         self._grammars = _grammars(config, checkpoint)
         prepare = _hearing(checkpoint, _no_grammar if self._grammars is None else self._grammars.prepare)
+        self._encoders = encoders_of(config, checkpoint, built)
         self._sends = send
         self._desk, self._keeper = _desk(config, built, report), _keeper(config, checkpoint, built)
         self.scheduler = Scheduler(
@@ -131,11 +134,11 @@ class EngineCore:
             settings,
             cache,
             self._send,
-            prepare=prepare,
+            prepare=seeing(self._encoders, prepare),
             lender=self._desk,
             keeper=self._keeper,
         )
-        self.scheduler.recorder = built.recorder
+        self.scheduler.recorder, self.scheduler.encoders = built.recorder, self._encoders
         self.scheduler.capturer = _capturer(config, built, checkpoint)
         self._publisher = _publisher(config, cache, self.scheduler)
         self._tiers = tiers_of(config, checkpoint, built, self.scheduler)
@@ -186,6 +189,8 @@ class EngineCore:
         self._closing.set()
         if self._disagg is not None:
             self._disagg.close()
+        if self._encoders is not None:
+            self._encoders.close()
         self._watchdog.close()
         if self._desk is not None:
             self._desk.close()
@@ -384,12 +389,14 @@ def serve(
     try:
         check_tiers(config)
         check_disagg(config)
+        check_encoders(config, checkpoint)
         sizes = config.runtime.ep_size, config.runtime.attn_dp_size, config.nodes.nnodes
         if checkpoint.pictures is not None:
             refuse_ranks(config)
         elif max(parallel.ranks_of(config), *sizes) > 1 or config.nodes.node_rank:
             _refuse(config, checkpoint)
-        kind = EngineCore if checkpoint.pictures is None else PictureCore
+        usual = EngineCore if checkpoint.pictures is None else PictureCore
+        kind = EncoderCore if config.disagg.encoder_only else usual
         core = kind(config, checkpoint, send)
         try:
             send(Ready(info=core.info))

@@ -91,6 +91,7 @@ class Tower(Protocol):
     turns: bool  # tokens have places in time, height and width
     whole: bool  # the tokens of a picture see each other both ways, and are computed in one step
     hidden_size: int  # of the model
+    parts: int  # of an embedding, each as wide as the model
 
     def encode(self, items: Sequence[Media], pack: Pack, /) -> list[Tensor]:
         """[tokens, hidden_size] of each picture, or a multiple of it: see `ForwardBatch.deep`."""
@@ -187,7 +188,10 @@ def build_model(model_type: str, config: dict[str, Any], ctx: BuildContext, max_
 
 
 def load_model(
-    checkpoint: Checkpoint, ctx: BuildContext, progress: Callable[[str, float], None] | None = None
+    checkpoint: Checkpoint,
+    ctx: BuildContext,
+    progress: Callable[[str, float], None] | None = None,
+    cut: Callable[[Loadable], None] | None = None,
 ) -> Model:
     """Build a checkpoint's model and read its weights.
 
@@ -196,6 +200,7 @@ def load_model(
         ctx: the op table, the type of the weights, the device, and how quantised weights are read (None: as the
             checkpoint says).
         progress: called with ("weights", share read so far), from the calling thread.
+        cut: called with the model before its weights are read: what it leaves out is not.
 
     Raises:
         ModelLoadError: naming the file and the tensors that are missing or have another shape.
@@ -207,5 +212,7 @@ def load_model(
     if ctx.quant is None:
         ctx = replace(ctx, quant=method_for(None, checkpoint.stored))
     model = build_model(checkpoint.model_type, checkpoint.config, replace(ctx, name=""), checkpoint.context_length)
+    if cut is not None:
+        cut(model)
     model.load(checkpoint, progress)
     return model

@@ -344,15 +344,19 @@ class WeightIndex:
         """Biases take the type of the activations, which the table's `embedding` decides."""
         biases = [weight for weight in self.weights if weight.role == "bias"]
         if biases:
-            ids = torch.zeros(1, dtype=torch.int64, device=self.ctx.device)
-            known = self.slots.get(self.embedding)
-            # A later stage has no embedding: any matrix is read in the same type.
-            table = known[0][0] if known else next(w for w in self.weights if w.role == "matrix" and not w.experts)
-            dtype = self.ctx.ops.embedding(ids, table.value, 1.0).dtype
+            dtype = self.activations()
             for weight in biases:
                 if weight.in_own_type:
                     continue
                 weight.value = weight.value.to(dtype)
+
+    def activations(self) -> torch.dtype:
+        """The type in which layers compute, once weights are there: the table's `embedding` decides it."""
+        ids = torch.zeros(1, dtype=torch.int64, device=self.ctx.device)
+        known = self.slots.get(self.embedding)
+        # A later stage has no embedding, nor has a tower: any matrix is read in the same type.
+        table = known[0][0] if known else next(w for w in self.weights if w.role == "matrix" and not w.experts)
+        return self.ctx.ops.embedding(ids, table.value, 1.0).dtype
 
     def rename(self, weight: Weight, like: Weight) -> None:
         """This slot is of other tensors from now on, those of `like`. What it holds is the caller's matter."""

@@ -111,6 +111,7 @@ class VisionTower(Layer):
 
     turns = False
     whole = False  # the tokens of a picture see each other both ways
+    parts = 1  # of an embedding, each as wide as the model
 
     def __init__(self, ctx: BuildContext, token: int, hidden_size: int) -> None:
         self.ops, self.device = ctx.ops, ctx.device

@@ -137,6 +137,7 @@ class OmniTower(VisionTower):
     def __init__(self, ctx: BuildContext, config: dict[str, Any]) -> None:
         super().__init__(ctx, config["image_token_id"], config["hidden_size"])
         self.visual = deep_tower(config, ctx, _NAMES)
+        self.parts = self.visual.parts
         self.audio_token = int(config["audio_token_id"])
         own = replace(ctx.child("audio_tower"), mesh=Mesh())
         self.ears = PiecedEars(own, config.get("audio_config") or {}, config["hidden_size"])

@@ -84,6 +84,7 @@ class DeepTower(QwenTower):
         super().__init__(ctx, token, sizes)
         own, unit = ctx.child("visual"), sizes.merge**2
         self.deep, self.side = tuple(deep), round(places**0.5)
+        self.parts = 1 + len(self.deep)
         self.table = vector(own, "pos_embed.weight", places, sizes.kind.hidden_size)
         size = unit, sizes.out_size, names
         self.merger = Merger(own.child("merger"), sizes.kind, *size, behind=False)

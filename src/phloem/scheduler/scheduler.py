@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from phloem.core.batch import Pending, Runner, StepOutput
     from phloem.core.late import Late, Prepared
     from phloem.core.updates import Keeper
+    from phloem.disagg.encoders import Encoders
     from phloem.kvcache.events import Feed
     from phloem.kvcache.manager import CacheManager
     from phloem.scheduler.control import Capturer, Recorder
@@ -78,6 +79,8 @@ class Scheduler:
     `PhloemError` that it raises answers the request. `wait_for` adds to the former at any time. `lender` has the
     adapters, where any are served; `keeper` changes the weights, where that can be done.
     """
+
+    encoders: Encoders | None = None  # other servers encode media; `prepare` waits for them
 
     def __init__(
         self,
@@ -188,6 +191,7 @@ class Scheduler:
             **({} if self.lender is None else self.lender.state()),
             **({} if self.further is None or self.remote is not None else {"tiers": self.further.state()}),
             **({} if self.remote is None else {"disaggregation": self.remote.state()}),
+            **({} if self.encoders is None else {"encoders": self.encoders.state()}),
         }
 
     @property

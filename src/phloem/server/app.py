@@ -14,6 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from phloem.client.info import ModelInfo, version
 from phloem.core.errors import PhloemError
 from phloem.core.ranges import parse_bytes
+from phloem.disagg.embeddings import MOST_ASKED, PATH
 from phloem.server import openapi
 from phloem.server.bodies import BodyGate, BodyLimits
 from phloem.server.callers import Callers
@@ -90,9 +91,10 @@ def create_app(
     server = config.server
     limits = BodyLimits(server.max_body_bytes, server.max_bodies_bytes, server.body_timeout)
     large = max(server.max_update_bytes, server.max_body_bytes)
-    app.add_middleware(
-        BodyGate, limits=limits, wide=BodyLimits(large, large, server.body_timeout), wide_paths=WIDE_PATHS
-    )
+    wide, wide_paths = BodyLimits(large, large, server.body_timeout), WIDE_PATHS
+    if info.encodes:
+        wide, wide_paths = BodyLimits(MOST_ASKED, 4 * MOST_ASKED, server.body_timeout), frozenset({PATH})
+    app.add_middleware(BodyGate, limits=limits, wide=wide, wide_paths=wide_paths)
     app.add_middleware(
         ApiKey, keys=Keys(server.api_key or None, server.admin_api_key or None, server.allow_remote_updates)
     )

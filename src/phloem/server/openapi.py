@@ -18,10 +18,12 @@ _ERRORS = {
     400: "The request can never succeed as it was sent; `param` names the field.",
     401: "The API key is missing or wrong.",
     404: "No such model.",
+    409: "The two servers do not have the same model; the message says what differs.",
     413: "The body is over the server's limit.",
     416: "The file has no such range.",
     500: "An error of ours; the message carries the request id.",
     503: "Overloaded, draining, or the engine is not available: try again after `Retry-After` seconds.",
+    507: "There is not enough memory for it.",
 }
 ALWAYS = (401, 500)
 NEEDS_ENGINE = (503,)

@@ -238,7 +238,7 @@ class _Supervisor:
         _log.info("ready after %.2f s", time.perf_counter() - self._began)
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         say(f"Serving {self._info.served_model_name} at {address}")
-        if self._config.server.greet and self._info.pooling is None and not self._info.draws:
+        if self._config.server.greet and self._info.task == "generate":
             self._greeting = asyncio.create_task(
                 greet(address, self._info.served_model_name, self._config.server.api_key)
             )

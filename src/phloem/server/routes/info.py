@@ -53,6 +53,9 @@ async def health_generate(request: Request) -> Response:
         async with asyncio.timeout(PROBE_SECONDS):
             await painted(request, door.client.draw([probe]))
         return json_response(Status(status="ok"))
+    if door.info.encodes:
+        await door.client.control("state", PROBE_SECONDS)
+        return json_response(Status(status="ok"))
     bos = door.client.tokenizer.bos_id if door.client.tokenizer is not None else None
     pooled = door.info.pooling is not None
     params = SamplingParams(max_new_tokens=0 if pooled else 1, temperature=0.0)
@@ -84,7 +87,7 @@ async def model_info(request: Request) -> Response:
             "model_path": info.model_path,
             "served_model_name": info.served_model_name,
             "tokenizer_path": info.tokenizer_path,
-            "is_generation": info.pooling is None and not info.draws,
+            "is_generation": info.pooling is None and not info.draws and not info.encodes,
             "pictures": (door_of(request).client.connection.ready or {}).get("pictures"),
             "task": info.task,
             "preferred_sampling_params": None,
@@ -125,7 +128,7 @@ async def server_info(request: Request) -> Response:
         "internal_states": await _states(door),
     }
     # What slime compares of an engine that it has not started.
-    answer |= {"encoder_only": False, "enable_memory_saver": True, "base_gpu_id": 0, "gpu_id_step": 1}
+    answer |= {"enable_memory_saver": True, "base_gpu_id": 0, "gpu_id_step": 1}
     answer["node_rank"] = answer["node_rank"] or 0
     if answer["max_running_requests"] is None:
         answer["max_running_requests"] = engine.get("max_running_requests")

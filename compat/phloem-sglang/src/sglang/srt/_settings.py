@@ -148,8 +148,9 @@ _ENGINE: tuple[_ROW, ...] = (
     ("hicache_storage_prefetch_policy", "timeout", "=hicache_storage_prefetch_policy"),
     ("hicache_storage_backend_extra_config", None, "=hicache_storage_backend_extra_config"),
     ("limit_mm_data_per_request", None, "=limit_mm_data_per_request"),
-    ("encoder_only", False, "!encoders do not stand alone"),
-    ("language_only", False, "!encoders do not stand alone"),
+    ("encoder_only", False, "!encoder servers are processes of their own: `phloem serve --encoder-only`"),
+    ("language_only", False, "=language_only"),
+    ("encoder_urls", (), "=encoder_urls"),
 )
 _PARALLEL: tuple[_ROW, ...] = (
     ("tp_size", 1, "=tp_size"),

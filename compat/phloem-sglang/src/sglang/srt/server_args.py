@@ -25,7 +25,7 @@ _ALSO = {
     "ep_size": ("--expert-parallel-size", "--ep"),
     "dist_init_addr": ("--nccl-init-addr",),
 }
-_LISTS = ("lora_paths", "lora_target_modules", "cuda_graph_bs", "warmups")
+_LISTS = ("lora_paths", "encoder_urls", "lora_target_modules", "cuda_graph_bs", "warmups")
 _WHOLE = (
     "context_length", "max_running_requests", "max_total_tokens", "chunked_prefill_size", "page_size", "random_seed",
     "nccl_port", "max_queued_requests", "max_lora_rank", "max_loaded_loras", "speculative_num_steps",

@@ -166,119 +166,7 @@ PHL_INLINE typename V::F accumulate(typename V::F total, typename V::I sum, type
   return total;
 }
 
-// What one of several passes over a block fetches meanwhile: `ahead` bytes on, of every header and chunk the lines from
-// `first` on, `step` bytes apart. A single pass fetches the block itself, a little ahead.
-struct Fetch {
-  int64_t ahead;
-  int first, step;
-};
-
-// Group G of chunk `c` of a unit times R rows, an operand after the other.
-template <class L, int G, int R>
-PHL_INLINE void group_of_chunk(Part::F (&total)[R][Vec::parts], const uint8_t* unit, const uint8_t* p, const uint8_t* lower,
-                               int c, const Activation* act, int64_t act_step) {
-  constexpr int CG = L::chunk_groups, per_group = 8 / CG;
-  each_count<0, Vec::parts>([&](auto nth_part) __attribute__((always_inline)) {
-    constexpr int part = decltype(nth_part)::value, at = part * kLanes;
-    Part::Sum<L::bits, L::wide> sum[R];
-    for (int r = 0; r < R; ++r) {
-      sum[r].total = start_sum<L::zero_log, L::wide, CG == 2, Part>(act[r * act_step + c], G);
-    }
-    each_count<0, per_group>([&](auto nth) __attribute__((always_inline)) {
-      constexpr int n = decltype(nth)::value, j = G * per_group + n;
-      const auto w = Part::ready<L::wide>(operand<L, j, Part>(p + part * kPartBytes, lower + part * kPartBytes));
-      for (int r = 0; r < R; ++r) sum[r].add(n, w, Part::spread4(act[r * act_step + c].q, j));
-    });
-    const Part::F d = scale_of<L, Part>(unit, c * CG + G, at);
-    Part::F m = d;
-    if constexpr (L::min) m = minimum_of<L, Part>(unit, c * CG + G, at);
-    for (int r = 0; r < R; ++r) {
-      Part::F& own = total[r][part];
-      own = accumulate<L::min, CG == 2, Part>(own, sum[r].all(per_group), d, m, act[r * act_step + c], G);
-    }
-  });
-}
-
-// Chunk `c` of a unit times R rows, all of its operands in registers.
-template <class L, int R>
-PHL_INLINE void whole_chunk(F (&total)[R][1], const uint8_t* unit, const uint8_t* p, const uint8_t* lower, int c,
-                            const Activation* act, int64_t act_step) {
-  constexpr int CG = L::chunk_groups, per_group = 8 / CG;
-  U op[8];
-  unpack<L>(p, lower, op);
-#pragma GCC unroll 2  // else the operands go to the stack
-  for (int g = 0; g < CG; ++g) {
-    const F d = scale_of<L>(unit, c * CG + g);
-    F m = d;
-    if constexpr (L::min) m = minimum_of<L>(unit, c * CG + g);
-    for (int r = 0; r < R; ++r) {
-      const Activation& a = act[r * act_step + c];
-      I sum = start_sum<L::zero_log, L::wide, CG == 2>(a, g);
-      for (int j = g * per_group; j < (g + 1) * per_group; ++j) {
-        sum = Vec::dot<L::wide>(sum, op[j], Vec::spread4(a.q, j));
-      }
-      total[r][0] = accumulate<L::min, CG == 2>(total[r][0], sum, d, m, a, g);
-    }
-  }
-}
-
-// One block of 16 features times R rows, unpacking in registers. out[r * out_step + lane].
-template <class L, int R, bool Single>
-PHL_APART void small_block(const uint8_t* w, const uint8_t* lower, int64_t units, const Activation* act, int64_t act_step, float* out,
-                 int64_t out_step, const Fetch& fetch) {
-  const int64_t ahead = Single ? kPrefetch : fetch.ahead;
-  const int first = Single ? 0 : fetch.first, step = Single ? 64 : fetch.step;
-  Part::F total[R][Vec::parts];
-  for (int r = 0; r < R; ++r) {
-    for (int part = 0; part < Vec::parts; ++part) total[r][part] = Part::zero();
-  }
-  for (int64_t u = 0; u < units; ++u, w += L::unit_bytes, act += L::chunks) {
-    for (int at = first; at < L::header; at += step) prefetch<!Single>(w + ahead + at);
-    for (int c = 0; c < L::chunks; ++c) {
-      const uint8_t* p = w + L::header + c * L::chunk_bytes;
-      for (int at = first; at < L::chunk_bytes; at += step) prefetch<!Single>(p + ahead + at);
-      if constexpr (L::split) {
-        const int64_t further = ahead / L::unit_bytes * L::lower_bytes;
-        for (int at = first; at < L::chunk_bytes; at += step) prefetch<!Single>(lower + further + at);
-      }
-      if constexpr (Vec::holds_chunk) {
-        whole_chunk<L>(total, w, p, lower, c, act, act_step);
-      } else {
-        each_count<0, L::chunk_groups>([&](auto g) __attribute__((always_inline)) {
-          group_of_chunk<L, decltype(g)::value>(total, w, p, lower, c, act, act_step);
-        });
-      }
-      lower += L::split ? L::chunk_bytes : 0;
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int part = 0; part < Vec::parts; ++part) Part::storef(out + r * out_step + part * kLanes, total[r][part]);
-  }
-}
-
-// What the tile kernel reads, per chunk: eight operands, then float scales and minima.
-template <class L>
-constexpr int kTileChunk = 512 + 64 * L::chunk_groups * (L::min ? 2 : 1);
-
-template <class L>
-PHL_APART void unpack_block(const uint8_t* w, const uint8_t* lower, int64_t units, uint8_t* tile) {
-  constexpr int CG = L::chunk_groups;
-  for (int64_t u = 0; u < units; ++u, w += L::unit_bytes) {
-    for (int c = 0; c < L::chunks; ++c, tile += kTileChunk<L>) {
-      U op[8];
-      unpack<L>(w + L::header + c * L::chunk_bytes, lower, op);
-      lower += L::split ? L::chunk_bytes : 0;
-      for (int j = 0; j < 8; ++j) Vec::store(tile + 64 * j, Vec::keep<L::wide>(op[j]));
-      for (int g = 0; g < CG; ++g) {
-        auto* scales = reinterpret_cast<float*>(tile + 512) + 16 * g * (L::min ? 2 : 1);
-        Vec::storef(scales, scale_of<L>(w, c * CG + g));
-        if constexpr (L::min) Vec::storef(scales + 16, minimum_of<L>(w, c * CG + g));
-      }
-    }
-  }
-}
-
-// The float sums of a tile of rows and parts of blocks, in registers or, where those are few, in memory, which each chunk
+// The float sums of some rows and parts of blocks, in registers or, where those are few, in memory, which each chunk
 // visits once.
 template <int R, int B, bool Memory>
 struct Totals {
@@ -309,6 +197,113 @@ struct Totals<R, B, true> {
   PHL_INLINE void set(int r, int b, Part::F x) { Part::storef(out + r * step + kLanes * b, x); }
   PHL_INLINE void store(float*, int64_t) const {}
 };
+
+// What one of several passes over a block fetches meanwhile: `ahead` bytes on, of every header and chunk the lines from
+// `first` on, `step` bytes apart. A single pass fetches the block itself, a little ahead.
+struct Fetch {
+  int64_t ahead;
+  int first, step;
+};
+
+// Group G of chunk `c` of a unit times R rows, an operand after the other.
+template <class L, int G, int R, bool Memory>
+PHL_INLINE void group_of_chunk(Totals<R, Vec::parts, Memory>& total, const uint8_t* unit, const uint8_t* p,
+                               const uint8_t* lower, int c, const Activation* act, int64_t act_step) {
+  constexpr int CG = L::chunk_groups, per_group = 8 / CG;
+  each_count<0, Vec::parts>([&](auto nth_part) __attribute__((always_inline)) {
+    constexpr int part = decltype(nth_part)::value, at = part * kLanes;
+    Part::Sum<L::bits, L::wide> sum[R];
+    for (int r = 0; r < R; ++r) {
+      sum[r].total = start_sum<L::zero_log, L::wide, CG == 2, Part>(act[r * act_step + c], G);
+    }
+    each_count<0, per_group>([&](auto nth) __attribute__((always_inline)) {
+      constexpr int n = decltype(nth)::value, j = G * per_group + n;
+      const auto w = Part::ready<L::wide>(operand<L, j, Part>(p + part * kPartBytes, lower + part * kPartBytes));
+      for (int r = 0; r < R; ++r) sum[r].add(n, w, Part::spread4(act[r * act_step + c].q, j));
+    });
+    const Part::F d = scale_of<L, Part>(unit, c * CG + G, at);
+    Part::F m = d;
+    if constexpr (L::min) m = minimum_of<L, Part>(unit, c * CG + G, at);
+    for (int r = 0; r < R; ++r) {
+      const Part::I all = sum[r].all(per_group);
+      total.set(r, part, accumulate<L::min, CG == 2, Part>(total.get(r, part), all, d, m, act[r * act_step + c], G));
+    }
+  });
+}
+
+// Chunk `c` of a unit times R rows, all of its operands in registers.
+template <class L, int R>
+PHL_INLINE void whole_chunk(Totals<R, 1, false>& total, const uint8_t* unit, const uint8_t* p, const uint8_t* lower, int c,
+                            const Activation* act, int64_t act_step) {
+  constexpr int CG = L::chunk_groups, per_group = 8 / CG;
+  U op[8];
+  unpack<L>(p, lower, op);
+#pragma GCC unroll 2  // else the operands go to the stack
+  for (int g = 0; g < CG; ++g) {
+    const F d = scale_of<L>(unit, c * CG + g);
+    F m = d;
+    if constexpr (L::min) m = minimum_of<L>(unit, c * CG + g);
+    for (int r = 0; r < R; ++r) {
+      const Activation& a = act[r * act_step + c];
+      I sum = start_sum<L::zero_log, L::wide, CG == 2>(a, g);
+      for (int j = g * per_group; j < (g + 1) * per_group; ++j) {
+        sum = Vec::dot<L::wide>(sum, op[j], Vec::spread4(a.q, j));
+      }
+      total.set(r, 0, accumulate<L::min, CG == 2>(total.get(r, 0), sum, d, m, a, g));
+    }
+  }
+}
+
+// One block of 16 features times R rows, unpacking in registers. out[r * out_step + lane].
+template <class L, int R, bool Single>
+PHL_APART void small_block(const uint8_t* w, const uint8_t* lower, int64_t units, const Activation* act, int64_t act_step, float* out,
+                 int64_t out_step, const Fetch& fetch) {
+  const int64_t ahead = Single ? kPrefetch : fetch.ahead;
+  const int first = Single ? 0 : fetch.first, step = Single ? 64 : fetch.step;
+  Totals<R, Vec::parts, (R > Vec::held_rows && L::chunk_groups == 1)> total(out, out_step);
+  for (int64_t u = 0; u < units; ++u, w += L::unit_bytes, act += L::chunks) {
+    for (int at = first; at < L::header; at += step) prefetch<!Single>(w + ahead + at);
+    for (int c = 0; c < L::chunks; ++c) {
+      const uint8_t* p = w + L::header + c * L::chunk_bytes;
+      for (int at = first; at < L::chunk_bytes; at += step) prefetch<!Single>(p + ahead + at);
+      if constexpr (L::split) {
+        const int64_t further = ahead / L::unit_bytes * L::lower_bytes;
+        for (int at = first; at < L::chunk_bytes; at += step) prefetch<!Single>(lower + further + at);
+      }
+      if constexpr (Vec::holds_chunk) {
+        whole_chunk<L>(total, w, p, lower, c, act, act_step);
+      } else {
+        each_count<0, L::chunk_groups>([&](auto g) __attribute__((always_inline)) {
+          group_of_chunk<L, decltype(g)::value>(total, w, p, lower, c, act, act_step);
+        });
+      }
+      lower += L::split ? L::chunk_bytes : 0;
+    }
+  }
+  total.store(out, out_step);
+}
+
+// What the tile kernel reads, per chunk: eight operands, then float scales and minima.
+template <class L>
+constexpr int kTileChunk = 512 + 64 * L::chunk_groups * (L::min ? 2 : 1);
+
+template <class L>
+PHL_APART void unpack_block(const uint8_t* w, const uint8_t* lower, int64_t units, uint8_t* tile) {
+  constexpr int CG = L::chunk_groups;
+  for (int64_t u = 0; u < units; ++u, w += L::unit_bytes) {
+    for (int c = 0; c < L::chunks; ++c, tile += kTileChunk<L>) {
+      U op[8];
+      unpack<L>(w + L::header + c * L::chunk_bytes, lower, op);
+      lower += L::split ? L::chunk_bytes : 0;
+      for (int j = 0; j < 8; ++j) Vec::store(tile + 64 * j, Vec::keep<L::wide>(op[j]));
+      for (int g = 0; g < CG; ++g) {
+        auto* scales = reinterpret_cast<float*>(tile + 512) + 16 * g * (L::min ? 2 : 1);
+        Vec::storef(scales, scale_of<L>(w, c * CG + g));
+        if constexpr (L::min) Vec::storef(scales + 16, minimum_of<L>(w, c * CG + g));
+      }
+    }
+  }
+}
 
 // Lines of the next cache that a kernel for many rows asks for in a chunk.
 constexpr int64_t kFetches = 3;
@@ -350,8 +345,8 @@ PHL_APART void tile_kernel(const uint8_t* tile, int64_t tile_step, int64_t chunk
       for (int b = 0; b < B; ++b) {
         const auto* scales =
             reinterpret_cast<const float*>(tile + b * tile_step + 512) + 16 * g * (L::min ? 2 : 1);
-        each_count<0, parts>([&](auto nth) __attribute__((always_inline)) {
-          constexpr int part = decltype(nth)::value;
+#pragma GCC unroll 2
+        for (int part = 0; part < parts; ++part) {
           const Part::F d = Part::loadf(scales + part * kLanes);
           Part::F m = d;
           if constexpr (L::min) m = Part::loadf(scales + 16 + part * kLanes);
@@ -360,7 +355,7 @@ PHL_APART void tile_kernel(const uint8_t* tile, int64_t tile_step, int64_t chunk
             const Part::I all = sum[r][at].all(per_group);
             total.set(r, at, accumulate<L::min, CG == 2, Part>(total.get(r, at), all, d, m, act[r * act_step], g));
           }
-        });
+        }
       }
     }
   }

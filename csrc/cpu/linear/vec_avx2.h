@@ -26,7 +26,7 @@ struct Avx2 {
   static constexpr int parts = 1;
   static constexpr int tile_rows = 6, wide_rows = 4, tile_blocks = 1;
   static constexpr int dense_rows = 6, dense_blocks = 1;
-  static constexpr int small_rows = 4;
+  static constexpr int small_rows = 4, held_rows = 4;
   static constexpr int dense_steps = 1;  // that a dense kernel takes at a time
   static constexpr bool holds_chunk = false;  // a chunk's operands are made one at a time: registers hold few
   static constexpr bool signed_wide = true;  // eight-bit operands are multiplied as signed, their zero taken off

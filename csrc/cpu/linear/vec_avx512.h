@@ -27,7 +27,7 @@ struct Vec {
   static constexpr int parts = 1;
   static constexpr int tile_rows = 4, wide_rows = 4, tile_blocks = 2;  // integer tile: 8 int32 and 8 float accumulators
   static constexpr int dense_rows = 10, dense_blocks = 2;  // float tile: 20 accumulators; from 11 rows on gcc spills
-  static constexpr int small_rows = 8;                     // rows whose weights stay in registers
+  static constexpr int small_rows = 8, held_rows = 8;      // rows whose weights stay in registers
   static constexpr int dense_steps = 1;  // that a dense kernel takes at a time
   static constexpr bool signed_wide = false;
   static constexpr bool holds_chunk = true;  // registers hold the eight operands of a chunk

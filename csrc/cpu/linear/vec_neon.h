@@ -31,7 +31,7 @@ struct Neon {
   static constexpr int tile_rows = PHL_I8MM ? 4 : 6, wide_rows = tile_rows, tile_blocks = 1;
   static constexpr int dense_rows = PHL_I8MM ? 6 : 4, dense_blocks = 1;  // pairs of bfloat16 as two floats take more
   static constexpr int dense_steps = 4;  // as many of a row's inputs as a load gives
-  static constexpr int small_rows = 3;  // whose sums, float and integer, leave room for a part of a chunk
+  static constexpr int small_rows = 4, held_rows = 3;  // of three rows the float sums stay in registers
   static constexpr bool holds_chunk = false;        // a chunk's operands are all the registers
   static constexpr bool signed_wide = !PHL_I8MM;  // products are of signed bytes alone
 

@@ -25,7 +25,7 @@ struct Vec {
   static constexpr int parts = 1;
   static constexpr int tile_rows = 2, wide_rows = 2, tile_blocks = 1;
   static constexpr int dense_rows = 2, dense_blocks = 1;
-  static constexpr int small_rows = 1;
+  static constexpr int small_rows = 1, held_rows = 1;
   static constexpr int dense_steps = 1;  // that a dense kernel takes at a time
   static constexpr bool signed_wide = false;
   static constexpr bool holds_chunk = true;

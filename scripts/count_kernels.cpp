@@ -46,7 +46,7 @@ void attention(int level, int64_t tokens, int64_t rows, int64_t calls) {
   const int64_t page = kv_heads * page_size * width, splits = (tokens + 255) / 256 < 16 ? (tokens + 255) / 256 : 16;
   const vector<float> q = floats(rows * heads * size), keys = floats(cached * kv_heads * size),
                       values = floats(cached * kv_heads * size);
-  vector<int32_t> slots, table, start{0}, lengths(size_t(rows), int32_t(tokens));
+  vector<int32_t> slots, table, start{0}, lengths(static_cast<size_t>(rows), int32_t(tokens));
   for (int64_t i = 0; i < cached; ++i) slots.push_back(int32_t(i));
   for (int64_t i = 0; i < rows * pages; ++i) table.push_back(int32_t(i));
   for (int64_t i = 0; i < rows; ++i) start.push_back(int32_t(i + 1));

@@ -161,6 +161,9 @@ PHL_INLINE typename V::I start_sum(const Activation& a, int g) {
 template <bool Min, bool Halves, class V = Vec>
 PHL_INLINE typename V::F accumulate(typename V::F total, typename V::I sum, typename V::F d, typename V::F m,
                                     const Activation& a, int g) {
+#if PHL_NEON
+  if constexpr (!Halves) return V::template accumulate<Min>(total, sum, d, m, &a.scale);
+#endif
   total = V::fma(V::tofloat(sum), V::mul(d, V::set(a.scale)), total);
   if constexpr (Min) total = V::fma(m, V::set(Halves ? a.half_scaled_sum[g] : a.scaled_sum), total);
   return total;

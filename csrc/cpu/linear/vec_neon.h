@@ -139,11 +139,22 @@ struct Neon {
     return quarters<F>([&](int) __attribute__((always_inline)) { return vdupq_n_f32(v); });
   }
   PHL_INLINE static F zero() { return set(0.0f); }
+  // total + sum * d * scale + m * scaled_sum. Both numbers of the activation by one load.
+  template <bool Min>
+  PHL_INLINE static F accumulate(F total, I sum, F d, F m, const float* numbers) {
+    const float32x4_t x = vld1q_f32(numbers);  // the scale, and the third is the scaled sum
+    for (int i = 0; i < N; ++i) {
+      total.q[i] = vfmaq_f32(total.q[i], vcvtq_f32_s32(sum.q[i]), vmulq_laneq_f32(d.q[i], x, 0));
+      if constexpr (Min) total.q[i] = vfmaq_laneq_f32(total.q[i], m.q[i], x, 2);
+    }
+    return total;
+  }
   PHL_INLINE static F loadf(const float* p) {
     return quarters<F>([&](int i) __attribute__((always_inline)) { return vld1q_f32(p + 4 * i); });
   }
-  PHL_INLINE static void storef(float* p, F x) {
-    for (int i = 0; i < N; ++i) vst1q_f32(p + 4 * i, x.q[i]);
+  PHL_INLINE static void store_two(float* p, float32x4_t x, float32x4_t y) { vst1q_f32(p, x), vst1q_f32(p + 4, y); }
+  PHL_INLINE static void storef(float* p, const F& x) {
+    for (int i = 0; i < N; i += 2) store_two(p + 4 * i, x.q[i], x.q[i + 1]);  // beside each other, so that they are one
   }
   PHL_INLINE static F half(const void* p) {
     const auto* h = static_cast<const uint16_t*>(p);

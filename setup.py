@@ -45,7 +45,7 @@ LEVELS = {
 AMX = ["-mamx-tile", "-mamx-int8", "-mamx-bf16"]
 NEON = ["-march=armv8.2-a+dotprod+fp16", "-fno-schedule-insns"]  # gcc would load early, and keep on the stack
 LEVELS["neon"] = ["-DPHL_LEVEL=0", "-DPHL_NEON=1", *NEON]
-I8MM = [f"{NEON[0]}+i8mm", *NEON[1:]]
+I8MM = [f"{NEON[0]}+i8mm+bf16", *NEON[1:]]
 LEVELS["i8mm"] = ["-DPHL_LEVEL=0", "-DPHL_NEON=1", "-DPHL_I8MM=1", *I8MM]
 OF_MACHINE = {name: ("avx2", "avxvnni", "avx512", "amx") for name in ("x86_64", "amd64")}
 OF_MACHINE.update({name: ("neon", "i8mm") for name in ("aarch64", "arm64")})

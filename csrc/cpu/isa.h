@@ -1,7 +1,7 @@
 // The instruction set that a unit is compiled for. setup.py defines PHL_LEVEL for each object: how wide its vectors are; and
 // for those that have more, PHL_VNNI (AVX-VNNI's dot products beside AVX2), PHL_AMX (tiles beside AVX-512), PHL_NEON (Arm
 // processors with dot products of bytes, whose vectors are as wide as the portable ones) and PHL_I8MM (matrix products of
-// bytes as well). A unit's rank is its place among the levels of its kind of processor (op.h).
+// bytes and dot products of bfloat16 as well). A unit's rank is its place among the levels of its kind of processor (op.h).
 #pragma once
 #ifndef PHL_LEVEL
 #define PHL_LEVEL 0

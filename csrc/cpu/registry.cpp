@@ -96,15 +96,22 @@ bool has_dot_products() {
 #endif
 
 #if defined(__aarch64__)
-// Matrix products of bytes: Neoverse V1 and N2, Cortex-A510 and A710, Apple M2, and their successors.
-bool has_byte_matrices() {
-#if defined(__linux__)
-  constexpr unsigned long kByteMatrices = 1ul << 13;  // HWCAP2_I8MM
-  return (getauxval(AT_HWCAP2) & kByteMatrices) != 0;
-#elif defined(__APPLE__)
+#if defined(__APPLE__)
+bool apple_has(const char* feature) {
   int found = 0;
   size_t size = sizeof(found);
-  return sysctlbyname("hw.optional.arm.FEAT_I8MM", &found, &size, nullptr, 0) == 0 && found != 0;
+  return sysctlbyname(feature, &found, &size, nullptr, 0) == 0 && found != 0;
+}
+#endif
+
+// Matrix products of bytes and dot products of bfloat16, which have come together: Neoverse V1 and N2, Cortex-A510 and A710,
+// Apple M2, and their successors. A processor that has one of them alone runs the level below.
+bool has_byte_matrices() {
+#if defined(__linux__)
+  constexpr unsigned long kByteMatrices = 1ul << 13, kBfloat16 = 1ul << 14;  // HWCAP2_I8MM, HWCAP2_BF16
+  return (getauxval(AT_HWCAP2) & (kByteMatrices | kBfloat16)) == (kByteMatrices | kBfloat16);
+#elif defined(__APPLE__)
+  return apple_has("hw.optional.arm.FEAT_I8MM") && apple_has("hw.optional.arm.FEAT_BF16");
 #else
   return false;
 #endif

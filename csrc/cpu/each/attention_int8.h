@@ -2,8 +2,8 @@
 // its pages, in groups of 16 (int8_page.h); while it is computed the next one is asked for, so that memory is busy all
 // the time. With AVX-512 all products are of bytes (vpdpbusd): a query row has one scale, and so have a row's weights in
 // a tile, whose largest is 255. With AVX2 they are of words (vpmaddwd), which take no more instructions than signed bytes
-// would: queries have 14 bits and weights 15. With NEON they are of bytes, in two rounds (attention_dots.h). Elsewhere
-// queries, weights and products are float32.
+// would: queries have 14 bits and weights 15. With NEON they are of bytes, two for each query and weight
+// (attention_dots.h). Elsewhere queries, weights and products are float32.
 #pragma once
 #include "../int8_page.h"
 #include "attention_args.h"
@@ -274,8 +274,8 @@ PHL_INLINE vf power(vf x) {
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
 }
 
-PHL_INLINE void store_weights(Weight* to, vf weights) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32((__m512)weights)));
+PHL_INLINE void store_weights(Weight* row, int64_t token, vf weights) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(row + token), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32((__m512)weights)));
 }
 
 // results[r] = results[r] * factor[r] + unit[r] * the tile's weighted values, of its first `quads` times four tokens.
@@ -361,7 +361,7 @@ using Weight = float;
 
 PHL_INLINE vf power(vf x) { return exp2<6>(x); }
 
-PHL_INLINE void store_weights(Weight* to, vf weights) { store(to, weights); }
+PHL_INLINE void store_weights(Weight* row, int64_t token, vf weights) { store(row + token, weights); }
 
 template <int R, int C>
 PHL_INLINE void add_columns(const AttentionArgs& a, const Int8Job& job, Int8Span& span, int64_t first, int64_t quads,
@@ -465,7 +465,7 @@ PHL_INLINE void tile(const AttentionArgs& a, const Int8Job& job, Int8Span& span,
     for (int64_t t = 0; t < C * kGroup; t += W) {
       const vf p = power(alone(load(scores[r] + t) * scale[r]) - base[r]);
       total += p;
-      store_weights(weights[r] + t, p * load(span.weights + t));
+      store_weights(weights[r], t, p * load(span.weights + t));
     }
     float* const sums = job.sums + (first + r) * W;
     store(sums, shrunk_sum(load(sums), shrink[r], total, share[r]));

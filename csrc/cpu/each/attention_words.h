@@ -93,9 +93,9 @@ PHL_INLINE void dots(const AttentionArgs& a, const Int8Job& job, Int8Span& span,
 
 using Weight = int16_t;
 
-PHL_INLINE void store_weights(Weight* to, vf weights) {
+PHL_INLINE void store_weights(Weight* row, int64_t token, vf weights) {
   const __m128i words = even_and_odd(_mm256_cvtps_epi32((__m256)weights));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), words);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(row + token), words);
 }
 
 // As below, W columns V times.

@@ -127,7 +127,7 @@ PHL_APART void byte_kernel(const uint8_t* tile, int64_t tile_step, int64_t chunk
         U w[B];
         for (int b = 0; b < B; ++b) w[b] = Vec::load(tile + b * tile_step + 64 * j);
         for (int r = 0; r < R; ++r) {
-          const Vec::A a = Vec::spread4(act[r * act_step + j / 8].q + j % 8 * 4);
+          const Vec::A a = Vec::spread4(act[r * act_step + j / 8].q, j % 8);
           for (int b = 0; b < B; ++b) sum[r][b] = Vec::dot<true>(sum[r][b], w[b], a);
         }
       }

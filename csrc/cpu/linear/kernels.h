@@ -26,6 +26,9 @@ namespace {
 using U = Vec::U;
 using I = Vec::I;
 using F = Vec::F;
+// What the inner loops do at a time of an operand and of a block's features: all of it, unless registers are too few.
+using Part = Vec::Part;
+constexpr int kPartBytes = 64 / Vec::parts, kLanes = kBlock / Vec::parts;
 
 constexpr int kPrefetch = 4096;  // bytes ahead of the weight stream
 
@@ -42,8 +45,8 @@ PHL_INLINE void unpack(const uint8_t* p, [[maybe_unused]] const uint8_t* lower, 
   if constexpr (L::split) {
     for (int t = 0; t < 4; ++t) {
       const U x = Vec::load(p + 64 * t), y = Vec::load(lower + 64 * t);
-      w[t] = Vec::either(Vec::pick<0, 4>(x, 240), Vec::pick<0, 0>(y, 15));
-      w[t + 4] = Vec::either(Vec::pick<0, 0>(x, 240), Vec::pick<4, 0>(y, 15));
+      w[t] = Vec::insert<0, 0>(Vec::pick<0, 4>(x, 240), y, 15);
+      w[t + 4] = Vec::insert<4, 0>(Vec::pick<0, 0>(x, 240), y, 15);
     }
   } else if constexpr (L::bits == 8) {
     for (int j = 0; j < 8; ++j) w[j] = Vec::load(p + 64 * j);
@@ -68,45 +71,46 @@ PHL_INLINE void unpack(const uint8_t* p, [[maybe_unused]] const uint8_t* lower, 
   if constexpr (L::bits == 5 || L::bits == 3) {
     constexpr int to = L::bits - 1, mask = 1 << to;
     const U x = Vec::load(p + (L::bits - 1) * 64);
-    w[0] = Vec::either(w[0], Vec::pick<0, to>(x, mask));
-    w[1] = Vec::either(w[1], Vec::pick<1, to>(x, mask));
-    w[2] = Vec::either(w[2], Vec::pick<2, to>(x, mask));
-    w[3] = Vec::either(w[3], Vec::pick<3, to>(x, mask));
-    w[4] = Vec::either(w[4], Vec::pick<4, to>(x, mask));
-    w[5] = Vec::either(w[5], Vec::pick<5, to>(x, mask));
-    w[6] = Vec::either(w[6], Vec::pick<6, to>(x, mask));
-    w[7] = Vec::either(w[7], Vec::pick<7, to>(x, mask));
+    w[0] = Vec::insert<0, to>(w[0], x, mask);
+    w[1] = Vec::insert<1, to>(w[1], x, mask);
+    w[2] = Vec::insert<2, to>(w[2], x, mask);
+    w[3] = Vec::insert<3, to>(w[3], x, mask);
+    w[4] = Vec::insert<4, to>(w[4], x, mask);
+    w[5] = Vec::insert<5, to>(w[5], x, mask);
+    w[6] = Vec::insert<6, to>(w[6], x, mask);
+    w[7] = Vec::insert<7, to>(w[7], x, mask);
   }
   if constexpr (L::bits == 6) {
     for (int t = 0; t < 2; ++t) {
       const U x = Vec::load(p + 256 + 64 * t);
-      w[4 * t] = Vec::either(w[4 * t], Vec::pick<0, 4>(x, 48));
-      w[4 * t + 1] = Vec::either(w[4 * t + 1], Vec::pick<2, 4>(x, 48));
-      w[4 * t + 2] = Vec::either(w[4 * t + 2], Vec::pick<4, 4>(x, 48));
-      w[4 * t + 3] = Vec::either(w[4 * t + 3], Vec::pick<6, 4>(x, 48));
+      w[4 * t] = Vec::insert<0, 4>(w[4 * t], x, 48);
+      w[4 * t + 1] = Vec::insert<2, 4>(w[4 * t + 1], x, 48);
+      w[4 * t + 2] = Vec::insert<4, 4>(w[4 * t + 2], x, 48);
+      w[4 * t + 3] = Vec::insert<6, 4>(w[4 * t + 3], x, 48);
     }
   }
 }
 
-// Operand `j` alone: the planes are read again for each, but few registers are taken.
-template <class L, int J>
-PHL_INLINE U operand(const uint8_t* p, [[maybe_unused]] const uint8_t* lower) {
+// Operand `J` alone, or the part of it that `p` and `lower` begin with: the planes are read again for each, but few
+// registers are taken.
+template <class L, int J, class V = Vec>
+PHL_INLINE typename V::U operand(const uint8_t* p, [[maybe_unused]] const uint8_t* lower) {
   if constexpr (L::split) {
-    const U x = Vec::load(p + J % 4 * 64), y = Vec::load(lower + J % 4 * 64);
-    if constexpr (J < 4) return Vec::either(Vec::pick<0, 4>(x, 240), Vec::pick<0, 0>(y, 15));
-    else return Vec::either(Vec::pick<0, 0>(x, 240), Vec::pick<4, 0>(y, 15));
+    const auto x = V::load(p + J % 4 * 64), y = V::load(lower + J % 4 * 64);
+    if constexpr (J < 4) return V::template insert<0, 0>(V::template pick<0, 4>(x, 240), y, 15);
+    else return V::template insert<4, 0>(V::template pick<0, 0>(x, 240), y, 15);
   } else if constexpr (L::bits == 8) {
-    return Vec::load(p + J * 64);
+    return V::load(p + J * 64);
   } else {
-    U w;
-    if constexpr (L::bits >= 4) w = Vec::pick<J / 4 * 4, 0>(Vec::load(p + J % 4 * 64), 15);
-    else w = Vec::pick<J % 4 * 2, 0>(Vec::load(p + J / 4 * 64), 3);
-    if constexpr (L::table) w = Vec::lookup(w, kTable4);
+    typename V::U w;
+    if constexpr (L::bits >= 4) w = V::template pick<J / 4 * 4, 0>(V::load(p + J % 4 * 64), 15);
+    else w = V::template pick<J % 4 * 2, 0>(V::load(p + J / 4 * 64), 3);
+    if constexpr (L::table) w = V::lookup(w, kTable4);
     if constexpr (L::bits == 5 || L::bits == 3) {
       constexpr int to = L::bits - 1;
-      w = Vec::either(w, Vec::pick<J, to>(Vec::load(p + to * 64), 1 << to));
+      w = V::template insert<J, to>(w, V::load(p + to * 64), 1 << to);
     }
-    if constexpr (L::bits == 6) w = Vec::either(w, Vec::pick<J % 4 * 2, 4>(Vec::load(p + 256 + J / 4 * 64), 48));
+    if constexpr (L::bits == 6) w = V::template insert<J % 4 * 2, 4>(w, V::load(p + 256 + J / 4 * 64), 48);
     return w;
   }
 }
@@ -125,41 +129,77 @@ PHL_INLINE void each_count(G&& f) {
   }
 }
 
-// Scale (and minimum) of group g of a unit, for 16 features.
-template <class L>
-PHL_INLINE F scale_of(const uint8_t* unit, int g) {
+// Scale (and minimum) of group g of a unit, for the features from `at` on.
+template <class L, class V = Vec>
+PHL_INLINE typename V::F scale_of(const uint8_t* unit, int g, int at = 0) {
   if constexpr (L::super) {
-    return Vec::mul(Vec::half(unit), Vec::bytes(unit + L::factor_bytes + g * L::scale_step));
+    return V::mul(V::half(unit + 2 * at), V::bytes(unit + L::factor_bytes + g * L::scale_step + at));
   } else {
-    return Vec::half(unit + g * L::scale_step);
+    return V::half(unit + g * L::scale_step + 2 * at);
   }
 }
-template <class L>
-PHL_INLINE F minimum_of(const uint8_t* unit, int g) {
+template <class L, class V = Vec>
+PHL_INLINE typename V::F minimum_of(const uint8_t* unit, int g, int at = 0) {
   if constexpr (L::super) {
-    return Vec::mul(Vec::half(unit + 32), Vec::bytes(unit + L::minimum_offset + g * L::scale_step));
+    return V::mul(V::half(unit + 32 + 2 * at), V::bytes(unit + L::minimum_offset + g * L::scale_step + at));
   } else {
-    return Vec::half(unit + g * L::scale_step + L::minimum_offset);
+    return V::half(unit + g * L::scale_step + L::minimum_offset + 2 * at);
   }
 }
 
 // ---- integer kernels -----------------------------------------------------------------------------------------------
 
-template <int ZeroLog, bool Wide, bool Halves>
-PHL_INLINE I start_sum(const Activation& a, int g) {
-  if constexpr (ZeroLog < 0 || (Wide && Vec::signed_wide)) {
-    return Vec::zero_i();
+template <int ZeroLog, bool Wide, bool Halves, class V = Vec>
+PHL_INLINE typename V::I start_sum(const Activation& a, int g) {
+  if constexpr (ZeroLog < 0 || (Wide && V::signed_wide)) {
+    return V::zero_i();
   } else {
-    return Vec::minus_shifted<ZeroLog>(Halves ? a.half_sum[g] : a.sum);
+    return V::template minus_shifted<ZeroLog>(Halves ? a.half_sum[g] : a.sum);
   }
 }
 
-template <bool Min, bool Halves>
-PHL_INLINE F accumulate(F total, I sum, F d, F m, const Activation& a, int g) {
-  total = Vec::fma(Vec::tofloat(sum), Vec::mul(d, Vec::set(a.scale)), total);
-  if constexpr (Min) total = Vec::fma(m, Vec::set(Halves ? a.half_scaled_sum[g] : a.scaled_sum), total);
+template <bool Min, bool Halves, class V = Vec>
+PHL_INLINE typename V::F accumulate(typename V::F total, typename V::I sum, typename V::F d, typename V::F m,
+                                    const Activation& a, int g) {
+#if PHL_NEON
+  if constexpr (!Halves) return V::template accumulate<Min>(total, sum, d, m, &a.scale);
+#endif
+  total = V::fma(V::tofloat(sum), V::mul(d, V::set(a.scale)), total);
+  if constexpr (Min) total = V::fma(m, V::set(Halves ? a.half_scaled_sum[g] : a.scaled_sum), total);
   return total;
 }
+
+// The float sums of some rows and parts of blocks, in registers or, where those are few, in memory, which each chunk
+// visits once.
+template <int R, int B, bool Memory>
+struct Totals {
+  Part::F sum[R][B];
+  PHL_INLINE Totals(float*, int64_t) {
+    for (int r = 0; r < R; ++r) {
+      for (int b = 0; b < B; ++b) sum[r][b] = Part::zero();
+    }
+  }
+  PHL_INLINE Part::F get(int r, int b) const { return sum[r][b]; }
+  PHL_INLINE void set(int r, int b, Part::F x) { sum[r][b] = x; }
+  PHL_INLINE void store(float* out, int64_t step) const {
+    for (int r = 0; r < R; ++r) {
+      for (int b = 0; b < B; ++b) Part::storef(out + r * step + kLanes * b, sum[r][b]);
+    }
+  }
+};
+template <int R, int B>
+struct Totals<R, B, true> {
+  float* out;
+  int64_t step;
+  PHL_INLINE Totals(float* out, int64_t step) : out(out), step(step) {
+    for (int r = 0; r < R; ++r) {
+      for (int b = 0; b < B; ++b) set(r, b, Part::zero());
+    }
+  }
+  PHL_INLINE Part::F get(int r, int b) const { return Part::loadf(out + r * step + kLanes * b); }
+  PHL_INLINE void set(int r, int b, Part::F x) { Part::storef(out + r * step + kLanes * b, x); }
+  PHL_INLINE void store(float*, int64_t) const {}
+};
 
 // What one of several passes over a block fetches meanwhile: `ahead` bytes on, of every header and chunk the lines from
 // `first` on, `step` bytes apart. A single pass fetches the block itself, a little ahead.
@@ -169,22 +209,51 @@ struct Fetch {
 };
 
 // Group G of chunk `c` of a unit times R rows, an operand after the other.
-template <class L, int G, int R>
-PHL_INLINE void group_of_chunk(F (&total)[R], const uint8_t* unit, const uint8_t* p, const uint8_t* lower, int c,
-                               const Activation* act, int64_t act_step) {
+template <class L, int G, int R, bool Memory>
+PHL_INLINE void group_of_chunk(Totals<R, Vec::parts, Memory>& total, const uint8_t* unit, const uint8_t* p,
+                               const uint8_t* lower, int c, const Activation* act, int64_t act_step) {
   constexpr int CG = L::chunk_groups, per_group = 8 / CG;
-  typename Vec::Sum<L::bits, L::wide> sum[R];
-  for (int r = 0; r < R; ++r) sum[r].total = start_sum<L::zero_log, L::wide, CG == 2>(act[r * act_step + c], G);
-  each_count<0, per_group>([&](auto nth) __attribute__((always_inline)) {
-    constexpr int n = decltype(nth)::value, j = G * per_group + n;
-    const auto w = Vec::ready<L::wide>(operand<L, j>(p, lower));
-    for (int r = 0; r < R; ++r) sum[r].add(n, w, Vec::spread4(act[r * act_step + c].q + 4 * j));
+  each_count<0, Vec::parts>([&](auto nth_part) __attribute__((always_inline)) {
+    constexpr int part = decltype(nth_part)::value, at = part * kLanes;
+    Part::Sum<L::bits, L::wide> sum[R];
+    for (int r = 0; r < R; ++r) {
+      sum[r].total = start_sum<L::zero_log, L::wide, CG == 2, Part>(act[r * act_step + c], G);
+    }
+    each_count<0, per_group>([&](auto nth) __attribute__((always_inline)) {
+      constexpr int n = decltype(nth)::value, j = G * per_group + n;
+      const auto w = Part::ready<L::wide>(operand<L, j, Part>(p + part * kPartBytes, lower + part * kPartBytes));
+      for (int r = 0; r < R; ++r) sum[r].add(n, w, Part::spread4(act[r * act_step + c].q, j));
+    });
+    const Part::F d = scale_of<L, Part>(unit, c * CG + G, at);
+    Part::F m = d;
+    if constexpr (L::min) m = minimum_of<L, Part>(unit, c * CG + G, at);
+    for (int r = 0; r < R; ++r) {
+      const Part::I all = sum[r].all(per_group);
+      total.set(r, part, accumulate<L::min, CG == 2, Part>(total.get(r, part), all, d, m, act[r * act_step + c], G));
+    }
   });
-  const F d = scale_of<L>(unit, c * CG + G);
-  F m = d;
-  if constexpr (L::min) m = minimum_of<L>(unit, c * CG + G);
-  for (int r = 0; r < R; ++r) {
-    total[r] = accumulate<L::min, CG == 2>(total[r], sum[r].all(per_group), d, m, act[r * act_step + c], G);
+}
+
+// Chunk `c` of a unit times R rows, all of its operands in registers.
+template <class L, int R>
+PHL_INLINE void whole_chunk(Totals<R, 1, false>& total, const uint8_t* unit, const uint8_t* p, const uint8_t* lower, int c,
+                            const Activation* act, int64_t act_step) {
+  constexpr int CG = L::chunk_groups, per_group = 8 / CG;
+  U op[8];
+  unpack<L>(p, lower, op);
+#pragma GCC unroll 2  // else the operands go to the stack
+  for (int g = 0; g < CG; ++g) {
+    const F d = scale_of<L>(unit, c * CG + g);
+    F m = d;
+    if constexpr (L::min) m = minimum_of<L>(unit, c * CG + g);
+    for (int r = 0; r < R; ++r) {
+      const Activation& a = act[r * act_step + c];
+      I sum = start_sum<L::zero_log, L::wide, CG == 2>(a, g);
+      for (int j = g * per_group; j < (g + 1) * per_group; ++j) {
+        sum = Vec::dot<L::wide>(sum, op[j], Vec::spread4(a.q, j));
+      }
+      total.set(r, 0, accumulate<L::min, CG == 2>(total.get(r, 0), sum, d, m, a, g));
+    }
   }
 }
 
@@ -192,11 +261,9 @@ PHL_INLINE void group_of_chunk(F (&total)[R], const uint8_t* unit, const uint8_t
 template <class L, int R, bool Single>
 PHL_APART void small_block(const uint8_t* w, const uint8_t* lower, int64_t units, const Activation* act, int64_t act_step, float* out,
                  int64_t out_step, const Fetch& fetch) {
-  constexpr int CG = L::chunk_groups, per_group = 8 / CG;
   const int64_t ahead = Single ? kPrefetch : fetch.ahead;
   const int first = Single ? 0 : fetch.first, step = Single ? 64 : fetch.step;
-  F total[R];
-  for (int r = 0; r < R; ++r) total[r] = Vec::zero();
+  Totals<R, Vec::parts, (R > Vec::held_rows && L::chunk_groups == 1)> total(out, out_step);
   for (int64_t u = 0; u < units; ++u, w += L::unit_bytes, act += L::chunks) {
     for (int at = first; at < L::header; at += step) prefetch<!Single>(w + ahead + at);
     for (int c = 0; c < L::chunks; ++c) {
@@ -206,33 +273,17 @@ PHL_APART void small_block(const uint8_t* w, const uint8_t* lower, int64_t units
         const int64_t further = ahead / L::unit_bytes * L::lower_bytes;
         for (int at = first; at < L::chunk_bytes; at += step) prefetch<!Single>(lower + further + at);
       }
-      if constexpr (!Vec::holds_chunk) {
-        each_count<0, CG>([&](auto g) __attribute__((always_inline)) {
+      if constexpr (Vec::holds_chunk) {
+        whole_chunk<L>(total, w, p, lower, c, act, act_step);
+      } else {
+        each_count<0, L::chunk_groups>([&](auto g) __attribute__((always_inline)) {
           group_of_chunk<L, decltype(g)::value>(total, w, p, lower, c, act, act_step);
         });
-        lower += L::split ? L::chunk_bytes : 0;
-        continue;
       }
-      U op[8];
-      unpack<L>(p, lower, op);
       lower += L::split ? L::chunk_bytes : 0;
-#pragma GCC unroll 2  // else the operands go to the stack
-      for (int g = 0; g < CG; ++g) {
-        const F d = scale_of<L>(w, c * CG + g);
-        F m = d;
-        if constexpr (L::min) m = minimum_of<L>(w, c * CG + g);
-        for (int r = 0; r < R; ++r) {
-          const Activation& a = act[r * act_step + c];
-          I sum = start_sum<L::zero_log, L::wide, CG == 2>(a, g);
-          for (int j = g * per_group; j < (g + 1) * per_group; ++j) {
-            sum = Vec::dot<L::wide>(sum, op[j], Vec::spread4(a.q + 4 * j));
-          }
-          total[r] = accumulate<L::min, CG == 2>(total[r], sum, d, m, a, g);
-        }
-      }
     }
   }
-  for (int r = 0; r < R; ++r) Vec::storef(out + r * out_step, total[r]);
+  total.store(out, out_step);
 }
 
 // What the tile kernel reads, per chunk: eight operands, then float scales and minima.
@@ -247,7 +298,7 @@ PHL_APART void unpack_block(const uint8_t* w, const uint8_t* lower, int64_t unit
       U op[8];
       unpack<L>(w + L::header + c * L::chunk_bytes, lower, op);
       lower += L::split ? L::chunk_bytes : 0;
-      for (int j = 0; j < 8; ++j) Vec::store(tile + 64 * j, op[j]);
+      for (int j = 0; j < 8; ++j) Vec::store(tile + 64 * j, Vec::keep<L::wide>(op[j]));
       for (int g = 0; g < CG; ++g) {
         auto* scales = reinterpret_cast<float*>(tile + 512) + 16 * g * (L::min ? 2 : 1);
         Vec::storef(scales, scale_of<L>(w, c * CG + g));
@@ -257,38 +308,6 @@ PHL_APART void unpack_block(const uint8_t* w, const uint8_t* lower, int64_t unit
   }
 }
 
-// The float sums of a tile of rows and blocks, in registers or, where those are few, in memory, which each chunk visits
-// once.
-template <int R, int B, bool Memory>
-struct Totals {
-  F sum[R][B];
-  PHL_INLINE Totals(float*, int64_t) {
-    for (int r = 0; r < R; ++r) {
-      for (int b = 0; b < B; ++b) sum[r][b] = Vec::zero();
-    }
-  }
-  PHL_INLINE F get(int r, int b) const { return sum[r][b]; }
-  PHL_INLINE void set(int r, int b, F x) { sum[r][b] = x; }
-  PHL_INLINE void store(float* out, int64_t step) const {
-    for (int r = 0; r < R; ++r) {
-      for (int b = 0; b < B; ++b) Vec::storef(out + r * step + 16 * b, sum[r][b]);
-    }
-  }
-};
-template <int R, int B>
-struct Totals<R, B, true> {
-  float* out;
-  int64_t step;
-  PHL_INLINE Totals(float* out, int64_t step) : out(out), step(step) {
-    for (int r = 0; r < R; ++r) {
-      for (int b = 0; b < B; ++b) set(r, b, Vec::zero());
-    }
-  }
-  PHL_INLINE F get(int r, int b) const { return Vec::loadf(out + r * step + 16 * b); }
-  PHL_INLINE void set(int r, int b, F x) { Vec::storef(out + r * step + 16 * b, x); }
-  PHL_INLINE void store(float*, int64_t) const {}
-};
-
 // Lines of the next cache that a kernel for many rows asks for in a chunk.
 constexpr int64_t kFetches = 3;
 
@@ -297,8 +316,8 @@ constexpr int64_t kFetches = 3;
 template <class L, int R, int B, bool Fetch>
 PHL_APART void tile_kernel(const uint8_t* tile, int64_t tile_step, int64_t chunks, const Activation* act,
                            int64_t act_step, float* out, int64_t out_step, [[maybe_unused]] Lines lines) {
-  constexpr int CG = L::chunk_groups, per_group = 8 / CG;
-  Totals<R, B, !Vec::holds_chunk> total(out, out_step);
+  constexpr int CG = L::chunk_groups, per_group = 8 / CG, parts = Vec::parts;
+  Totals<R, B * parts, !Vec::holds_chunk> total(out, out_step);
   for (int64_t c = 0; c < chunks; ++c, tile += kTileChunk<L>, ++act) {
     if (Fetch && lines.at < lines.end) {
       for (int64_t i = 0; i < kFetches; ++i) {
@@ -307,30 +326,38 @@ PHL_APART void tile_kernel(const uint8_t* tile, int64_t tile_step, int64_t chunk
       lines.at += 64 * kFetches;
     }
     for (int g = 0; g < CG; ++g) {
-      typename Vec::Sum<L::bits, L::wide> sum[R][B];
+      Part::Sum<L::bits, L::wide> sum[R][B * parts];
       for (int r = 0; r < R; ++r) {
-        const I start = start_sum<L::zero_log, L::wide, CG == 2>(act[r * act_step], g);
-        for (int b = 0; b < B; ++b) sum[r][b].total = start;
+        const Part::I start = start_sum<L::zero_log, L::wide, CG == 2, Part>(act[r * act_step], g);
+        for (int b = 0; b < B * parts; ++b) sum[r][b].total = start;
       }
 #pragma GCC unroll 8
       for (int n = 0; n < per_group; ++n) {
         const int j = g * per_group + n;
-        U w[B];
-        for (int b = 0; b < B; ++b) w[b] = Vec::load(tile + b * tile_step + 64 * j);
-        for (int b = 0; b < B; ++b) {
-          const auto ready = Vec::ready<L::wide>(w[b]);
-          for (int r = 0; r < R; ++r) sum[r][b].add(n, ready, Vec::spread4(act[r * act_step].q + 4 * j));
+        for (int part = 0; part < parts; ++part) {
+          Part::U w[B];
+          for (int b = 0; b < B; ++b) w[b] = Part::load(tile + b * tile_step + 64 * j + kPartBytes * part);
+          for (int b = 0; b < B; ++b) {
+            const auto ready = Part::kept<L::wide>(w[b]);
+            for (int r = 0; r < R; ++r) {
+              sum[r][b * parts + part].add(n, ready, Part::spread4(act[r * act_step].q, j));
+            }
+          }
         }
       }
       for (int b = 0; b < B; ++b) {
         const auto* scales =
             reinterpret_cast<const float*>(tile + b * tile_step + 512) + 16 * g * (L::min ? 2 : 1);
-        const F d = Vec::loadf(scales);
-        F m = d;
-        if constexpr (L::min) m = Vec::loadf(scales + 16);
-        for (int r = 0; r < R; ++r) {
-          const I all = sum[r][b].all(per_group);
-          total.set(r, b, accumulate<L::min, CG == 2>(total.get(r, b), all, d, m, act[r * act_step], g));
+#pragma GCC unroll 2
+        for (int part = 0; part < parts; ++part) {
+          const Part::F d = Part::loadf(scales + part * kLanes);
+          Part::F m = d;
+          if constexpr (L::min) m = Part::loadf(scales + 16 + part * kLanes);
+          for (int r = 0; r < R; ++r) {
+            const int at = b * parts + part;
+            const Part::I all = sum[r][at].all(per_group);
+            total.set(r, at, accumulate<L::min, CG == 2, Part>(total.get(r, at), all, d, m, act[r * act_step], g));
+          }
         }
       }
     }
@@ -359,42 +386,54 @@ struct AsPacked {
 
 // ---- dense kernels -------------------------------------------------------------------------------------------------
 
+// `madd`: a step's products of a part of 16 features and input `u` (a pair of them) from `x` on.
 struct DenseBF16 {
   using X = uint16_t;  // activations
   static constexpr int step = 2, bytes = 64;
-  PHL_INLINE static F madd(F sum, const uint8_t* w, const X* x) {
-    return Vec::dot_pair(sum, Vec::load(w), Vec::pair(x));
+  PHL_INLINE static Part::F madd(Part::F sum, const uint8_t* w, const X* x, int u) {
+    return Part::dot_pair(sum, Part::load(w), Part::pair(x, u));
   }
 };
 struct DenseF16 {
   using X = float;
   static constexpr int step = 1, bytes = 32;
-  PHL_INLINE static F madd(F sum, const uint8_t* w, const X* x) { return Vec::fma(Vec::half(w), Vec::set(*x), sum); }
+  PHL_INLINE static Part::F madd(Part::F sum, const uint8_t* w, const X* x, int u) {
+    return Part::fma_input(Part::half(w), x, u, sum);
+  }
 };
 struct DenseF32 {
   using X = float;
   static constexpr int step = 1, bytes = 64;
-  PHL_INLINE static F madd(F sum, const uint8_t* w, const X* x) {
-    return Vec::fma(Vec::loadf(reinterpret_cast<const float*>(w)), Vec::set(*x), sum);
+  PHL_INLINE static Part::F madd(Part::F sum, const uint8_t* w, const X* x, int u) {
+    return Part::fma_input(Part::loadf(reinterpret_cast<const float*>(w)), x, u, sum);
   }
 };
 
-// B blocks `block_bytes` apart times R rows of `steps` steps each.
+// B blocks `block_bytes` apart times R rows of `steps` steps each; inputs are padded to 64, so that steps come in fours.
 template <class D, int R, int B>
 PHL_APART void dense_kernel(const uint8_t* w, int64_t block_bytes, int64_t steps, const typename D::X* x, int64_t x_step,
                   float* out, int64_t out_step) {
-  F total[R][B];
+  constexpr int parts = Vec::parts, S = Vec::dense_steps;
+  Part::F total[R][B * parts];
   for (int r = 0; r < R; ++r) {
-    for (int b = 0; b < B; ++b) total[r][b] = Vec::zero();
+    for (int b = 0; b < B * parts; ++b) total[r][b] = Part::zero();
   }
-  for (int64_t k = 0; k < steps; ++k, w += D::bytes, x += D::step) {
-    for (int b = 0; b < B; ++b) {
-      if (R <= 2) prefetch(w + b * block_bytes + kPrefetch);
-      for (int r = 0; r < R; ++r) total[r][b] = D::madd(total[r][b], w + b * block_bytes, x + r * x_step);
-    }
+  for (int64_t k = 0; k < steps; k += S, w += S * D::bytes, x += S * D::step) {
+    each_count<0, S>([&](auto nth) __attribute__((always_inline)) {
+      constexpr int u = decltype(nth)::value;
+      for (int b = 0; b < B; ++b) {
+        if (R <= 2 && u * D::bytes % 64 == 0) prefetch(w + b * block_bytes + u * D::bytes + kPrefetch);
+        for (int part = 0; part < parts; ++part) {
+          const uint8_t* own = w + b * block_bytes + u * D::bytes + part * (D::bytes / parts);
+          for (int r = 0; r < R; ++r) {
+            total[r][b * parts + part] = D::madd(total[r][b * parts + part], own, x + r * x_step, u);
+          }
+        }
+      }
+    });
   }
   for (int r = 0; r < R; ++r) {
-    for (int b = 0; b < B; ++b) Vec::storef(out + r * out_step + 16 * b, total[r][b]);
+    for (int b = 0; b < B * parts; ++b) Part::storef(out + r * out_step + kLanes * b, total[r][b]);
   }
 }
 

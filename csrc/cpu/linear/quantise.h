@@ -1,21 +1,33 @@
 // Activations as int8: one scale per chunk of 32 inputs, and the sums that zeros and minima need.
 #pragma once
 
+#include <cstddef>
+
 #include "kernels.h"
 
 namespace phl {
 namespace PHL_NS {
 namespace {
 
-#if PHL_LEVEL >= 1
+#if PHL_LEVEL >= 1 || PHL_NEON
+
+#if PHL_NEON
+using Numbers = int32x4_t;
+#else
+using Numbers = __m128i;
+#endif
 
 // One number of each of four chunks.
 struct Four {
-  __m128i scale, sum, scaled_sum, half_sum[2], half_scaled_sum[2], minus_zero;
+  Numbers scale, sum, scaled_sum, half_sum[2], half_scaled_sum[2], minus_zero;
 };
 
 // The numbers of a chunk follow its integers.
 static_assert(offsetof(Activation, scale) == 32 && offsetof(Activation, minus_zero) == 60);
+
+#endif
+
+#if PHL_LEVEL >= 1
 
 PHL_INLINE __m256i beside(__m128i low, __m128i high) {
   return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
@@ -87,6 +99,70 @@ PHL_INLINE void quantise_four(const float* x, Activation* a) {
     part[c] = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), q), _mm256_set1_epi16(1));
   }
   number_four(part, _mm_div_ps(all, most), a);
+}
+
+#elif PHL_NEON
+
+// The largest magnitudes of four chunks; as integers, see Vec::larger.
+PHL_INLINE float32x4_t largest_of_four(const float* x) {
+  uint32x4_t m[4];
+  for (int c = 0; c < 4; ++c, x += kChunk) {
+    uint32x4_t size[8];
+    for (int i = 0; i < 8; ++i) size[i] = Vec::size_of(vld1q_f32(x + 4 * i));
+    for (int i = 0; i < 4; ++i) size[i] = vmaxq_u32(size[i], size[i + 4]);
+    m[c] = vmaxq_u32(vmaxq_u32(size[0], size[1]), vmaxq_u32(size[2], size[3]));
+  }
+  return vreinterpretq_f32_u32(vpmaxq_u32(vpmaxq_u32(m[0], m[1]), vpmaxq_u32(m[2], m[3])));
+}
+
+// A chunk of 32 as bytes: no number is beyond a byte's range, and a NaN is 0.
+PHL_INLINE int16x8_t quantise_by(const float* x, float32x4_t inverse, int8_t* q) {
+  int16x8_t sums[2];
+  for (int h = 0; h < 2; ++h, x += 16) {
+    int16x8_t n[4];
+    for (int i = 0; i < 4; ++i) {
+      n[i] = vreinterpretq_s16_s32(vcvtnq_s32_f32(vmulq_f32(vld1q_f32(x + 4 * i), inverse)));
+    }
+    const int8x16_t low = vreinterpretq_s8_s16(vuzp1q_s16(n[0], n[1]));
+    const int8x16_t bytes = vuzp1q_s8(low, vreinterpretq_s8_s16(vuzp1q_s16(n[2], n[3])));
+    vst1q_s8(q + 16 * h, bytes);
+    sums[h] = vpaddlq_s8(bytes);
+  }
+  return vpaddq_s16(sums[0], sums[1]);  // of fours, those of the first half first
+}
+
+PHL_INLINE void store_numbers(const Four& of, Activation* a) {
+  const int32x4x4_t first{{of.scale, of.sum, of.scaled_sum, of.half_sum[0]}};
+  const int32x4x4_t second{{of.half_sum[1], of.half_scaled_sum[0], of.half_scaled_sum[1], of.minus_zero}};
+  auto* to = reinterpret_cast<int32_t*>(&a->scale);
+  constexpr int step = sizeof(Activation) / sizeof(int32_t);
+  vst4q_lane_s32(to, first, 0), vst4q_lane_s32(to + 4, second, 0);
+  vst4q_lane_s32(to + step, first, 1), vst4q_lane_s32(to + step + 4, second, 1);
+  vst4q_lane_s32(to + 2 * step, first, 2), vst4q_lane_s32(to + 2 * step + 4, second, 2);
+  vst4q_lane_s32(to + 3 * step, first, 3), vst4q_lane_s32(to + 3 * step + 4, second, 3);
+}
+
+// Four chunks of 32, each as `quantise_chunk` does it.
+PHL_INLINE void quantise_four(const float* x, Activation* a) {
+  const float32x4_t all = largest_of_four(x), most = vdupq_n_f32(127.0f);
+  const uint32x4_t some = vcgtq_f32(all, vdupq_n_f32(0.0f));
+  const float32x4_t inverse = vreinterpretq_f32_u32(vandq_u32(some, vreinterpretq_u32_f32(vdivq_f32(most, all))));
+  const int16x8_t first = vpaddq_s16(quantise_by(x, vdupq_laneq_f32(inverse, 0), a[0].q),
+                                     quantise_by(x + kChunk, vdupq_laneq_f32(inverse, 1), a[1].q));
+  const int16x8_t second = vpaddq_s16(quantise_by(x + 2 * kChunk, vdupq_laneq_f32(inverse, 2), a[2].q),
+                                      quantise_by(x + 3 * kChunk, vdupq_laneq_f32(inverse, 3), a[3].q));
+  const int16x8_t halves = vpaddq_s16(first, second);  // of each chunk both
+  const float32x4_t scale = vdivq_f32(all, most);
+  const auto scaled = [&](int32x4_t sum) { return vreinterpretq_s32_f32(vmulq_f32(vcvtq_f32_s32(sum), scale)); };
+  Four of;
+  of.scale = vreinterpretq_s32_f32(scale);
+  of.half_sum[0] = vmovl_s16(vget_low_s16(vuzp1q_s16(halves, halves)));
+  of.half_sum[1] = vmovl_s16(vget_low_s16(vuzp2q_s16(halves, halves)));
+  of.sum = vaddq_s32(of.half_sum[0], of.half_sum[1]);
+  of.scaled_sum = scaled(of.sum);
+  for (int h = 0; h < 2; ++h) of.half_scaled_sum[h] = scaled(of.half_sum[h]);
+  of.minus_zero = vshlq_n_s32(vnegq_s32(of.sum), 7);
+  store_numbers(of, a);
 }
 
 #elif PHL_LEVEL == 2
@@ -168,7 +244,7 @@ PHL_INLINE void quantise_chunk(const float* x, float largest, Activation& a) {
 
 // `joint` chunks (1 or 2, of which `chunks` is a multiple) have one scale; the `minus_zero` of all is in the first.
 PHL_INLINE void quantise_chunks(const float* x, Activation* a, int chunks, int joint) {
-#if PHL_LEVEL == 1
+#if PHL_LEVEL == 1 || PHL_NEON
   if (chunks == 4 && joint == 1) return quantise_four(x, a);
 #endif
   for (int c = 0; c < chunks; c += joint, x += joint * kChunk) {

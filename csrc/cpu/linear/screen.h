@@ -50,7 +50,7 @@ void screen_block(const uint8_t* w, int64_t units, const Activation* act, int64_
       for (int r = 0; r < R; ++r) {
         const Activation& a = act[r * act_step + c];
         I sum = start_sum<L::zero_log, false, false>(a, 0);
-        for (int j = 0; j < 8; ++j) sum = Vec::dot<false>(sum, op[j], Vec::spread4(a.q + 4 * j));
+        for (int j = 0; j < 8; ++j) sum = Vec::dot<false>(sum, op[j], Vec::spread4(a.q, j));
         total[r] = accumulate<Split, false>(total[r], sum, d, middle, a, 0);
         spread[r] = Vec::fma(square, Vec::set(energy[r * chunks + c]), spread[r]);
       }

@@ -22,9 +22,12 @@ struct Avx2 {
   struct F {
     __m256 a, b;
   };
+  using Part = Avx2;
+  static constexpr int parts = 1;
   static constexpr int tile_rows = 6, wide_rows = 4, tile_blocks = 1;
   static constexpr int dense_rows = 6, dense_blocks = 1;
-  static constexpr int small_rows = 4;
+  static constexpr int small_rows = 4, held_rows = 4;
+  static constexpr int dense_steps = 1;  // that a dense kernel takes at a time
   static constexpr bool holds_chunk = false;  // a chunk's operands are made one at a time: registers hold few
   static constexpr bool signed_wide = true;  // eight-bit operands are multiplied as signed, their zero taken off
 
@@ -48,6 +51,10 @@ struct Avx2 {
     return {pick1<From, To>(x.a, mask), pick1<From, To>(x.b, mask)};
   }
   static U either(U x, U y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+  template <int From, int To>
+  static U insert(U w, U x, int mask) {  // what `pick` gives of x, in bits that w has not
+    return either(w, pick<From, To>(x, mask));
+  }
   static U lookup(U x, const uint8_t* table) {
     const __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
     return {_mm256_shuffle_epi8(t, x.a), _mm256_shuffle_epi8(t, x.b)};
@@ -60,9 +67,9 @@ struct Avx2 {
     return {y, y};
   }
   using A = __m256i;
-  static A spread4(const int8_t* a) {
+  static A spread4(const int8_t* a, int j) {  // of 32 inputs the j-th four
     int32_t word;
-    std::memcpy(&word, a, 4);
+    std::memcpy(&word, a + 4 * j, 4);
     return _mm256_set1_epi32(word);
   }
   // Operands as products take them: of eight bits, signed, and their magnitudes.
@@ -78,6 +85,14 @@ struct Avx2 {
     } else {
       return w;
     }
+  }
+  template <bool Wide>
+  static U keep(U w) {  // as a tile keeps it
+    return w;
+  }
+  template <bool Wide>
+  static auto kept(U w) {
+    return ready<Wide>(w);
   }
   // |w| <= 128 times +-127, two of them, stay within int16.
   static U products(Signed w, A a) {
@@ -142,6 +157,7 @@ struct Avx2 {
     return {_mm256_div_ps(one, x.a), _mm256_div_ps(one, x.b)};
   }
   static F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+  static F fma_input(F w, const float* x, int u, F sum) { return fma(w, set(x[u]), sum); }
   static F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
   static F min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
   static F sqrt(F x) { return {_mm256_sqrt_ps(x.a), _mm256_sqrt_ps(x.b)}; }
@@ -213,8 +229,8 @@ struct Avx2 {
   struct P {
     __m256 even, odd;
   };
-  static P pair(const uint16_t* a) {
-    const uint32_t even = uint32_t{a[0]} << 16, odd = uint32_t{a[1]} << 16;
+  static P pair(const uint16_t* a, int u) {
+    const uint32_t even = uint32_t{a[2 * u]} << 16, odd = uint32_t{a[2 * u + 1]} << 16;
     float x, y;
     std::memcpy(&x, &even, 4);
     std::memcpy(&y, &odd, 4);

@@ -23,9 +23,12 @@ struct Vec {
   using U = __m512i;
   using I = __m512i;
   using F = __m512;
+  using Part = Vec;
+  static constexpr int parts = 1;
   static constexpr int tile_rows = 4, wide_rows = 4, tile_blocks = 2;  // integer tile: 8 int32 and 8 float accumulators
   static constexpr int dense_rows = 10, dense_blocks = 2;  // float tile: 20 accumulators; from 11 rows on gcc spills
-  static constexpr int small_rows = 8;                     // rows whose weights stay in registers
+  static constexpr int small_rows = 8, held_rows = 8;      // rows whose weights stay in registers
+  static constexpr int dense_steps = 1;  // that a dense kernel takes at a time
   static constexpr bool signed_wide = false;
   static constexpr bool holds_chunk = true;  // registers hold the eight operands of a chunk
 
@@ -38,6 +41,10 @@ struct Vec {
     return _mm512_and_si512(x, _mm512_set1_epi8(static_cast<char>(mask)));
   }
   static U either(U x, U y) { return _mm512_or_si512(x, y); }
+  template <int From, int To>
+  static U insert(U w, U x, int mask) {  // what `pick` gives of x, in bits that w has not
+    return either(w, pick<From, To>(x, mask));
+  }
   static U lookup(U x, const uint8_t* table) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), x);
   }
@@ -84,9 +91,9 @@ struct Vec {
     return _mm512_slli_epi32(_mm512_set1_epi32(-x), Log);
   }
   using A = __m512i;
-  static A spread4(const int8_t* a) {
+  static A spread4(const int8_t* a, int j) {  // of 32 inputs the j-th four
     int32_t word;
-    std::memcpy(&word, a, 4);
+    std::memcpy(&word, a + 4 * j, 4);
     return _mm512_set1_epi32(word);
   }
   template <bool Wide>
@@ -96,6 +103,14 @@ struct Vec {
 
   template <bool Wide>
   static U ready(U w) {
+    return w;
+  }
+  template <bool Wide>
+  static U keep(U w) {  // as a tile keeps it
+    return w;
+  }
+  template <bool Wide>
+  static U kept(U w) {
     return w;
   }
   template <int Bits, bool Wide>
@@ -122,6 +137,7 @@ struct Vec {
     return _mm512_mul_ps(r, _mm512_fnmadd_ps(x, r, _mm512_set1_ps(2.0f)));
   }
   static F fma(F x, F y, F z) { return _mm512_fmadd_ps(x, y, z); }
+  static F fma_input(F w, const float* x, int u, F sum) { return fma(w, set(x[u]), sum); }
   static F max(F x, F y) { return _mm512_max_ps(x, y); }
   static F min(F x, F y) { return _mm512_min_ps(x, y); }
   static F sqrt(F x) { return _mm512_sqrt_ps(x); }
@@ -164,9 +180,9 @@ struct Vec {
 
   // Two neighbouring inputs of 16 features in bfloat16 times a pair of inputs.
   using P = __m512i;
-  static P pair(const uint16_t* a) {
+  static P pair(const uint16_t* a, int u) {
     int32_t word;
-    std::memcpy(&word, a, 4);
+    std::memcpy(&word, a + 2 * u, 4);
     return _mm512_set1_epi32(word);
   }
   static F dot_pair(F sum, U w, P a) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)a); }

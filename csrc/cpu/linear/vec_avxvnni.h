@@ -11,11 +11,16 @@ namespace PHL_NS {
 namespace {
 
 struct Vec : Avx2 {
+  using Part = Vec;
   static constexpr int wide_rows = tile_rows;  // operands of eight bits take no more registers than others
   static constexpr bool signed_wide = false;
 
   template <bool Wide>
   static U ready(U w) {
+    return w;
+  }
+  template <bool Wide>
+  static U kept(U w) {
     return w;
   }
   template <bool Wide>

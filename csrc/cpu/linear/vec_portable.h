@@ -21,9 +21,12 @@ struct Vec {
   struct F {
     float x[16];
   };
+  using Part = Vec;
+  static constexpr int parts = 1;
   static constexpr int tile_rows = 2, wide_rows = 2, tile_blocks = 1;
   static constexpr int dense_rows = 2, dense_blocks = 1;
-  static constexpr int small_rows = 1;
+  static constexpr int small_rows = 1, held_rows = 1;
+  static constexpr int dense_steps = 1;  // that a dense kernel takes at a time
   static constexpr bool signed_wide = false;
   static constexpr bool holds_chunk = true;
 
@@ -42,6 +45,10 @@ struct Vec {
     for (int i = 0; i < 64; ++i) x.x[i] |= y.x[i];
     return x;
   }
+  template <int From, int To>
+  static U insert(U w, U x, int mask) {  // what `pick` gives of x, in bits that w has not
+    return either(w, pick<From, To>(x, mask));
+  }
   static U lookup(U x, const uint8_t* table) {
     for (auto& b : x.x) b = table[b & 15];
     return x;
@@ -58,7 +65,7 @@ struct Vec {
     return all(-x * (1 << Log));
   }
   using A = const int8_t*;
-  static A spread4(const int8_t* a) { return a; }
+  static A spread4(const int8_t* a, int j) { return a + 4 * j; }
   template <bool Wide>
   static I dot(I sum, const U& w, A a) {
     for (int i = 0; i < 16; ++i) {
@@ -69,6 +76,14 @@ struct Vec {
   }
   template <bool Wide>
   static U ready(U w) {
+    return w;
+  }
+  template <bool Wide>
+  static U keep(U w) {  // as a tile keeps it
+    return w;
+  }
+  template <bool Wide>
+  static U kept(U w) {
     return w;
   }
   template <int Bits, bool Wide>
@@ -121,6 +136,7 @@ struct Vec {
   static F fma(F x, F y, F z) {
     return each([&](int i) { return x.x[i] * y.x[i] + z.x[i]; });
   }
+  static F fma_input(F w, const float* x, int u, F sum) { return fma(w, set(x[u]), sum); }
   static F max(F x, F y) {
     return each([&](int i) { return x.x[i] > y.x[i] ? x.x[i] : y.x[i]; });
   }
@@ -178,7 +194,7 @@ struct Vec {
   }
 
   using P = const uint16_t*;
-  static P pair(const uint16_t* a) { return a; }
+  static P pair(const uint16_t* a, int u) { return a + 2 * u; }
   static F dot_pair(F sum, const U& w, P a) {
     const float even = bf16_to_float(a[0]), odd = bf16_to_float(a[1]);
     for (int i = 0; i < 16; ++i) {

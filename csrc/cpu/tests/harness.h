@@ -84,6 +84,8 @@ uint64_t slot(T value) {
 #if defined(__aarch64__)
 // A level that has a few units alone, whose bits are those of the level below; its other ops are that one's.
 constexpr bool partial(int level) { return level == kI8mm; }
+// Whether its products of bfloat16 round otherwise than those of the level below.
+constexpr bool rounds_pairs(int level) { return level == kI8mm; }
 // Whether this level makes bytes of the weights that meet many rows.
 constexpr bool makes_bytes(int) { return false; }
 constexpr bool rounds_attention(int) { return false; }  // to 8 bits
@@ -91,6 +93,7 @@ constexpr bool rounds_attention(int) { return false; }  // to 8 bits
 inline std::vector<int> with_derived(int level) { return {level}; }
 #else
 constexpr bool partial(int level) { return level == kAvxVnni; }
+constexpr bool rounds_pairs(int) { return false; }
 constexpr bool makes_bytes(int level) { return level >= kAvx512; }
 constexpr bool rounds_attention(int level) { return level >= kAvx512; }
 inline std::vector<int> with_derived(int level) {

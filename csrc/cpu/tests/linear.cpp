@@ -49,7 +49,7 @@ void try_layer(int level, const Layer& layer, const std::string& what) {
     // Inputs that the norm rounds otherwise may fall to the next of 127 steps. Bytes of weights whose scales may be any
     // float16 are other numbers: their values are tested elsewhere.
     const bool bytes = layer.forms == 1 && rows > 24 && makes_bytes(level);
-    if (partial(level)) {  // sums of integers, in whichever order: the bits of the level below
+    if (partial(level) && !(rounds_pairs(level) && (layer.forms & 2))) {  // sums of integers, in whichever order: the bits of the level below
       Buffer space(p.space);
       vector<float> out(size_t(rows * layer.rows)), sum(x.size());
       linear(level - 1, space, out, sum);

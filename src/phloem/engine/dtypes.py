@@ -15,6 +15,7 @@ from phloem.core.memory import Latent
 from phloem.core.resolve import Decision
 from phloem.models import Conditioned
 from phloem.models._common import Decoder
+from phloem.models._scales import scales_of
 from phloem.platforms._facts import own_float8
 from phloem.utils import log
 
@@ -126,7 +127,7 @@ def kv_scales_of(
             why += f"; the checkpoint brings scales for {FP8}, which --kv-cache-dtype {FP8} uses"
         decisions.append(Decision("kv_cache_dtype", name, why))
         return {}
-    layers = len(model.attention_specs)
+    layers = sum(scales_of(spec) > 0 for spec in model.memory)
     other = checkpoint.kv_scheme not in (None, FP8)
     scales = {} if other else models.kv_scales(model, checkpoint)
     if other:

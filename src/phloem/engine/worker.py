@@ -573,7 +573,8 @@ def _backend(
     decisions: list[Decision],
 ) -> AttentionBackend:
     """The attention backend: the named one, or the platform's first that accepts."""
-    width = max((len(k) for k, _ in scales.values()), default=0)
+    # Of latents, what has written and read them knows; no backend does.
+    width = max((len(scales[spec.pool][0]) for spec in model.attention_specs if spec.pool in scales), default=0)
     need = AttentionNeed(model.attention_specs, kv_dtype, platform.device, config.cache.page_size, width)
     choice = attention.choose(backend_names(platform), need, ops, named=config.runtime.attention_backend)
     why = "; ".join([choice.reason, *(f"not {name}: {reason}" for name, reason in choice.declined.items())])

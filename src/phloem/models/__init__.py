@@ -166,11 +166,13 @@ class HearingModel(Protocol):
 
 
 def kv_scales(model: Model, checkpoint: Checkpoint) -> dict[int, LayerScales]:
-    """The checkpoint's scales for a float8 KV cache, by layer. Raises ModelLoadError for one that cannot be."""
-    from phloem.models._scales import read_kv_scales
+    """The checkpoint's scales for a float8 KV cache, by pool index. Raises ModelLoadError for one that cannot be."""
+    from phloem.models._common import Decoder
+    from phloem.models._scales import read_kv_scales, scaled_pools
 
-    heads = {spec.pool: spec.kv_heads for spec in model.attention_specs}
-    return read_kv_scales(checkpoint, heads, model.checkpoint_name)
+    layers = model.pools if isinstance(model, Decoder) else [range(n, n + 1) for n in range(len(model.memory))]
+    pools = scaled_pools(model.memory, layers)
+    return read_kv_scales(checkpoint, model.memory, pools, model.checkpoint_name)
 
 
 def build_model(model_type: str, config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Loadable:

@@ -84,7 +84,7 @@ there, which one rank reads and several do not. q, k and v in one tensor (`--fus
 for every family; of `qwen2vl`, `qwen3vl` and `qwen3vlmoe` the language model serves, for texts alone. Where the
 converter fills a table of layers' inputs up with zeros (Gemma 3n) tokens read the row that the model has for them.
 Rerankers are served where the file has the whole head: RoBERTa's and XLM-R's. No architecture exists for Helium,
-VaultGemma, LongCat-Flash, OPT, MPNet, GTE or SDAR; LLaDA 2's is not read, nor Nomic's with experts.
+VaultGemma, LongCat-Flash, OPT, MPNet, DeBERTa, GTE or SDAR; LLaDA 2's is not read, nor Nomic's with experts.
 
 Models without a row here are run by transformers' own code over our pages, where that can be done: see
 [the fallback](fallback.md).

@@ -303,6 +303,22 @@ def test_a_long_document_is_cut_and_the_query_is_not(ranker: tuple[phloem.Engine
     assert short["usage"]["prompt_tokens"] == second + 7 + 1
 
 
+@torch.inference_mode()
+def test_a_cross_encoder_whose_attention_weighs_distances(tmp_path: Path) -> None:
+    """DeBERTa's rerankers have no segments."""
+    import transformers
+
+    path = tiny_checkpoint("deberta_v2", tmp_path, head="ForSequenceClassification", num_labels=1)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
+    documents = ["jumps", "over the lazy dog", "a page table", "what is the capital"]
+    with phloem.LLM(str(path)) as llm:
+        found = {item["index"]: item["relevance_score"] for item in llm.rerank("fox", documents)}
+        for at, document in enumerate(documents):
+            ids, _ = llm.engine.tokenizer.encode_cut(("fox", document), 64)
+            assert abs(found[at] - float(model(torch.tensor([ids])).logits[0, 0].sigmoid())) < 1e-5
+    assert len(set(found.values())) == 4
+
+
 def test_labels_over_http_and_in_the_engine(classifier: tuple[phloem.Engine, str]) -> None:
     engine, url = classifier
     answer = post(url, "/classify", {"input": TEXTS[:2]}).json()["data"]

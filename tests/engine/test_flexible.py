@@ -104,7 +104,7 @@ def test_replays_equal_eager_steps_bit_for_bit(
 def test_latents_of_short_rows_are_replayed_and_prompts_are_products_of_matrices(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over borders of chunks, a prefix hit and a batch of three: the same bits as eagerly, whichever way a step goes."""
+    """Over borders of chunks, a prefix hit and a batch of three: the same bits as eagerly, whichever way steps go."""
     path = tiny_checkpoint(name, tmp_path)
     eager, ours = Engine(path, False), Engine(path, True)
     assert ours.steps is not None

@@ -63,8 +63,9 @@ a mixed batch; and each rank's share of a mesh with the slices of the whole (`te
 checkpoints. GGUF: the architecture that is read from GGUF files; a converted file is compared with the same class.
 
 What a step of a family asks for and the CPU's own kernels lack is done by torch, and such a step is not recorded:
-activations of plain MLPs, routers that score the chosen alone, latent attention, gates of recurrent layers. The start
-says so.
+activations of plain MLPs but GELU, and prompts of latent attention. Latent attention is native for rows of up to 64 new
+tokens, over a cache in bfloat16, which is what such a model gets unless a type is named; longer rows are products of
+matrices by torch ([why](benchmarks.md#prompts-of-latent-attention-on-a-cpu)). The start says so.
 
 Families marked "no text" do not generate: see [embeddings](embeddings.md). Hidden states and labels are compared with
 `AutoModel`, `AutoModelForSequenceClassification` and `...ForTokenClassification`, texts of mixed lengths in a batch.

@@ -15,11 +15,10 @@ from phloem.attention import BACKENDS
 from phloem.checkpoint.describe import describe
 from phloem.core.batch import Batch, StepOutput
 from phloem.core.config import Config
-from phloem.engine.recorded import choice
+from phloem.engine.recorded import choice, flexible
 from phloem.engine.recorded.flexible import FlexibleStep, FlexibleSteps
 from phloem.engine.runner import ModelRunner
-from phloem.kernels import native
-from phloem.kernels.calls import LATENT_SHORT
+from phloem.kernels import _native_latent, native
 from phloem.kernels.graph import RecordError
 from phloem.layers.context import BuildContext
 from phloem.models import load_model
@@ -105,7 +104,9 @@ def test_latents_of_short_rows_are_replayed_and_prompts_are_products_of_matrices
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over borders of chunks, a prefix hit and a batch of three: the same bits as eagerly, whichever way steps go."""
-    path = tiny_checkpoint(name, tmp_path)
+    path, short = tiny_checkpoint(name, tmp_path), 16
+    for module in (flexible, _native_latent):
+        monkeypatch.setattr(module, "LATENT_SHORT", short)
     eager, ours = Engine(path, False), Engine(path, True)
     assert ours.steps is not None
     served: list[bool] = []
@@ -120,7 +121,7 @@ def test_latents_of_short_rows_are_replayed_and_prompts_are_products_of_matrices
     batches = ours.batches()
     same(ours.run(batches), eager.run(eager.batches()))
     assert ours.steps.graphs.refused is None
-    fits = [batch.num_tokens <= LIMIT and int(batch.query_lens.max()) <= LATENT_SHORT for batch in batches]
+    fits = [batch.num_tokens <= LIMIT and int(batch.query_lens.max()) <= short for batch in batches]
     assert served == fits and len(set(fits)) == 2 and max(batch.num_rows for batch in batches) == 3
     for one, other in zip(ours.pool.keys, eager.pool.keys, strict=True):
         assert torch.equal(one, other) and one.any()

@@ -13,6 +13,7 @@ from phloem.checkpoint.kv_scheme import FP8
 from phloem.core.errors import ConfigError
 from phloem.core.memory import Latent
 from phloem.core.resolve import Decision
+from phloem.kernels.ops import Ops
 from phloem.models import Conditioned
 from phloem.models._common import Decoder
 from phloem.models._scales import scales_of
@@ -22,7 +23,6 @@ from phloem.utils import log
 if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.config import Config
-    from phloem.kernels.ops import Ops
     from phloem.models import Model, Tower
     from phloem.models._scales import LayerScales
     from phloem.platforms import Platform
@@ -111,6 +111,22 @@ def heard(config: Config, checkpoint: Checkpoint, ops: Ops) -> torch.dtype | Non
     return next((kind for kind in ops.kv_dtypes if kind.is_floating_point), None)
 
 
+def latents(config: Config, checkpoint: Checkpoint, model: Model, ops: Ops) -> torch.dtype | None:
+    """The type that keeps latents, where nobody has named one and the model is not of float32: that of the table's own
+    latent attention, whose steps can be recorded."""
+    asked = config.cache.kv_cache_dtype != "auto" or config.model.dtype != "auto"
+    own = ops.latent_attention is not Ops().latent_attention
+    if asked or not own or ops.kv_dtypes is None or str(checkpoint.config.get("dtype")) == "float32":
+        return None
+    return torch.bfloat16 if any(isinstance(spec, Latent) for spec in model.memory) else None
+
+
+def unasked(config: Config, checkpoint: Checkpoint, model: Model, platform: Platform, ops: Ops) -> torch.dtype | None:
+    """The type of keys and values where it is another than the model's though nobody has asked for one."""
+    eight = eight_bits(config, checkpoint, model, platform, ops)
+    return eight or heard(config, checkpoint, ops) or latents(config, checkpoint, model, ops)
+
+
 def kv_scales_of(
     config: Config, checkpoint: Checkpoint, model: Model, kv_dtype: torch.dtype, decisions: list[Decision]
 ) -> dict[int, LayerScales]:
@@ -119,6 +135,8 @@ def kv_scales_of(
     if asked != FP8:
         eight = kv_dtype.itemsize == 1 and asked == "auto"
         why = "as the weights are quantised" if eight else "the type of the model" if asked == "auto" else "as asked"
+        if asked == "auto" and not eight and any(isinstance(spec, Latent) for spec in model.memory):
+            why = "the type of the model, or what the table's latent attention reads, in half of float32's memory"
         if asked == "auto" and not eight and audio_of(checkpoint.model_type) is not None:
             why = (
                 "the type of the model, or what the table's attention reads: most of a step's reading is what is heard"

@@ -28,12 +28,11 @@ from phloem.engine.counts import spread_of
 from phloem.engine.dtypes import (
     backend_names,
     dtype_of,
-    eight_bits,
-    heard,
     kept_in,
     kv_dtype_of,
     kv_scales_of,
     tower_of,
+    unasked,
 )
 from phloem.engine.media import Desk
 from phloem.engine.parallel import Executor, Leading, LeadingModel, Pages, ranks_here, ranks_of, shared
@@ -374,8 +373,7 @@ class _Kept:
 
 def _kept(config: Config, checkpoint: Checkpoint, machine: _Machine, model: Model, decisions: list[Decision]) -> _Kept:
     platform, ops = machine.platform, machine.ops
-    kv_dtype = eight_bits(config, checkpoint, model, platform, ops) or heard(config, checkpoint, ops)
-    kv_dtype = kv_dtype or kept_in(config, machine.dtype, model)
+    kv_dtype = unasked(config, checkpoint, model, platform, ops) or kept_in(config, machine.dtype, model)
     scales = kv_scales_of(config, checkpoint, model, kv_dtype, decisions)
     backend = _backend(config, model, platform, ops, kv_dtype, scales, decisions)
     block = max((spec.block for spec in model.attention_specs), default=0) % WHOLE

@@ -175,8 +175,10 @@ class DebertaV2(Encoder):
         found = super().checkpoint_name(name)
         if found is None or found.startswith(("lm_predictions.", "mask_predictions.")):
             return None
-        # Files of models whose embeddings know no positions may have a table of them.
-        return None if self.positions is None and found.startswith("embeddings.position_embeddings.") else found
+        # Files may have a table of positions that the embeddings do not know, and a norm of a table that there is not.
+        idle = ["embeddings.position_embeddings."] if self.positions is None else []
+        idle += ["encoder.LayerNorm."] if self.relative is None else []
+        return None if found.startswith(tuple(idle)) else found
 
 
 def _layer(config: dict[str, Any], kinds: list[str]) -> Any:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from phloem import attention, models
+from phloem import attention
 from phloem.attention import AttentionNeed
 from phloem.checkpoint.families import audio_of
 from phloem.checkpoint.kv_scheme import FP8
@@ -16,7 +16,7 @@ from phloem.core.resolve import Decision
 from phloem.kernels.ops import Ops
 from phloem.models import Conditioned
 from phloem.models._common import Decoder
-from phloem.models._scales import scales_of
+from phloem.models._scales import read_kv_scales, scaled_pools, scales_of
 from phloem.platforms._facts import own_float8
 from phloem.utils import log
 
@@ -147,7 +147,7 @@ def kv_scales_of(
         return {}
     layers = sum(scales_of(spec) > 0 for spec in model.memory)
     other = checkpoint.kv_scheme not in (None, FP8)
-    scales = {} if other else models.kv_scales(model, checkpoint)
+    scales = {} if other else stored_scales(model, checkpoint)
     if other:
         _log.warning(
             "the checkpoint's scales are for a KV cache of type %s: not used for %s", checkpoint.kv_scheme, FP8
@@ -164,3 +164,9 @@ def kv_scales_of(
     why = f"as asked; scales from the checkpoint for {len(scales)} of {layers} layers"
     decisions.append(Decision("kv_cache_dtype", name, why))
     return scales
+
+
+def stored_scales(model: Model, checkpoint: Checkpoint) -> dict[int, LayerScales]:
+    """The checkpoint's scales for a float8 KV cache, by pool index. Raises ModelLoadError for one that cannot be."""
+    layers = model.pools if isinstance(model, Decoder) else [range(n, n + 1) for n in range(len(model.memory))]
+    return read_kv_scales(checkpoint, model.memory, scaled_pools(model.memory, layers), model.checkpoint_name)

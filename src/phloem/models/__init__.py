@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from phloem.core.media import Media
     from phloem.core.memory import MemorySpec
     from phloem.layers.context import AttentionSpec, BuildContext, ForwardBatch, Pack
-    from phloem.models._scales import LayerScales
 
 
 class Body(Protocol):
@@ -163,16 +162,6 @@ class HearingModel(Protocol):
     def forward(self, step: ForwardBatch) -> Tensor:
         """As `Model`."""
         ...
-
-
-def kv_scales(model: Model, checkpoint: Checkpoint) -> dict[int, LayerScales]:
-    """The checkpoint's scales for a float8 KV cache, by pool index. Raises ModelLoadError for one that cannot be."""
-    from phloem.models._common import Decoder
-    from phloem.models._scales import read_kv_scales, scaled_pools
-
-    layers = model.pools if isinstance(model, Decoder) else [range(n, n + 1) for n in range(len(model.memory))]
-    pools = scaled_pools(model.memory, layers)
-    return read_kv_scales(checkpoint, model.memory, pools, model.checkpoint_name)
 
 
 def build_model(model_type: str, config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Loadable:

@@ -63,8 +63,9 @@ a mixed batch; and each rank's share of a mesh with the slices of the whole (`te
 checkpoints. GGUF: the architecture that is read from GGUF files; a converted file is compared with the same class.
 
 What a step of a family asks for and the CPU's own kernels lack is done by torch, and such a step is not recorded:
-activations of plain MLPs, routers that score the chosen alone, latent attention, gates of recurrent layers. The start
-says so.
+activations of plain MLPs but GELU, and prompts of latent attention. Latent attention is native for rows of up to 64 new
+tokens, over a cache in bfloat16, which is what such a model gets unless a type is named; longer rows are products of
+matrices by torch ([why](benchmarks.md#prompts-of-latent-attention-on-a-cpu)). The start says so.
 
 Families marked "no text" do not generate: see [embeddings](embeddings.md). Hidden states and labels are compared with
 `AutoModel`, `AutoModelForSequenceClassification` and `...ForTokenClassification`, texts of mixed lengths in a batch.
@@ -84,7 +85,7 @@ there, which one rank reads and several do not. q, k and v in one tensor (`--fus
 for every family; of `qwen2vl`, `qwen3vl` and `qwen3vlmoe` the language model serves, for texts alone. Where the
 converter fills a table of layers' inputs up with zeros (Gemma 3n) tokens read the row that the model has for them.
 Rerankers are served where the file has the whole head: RoBERTa's and XLM-R's. No architecture exists for Helium,
-VaultGemma, LongCat-Flash, OPT, MPNet, GTE or SDAR; LLaDA 2's is not read, nor Nomic's with experts.
+VaultGemma, LongCat-Flash, OPT, MPNet, DeBERTa, GTE or SDAR; LLaDA 2's is not read, nor Nomic's with experts.
 
 Models without a row here are run by transformers' own code over our pages, where that can be done: see
 [the fallback](fallback.md).

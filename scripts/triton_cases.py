@@ -157,6 +157,12 @@ def _moe(tokens: int, float8: torch.dtype | None = None) -> None:
     moe.experts(t(tokens, 2048), weights, ids, gate_up, down, scales=scales, lists=lists)
 
 
+def _route(experts: int, top_k: int, sigmoid: bool, bias: bool) -> None:
+    """Routers that are no plain softmax: MiniMax-M2 and GLM-4.5 score by a sigmoid with a correction."""
+    correction = t(experts, dtype=F32) if bias else None
+    moe.route(t(64, experts), top_k, sigmoid, sigmoid=sigmoid, bias_E=correction, scaling=2.5)
+
+
 def _quantise(float8: torch.dtype) -> None:
     quantise.per_token_fp8(t(64, 4096), float8)
     quantise.per_group_fp8(t(64, 4096), float8)
@@ -206,6 +212,14 @@ def _delta(rows: int, tokens: int, each: bool) -> None:
     recurrent.gated_delta(q, k, v, decay, beta, t(rows, heads, size, size, dtype=F32), starts, size**-0.5)
 
 
+def _odd_delta() -> None:
+    """In float32, with a value wider than a key, no power of two, as tiny models have it."""
+    heads, key, value = 6, 64, 96
+    q, k, v = t(300, heads, key, dtype=F32), t(300, heads, key, dtype=F32), t(300, heads, value, dtype=F32)
+    decay, beta, state = t(300, heads, dtype=F32), t(300, heads, dtype=F32), t(4, heads, key, value, dtype=F32)
+    recurrent.gated_delta(q, k, v, decay, beta, state, t(5, dtype=I32), key**-0.5)
+
+
 def _short_conv() -> None:
     """LFM2's, with a bias."""
     starts, state = t(33, dtype=I32), t(32, 2048, 2, dtype=F32)
@@ -246,6 +260,7 @@ def cases() -> list[Case]:
         Case("MLA extend, DeepSeek-V3", plain(_mla, 4, 2048)),
         Case("delta net, decode, 32 rows, 32 heads of 128", plain(_delta, 32, 32, False), quick=True),
         Case("Kimi delta, 4 rows, 2048 tokens", plain(_delta, 4, 2048, True), quick=True),
+        Case("delta net, float32, 4 rows, 300 tokens, heads of 64 and 96", plain(_odd_delta), quick=True),
         Case("short convolution, 32 rows", plain(_short_conv)),
         Case("norms, bf16, 4096", plain(_norms, BF16, 4096), quick=True),
         Case("norms, float32, 2880", plain(_norms, F32, 2880)),
@@ -263,6 +278,8 @@ def cases() -> list[Case]:
         Case("MoE, float8, 1 token", lambda f: _moe(1, f), float8=True),
         Case("MoE, float8, 64 tokens", lambda f: _moe(64, f), float8=True),
         Case("MoE, float8, 4096 tokens", lambda f: _moe(4096, f), float8=True),
+        Case("router, sigmoid, correction, 8 of 256", plain(_route, 256, 8, True, True)),
+        Case("router, softmax without a sum of 1, 6 of 64", plain(_route, 64, 6, False, False)),
         Case("quantise to float8", _quantise, float8=True),
         Case("norm that writes float8", _norm_fp8, float8=True),
         Case("few rows on float8 weights", partial(_few_rows, BF16), float8=True),

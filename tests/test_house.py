@@ -65,7 +65,6 @@ LAZY = {
     "server/start.py -> phloem.server.supervisor": "half a second, while the engine process imports torch",
     "text/vocabulary.py -> phloem.text.template": "the engine process needs Jinja for few models alone",
     "text/vocabulary.py -> phloem.text.tokenizer": "and a tokenizer once a request is constrained",
-    "models/__init__.py -> phloem.models._scales": "to be moved to the top (models)",
 }
 
 # Imports for type checkers that run against the floors -> the room that owes the repair.

@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 import torch
 from native_support import built
-from pools import pool_of
+from pools import pool_for, pool_of
 from test_pieces import HOST, decide, same, steps
 
 from phloem.attention import BACKENDS
 from phloem.checkpoint.describe import describe
 from phloem.core.batch import Batch, StepOutput
 from phloem.core.config import Config
-from phloem.engine.recorded import choice
+from phloem.engine.recorded import choice, flexible
 from phloem.engine.recorded.flexible import FlexibleStep, FlexibleSteps
 from phloem.engine.runner import ModelRunner
-from phloem.kernels import native
+from phloem.kernels import _native_latent, native
 from phloem.kernels.graph import RecordError
 from phloem.layers.context import BuildContext
 from phloem.models import load_model
@@ -50,7 +50,7 @@ class Engine:
         rows, pages = options.pop("rows", 4), options.pop("pages", 20)
         model: Any = load_model(describe(str(path)), BuildContext(ops, torch.float32, CPU, quant=method(quant)))
         specs = model.attention_specs
-        self.pool = pool_of(specs, 64, 4, kv, CPU)
+        self.pool = pool_for(model.memory, 64, 4, kv, CPU)
         backend = BACKENDS.module("cpu").Backend(ops, specs, CPU, kv)
         self.steps: FlexibleSteps | None = None
         if flexible:
@@ -97,6 +97,34 @@ def test_replays_equal_eager_steps_bit_for_bit(
         assert torch.equal(ours.pool.keys[layer], eager.pool.keys[layer])
         assert torch.equal(ours.pool.values[layer], eager.pool.values[layer])
     same(ours.run(ours.batches()), eager.run(eager.batches()))  # over what the first run left in every buffer
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v2", "youtu"])
+def test_latents_of_short_rows_are_replayed_and_prompts_are_products_of_matrices(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over borders of chunks, a prefix hit and a batch of three: the same bits as eagerly, whichever way steps go."""
+    path, short = tiny_checkpoint(name, tmp_path), 16
+    for module in (flexible, _native_latent):
+        monkeypatch.setattr(module, "LATENT_SHORT", short)
+    eager, ours = Engine(path, False), Engine(path, True)
+    assert ours.steps is not None
+    served: list[bool] = []
+    run = ours.steps.run
+
+    def counted(step: Any, ready: Any) -> Any:
+        found = run(step, ready)
+        served.append(found is not None)
+        return found
+
+    monkeypatch.setattr(ours.steps, "run", counted)
+    batches = ours.batches()
+    same(ours.run(batches), eager.run(eager.batches()))
+    assert ours.steps.graphs.refused is None
+    fits = [batch.num_tokens <= LIMIT and int(batch.query_lens.max()) <= short for batch in batches]
+    assert served == fits and len(set(fits)) == 2 and max(batch.num_rows for batch in batches) == 3
+    for one, other in zip(ours.pool.keys, eager.pool.keys, strict=True):
+        assert torch.equal(one, other) and one.any()
 
 
 def test_the_debug_mode_compares_every_replay(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.skipif(not built(), reason="the native CPU kernels are not built")
 PAGE, PAGES = 16, 80
-LENGTHS, NEW = [1250, 40, 5, 90], [1, 40, 5, 3]  # of the rows: two splits, a prompt, a short one, a draft
+LENGTHS, NEW = [1250, 80, 5, 90], [1, 80, 5, 3]  # of the rows: two splits, a prompt, a short one, a draft
 SIZES = {"even": (8, 64, 32, 128, 64), "odd": (3, 20, 10, 37, 13)}  # H, N, P, L, D
 
 

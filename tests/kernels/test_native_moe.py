@@ -318,6 +318,17 @@ def test_routers_choose_as_the_reference(table: Any, spec: RouterSpec) -> None:
             torch.testing.assert_close(weights, wanted)
 
 
+@pytest.mark.parametrize("about", [6.9, 1e8])
+def test_a_large_correction_decides_and_stays_out_of_the_weights(about: float) -> None:
+    """Near 7 its spread is below a step of bfloat16; beside 1e8 the score itself is lost in the sum."""
+    bias = about + torch.arange(8, dtype=torch.float32) * (1e-3 if about < 10 else 1e3)
+    spec = RouterSpec(2, "sigmoid", True, eps=1e-20, scale=2.5)
+    for table in (Ops(), native.table(2)):
+        ids, weights = table.route(torch.zeros(3, 8), bias, spec)
+        assert ids.tolist() == [[7, 6]] * 3
+        torch.testing.assert_close(weights, torch.full((3, 2), 1.25))
+
+
 def test_of_equal_scores_the_first_experts_are_chosen_and_what_is_no_number_chooses_some_expert() -> None:
     spec, table = RouterSpec(3, "sigmoid", True, groups=4, keep=2), native.table(2)
     assert table.route(torch.zeros(2, 16), None, spec)[0].tolist() == [[0, 1, 2]] * 2

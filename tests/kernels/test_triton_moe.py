@@ -33,6 +33,14 @@ def test_route_by_sigmoid_with_a_bias() -> None:
     torch.testing.assert_close(weights, 2.5 * scores / scores.sum(-1, keepdim=True), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("about", [6.9, 1e8])
+def test_a_large_bias_decides_and_stays_out_of_the_weights(about: float) -> None:
+    bias = about + torch.arange(8, dtype=torch.float32) * (1e-3 if about < 10 else 1e3)
+    weights, ids = moe.route(torch.zeros(3, 8), 2, True, sigmoid=True, bias_E=bias, scaling=2.5)
+    assert ids.tolist() == [[7, 6]] * 3
+    torch.testing.assert_close(weights, torch.full((3, 2), 1.25))
+
+
 def test_equal_scores_go_to_the_lower_expert() -> None:
     assert moe.route(torch.zeros(2, 6), 3, True)[1].tolist() == [[0, 1, 2]] * 2
 

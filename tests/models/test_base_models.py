@@ -11,7 +11,7 @@ from model_support import PROMPT, Engine, close, edited, reference
 
 from phloem.checkpoint.describe import describe
 from phloem.core.errors import ModelLoadError
-from phloem.models import kv_scales
+from phloem.engine.dtypes import stored_scales
 from phloem.testing.checkpoints import families, tiny_checkpoint
 
 
@@ -42,7 +42,7 @@ def test_names_without_the_prefix_beside_a_head(made: Any, tmp_path: Path) -> No
     changed = edited(path, tmp_path / "x", bare)
     engine = Engine(changed)
     close(engine.whole(PROMPT), theirs)
-    assert kv_scales(engine.model, describe(str(changed))) == {1: ((0.5,), (1.0,))}
+    assert stored_scales(engine.model, describe(str(changed))) == {1: ((0.5,), (1.0,))}
 
 
 # Gemma 3's is another; of the others a base model writes the same names as the whole one.

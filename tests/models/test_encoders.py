@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from phloem.attention import _packed
 from phloem.attention._packed import PackedMemory
 from phloem.checkpoint.describe import describe
 from phloem.checkpoint.families import family
@@ -18,6 +19,8 @@ from phloem.core.errors import ConfigError, ModelLoadError
 from phloem.kernels.ops import Ops
 from phloem.layers.context import BuildContext, ForwardBatch
 from phloem.models._pooled import load_pooled
+from phloem.models.deberta_v2 import build as build_body
+from phloem.models.deberta_v2 import distance_rows
 from phloem.testing.checkpoints import encoders, tiny_checkpoint
 
 CASES = [*encoders(), *(f"{name}-{variant}" for name in encoders() for variant in family(name).variants)]
@@ -126,7 +129,7 @@ def test_labels_of_texts(name: str, labels: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "modernbert", "qwen3"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "modernbert", "deberta_v2", "qwen3"])
 @torch.inference_mode()
 def test_labels_of_tokens(name: str, tmp_path: Path) -> None:
     import transformers
@@ -153,6 +156,50 @@ def test_positions_of_roberta_begin_behind_the_padding(tmp_path: Path) -> None:
     assert describe(str(path)).context_length == 18
     text = list(range(5, 23))
     near(run(load(path, kinds=("mean",)), [text])[0], states(path, text).mean(0))
+
+
+@pytest.mark.parametrize(("buckets", "farthest"), [(256, 512), (8, 64), (32, 40)])
+def test_distances_of_deberta_share_rows_as_transformers_has_them(buckets: int, farthest: int) -> None:
+    from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
+
+    theirs = make_log_bucket_position(torch.arange(-(farthest - 1), farthest), buckets, farthest).long()
+    assert torch.equal(distance_rows(farthest, buckets, farthest), (theirs + buckets).clamp(0, 2 * buckets - 1))
+    plain = distance_rows(20, -1, 8)
+    assert plain.tolist() == [0] * 11 + list(range(16)) + [15] * 12 and len(plain) == 39
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_long_texts_of_deberta_and_labels_with_its_convolution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts as long as the model takes, attended to one after the other where the logits of all are too many."""
+    import transformers
+
+    generator = torch.Generator().manual_seed(4)
+    texts = [torch.randint(4, 380, (length,), generator=generator).tolist() for length in (64, 64, 40, 64, 1)]
+    path = tiny_checkpoint("deberta_v2", tmp_path, head="ForSequenceClassification", num_labels=3, conv_kernel_size=3)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
+    expected = torch.stack([theirs(torch.tensor([text])).logits[0] for text in texts])
+    near(run(load(path), texts), expected)
+    monkeypatch.setattr(_packed, "_MOST_LOGITS", 5000)
+    near(run(load(path), texts), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"pos_att_type": "c2p|p2p"}, "pos_att_type: p2p is not served; known: c2p, p2c"),
+        ({"embedding_size": 16}, "embedding_size: 16 is not served"),
+        ({"conv_kernel_size": 4}, "conv_kernel_size 4, conv_groups 1, conv_act 'tanh' are not served"),
+        ({"conv_kernel_size": 3, "conv_act": "selu"}, "conv_act 'selu'"),
+        ({"conv_kernel_size": 3, "num_hidden_layers": 1}, "behind the only layer"),
+    ],
+)
+def test_what_no_published_deberta_asks_for_is_refused_by_name(change: dict[str, Any], said: str) -> None:
+    facts = family("deberta_v2")
+    sizes = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+    config = {**facts.defaults, **(facts.tiny or {}), **sizes, "num_attention_heads": 4, **change}
+    with pytest.raises(ModelLoadError, match=said):
+        build_body(config, BuildContext(Ops(), torch.float32, torch.device("meta")), 64)
 
 
 def write_modules(path: Path, *more: tuple[str, str], mode: str = "pooling_mode_mean_tokens") -> None:

@@ -1,4 +1,5 @@
-"""Families through the whole engine: greedy tokens are those of transformers, on a prefix hit and among others too."""
+"""Every family through the whole engine: greedy tokens are those of transformers, behind chunks and on a prefix hit,
+among others in a batch, and after a row lost its pages."""
 
 from __future__ import annotations
 
@@ -6,42 +7,47 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from model_support import PROMPT
+from model_support import PROMPT, their_greedy
 
 from phloem import Engine
-from phloem.testing.checkpoints import tiny_checkpoint
+from phloem.checkpoint.families import family
+from phloem.testing.checkpoints import families, tiny_checkpoint
 
-SERVED = ["deepseek_v3", "deepseek_v2-groups", "gpt2", "cohere2", "glm4_moe", "falcon-new", "ministral3", "gemma2"]
-SERVED += ["llama4_text", "gemma4_text", "gemma3n_text", "deepseek_v32", "glm_moe_dsa"]
-COUNT = 40
-
-
-def greedy(path: Path, prompt: list[int]) -> list[int]:
-    """With full passes alone: no cache that could be wrong the same way."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
-    tokens = list(prompt)
-    with torch.inference_mode():
-        for _ in range(COUNT):
-            tokens.append(int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
-    return tokens[len(prompt) :]
+VARIANTS = ["deepseek_v2-groups", "deepseek_v3-yarn", "falcon-new", "gemma3_text-caps", "mimo_v2_flash-bias"]
+STATES = ("mamba", "mamba2", "falcon_mamba")  # a row never needs more memory than it began with
+COUNT = 64
+TEXT = [20 + token % 360 for token in PROMPT]  # without the tokens that stand for pictures
+LONG = TEXT * 2  # longer than any window and than a chunk
+SAMPLING = {"max_new_tokens": COUNT, "temperature": 0, "ignore_eos": True}
+SETTINGS: dict[str, Any] = {"dtype": "float32", "ops": "reference", "chunked_prefill_size": 16, "page_size": 4}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", [*families(), *VARIANTS])
 def test_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> None:
-    from phloem.checkpoint.families import family
-
     base, _, variant = name.partition("-")
     path = tiny_checkpoint(base, tmp_path, **(family(base).variants[variant] if variant else {}))
-    wanted = greedy(path, PROMPT)
-    sampling = {"max_new_tokens": COUNT, "temperature": 0, "ignore_eos": True}
-    settings: dict[str, Any] = {"dtype": "float32", "max_total_tokens": 2048, "chunked_prefill_size": 16}
-    with Engine(model_path=str(path), ops="reference", page_size=4, debug_invariants=True, **settings) as engine:
-        first: Any = engine.generate(input_ids=PROMPT, sampling_params=sampling)
-        again: Any = engine.generate(input_ids=[PROMPT, PROMPT[:9], PROMPT], sampling_params=sampling)
-    assert first["output_ids"] == wanted
-    assert again[0]["output_ids"] == again[2]["output_ids"] == wanted
-    assert again[0]["meta_info"]["cached_tokens"] >= len(PROMPT) // 4 * 4 - 4
+    wanted = [their_greedy(path, prompt, COUNT) for prompt in (LONG, TEXT[:9])]
+    with Engine(model_path=str(path), max_total_tokens=2048, debug_invariants=True, **SETTINGS) as engine:
+        first: Any = engine.generate(input_ids=LONG, sampling_params=SAMPLING)
+        again: Any = engine.generate(input_ids=[LONG, TEXT[:9], LONG], sampling_params=SAMPLING)
+    assert first["output_ids"] == wanted[0]
+    assert [one["output_ids"] for one in again] == [wanted[0], wanted[1], wanted[0]]
+    assert again[0]["meta_info"]["cached_tokens"] == (len(LONG) - 1) // 4 * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", families())
+def test_rows_that_lose_their_pages_go_on_with_the_same_tokens(name: str, tmp_path: Path) -> None:
+    """A pool too small for all: some are preempted, and begin again from what the tree has kept."""
+    path = tiny_checkpoint(name, tmp_path)
+    prompts = [[20 + (11 * place + number) % 90 for place in range(20)] for number in range(4)]
+    settings = {**SETTINGS, "max_total_tokens": 184, "max_running_requests": 4, "debug_invariants": True}
+    with Engine(model_path=str(path), **settings) as engine:
+        alone: Any = [engine.generate(input_ids=prompt, sampling_params=SAMPLING) for prompt in prompts]
+        assert engine.get_server_info()["internal_states"][0]["preemptions"] == 0
+        engine.flush_cache()
+        many: Any = engine.generate(input_ids=prompts, sampling_params=SAMPLING)
+        preempted = engine.get_server_info()["internal_states"][0]["preemptions"]
+    assert [one["output_ids"] for one in many] == [one["output_ids"] for one in alone]
+    assert (preempted > 0) == (name not in STATES)

@@ -1,5 +1,5 @@
 """Models with recurrent layers through the whole engine: greedy tokens are those of transformers, on a prefix hit too,
-beside others, in chunks, and after a row was taken back."""
+beside others, in chunks, and where a conversation goes on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_support import PROMPT
+from model_support import PROMPT, their_greedy
 from native_support import built
 
 from phloem import Engine
@@ -44,18 +44,6 @@ TABLES = [
 ]
 
 
-def greedy(path: Path, prompt: list[int], count: int) -> list[int]:
-    """With full passes alone: no state that could be wrong the same way."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
-    tokens = list(prompt)
-    with torch.inference_mode():
-        for _ in range(count):
-            tokens.append(int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
-    return tokens[len(prompt) :]
-
-
 def settings(path: Path, ops: str, **more: Any) -> dict[str, Any]:
     base = {"dtype": "float32", "max_total_tokens": 1024, "chunked_prefill_size": 16, "page_size": 4}
     return {"model_path": str(path), "ops": ops, "debug_invariants": True, **base, **more}
@@ -67,7 +55,7 @@ def settings(path: Path, ops: str, **more: Any) -> dict[str, Any]:
 def test_greedy_tokens_are_those_of_transformers(name: str, ops: str, tmp_path: Path) -> None:
     path = tiny_checkpoint(name, tmp_path)
     long = PROMPT * 2
-    wanted = greedy(path, long, COUNT)
+    wanted = their_greedy(path, long, COUNT)
     sampling = {"max_new_tokens": COUNT, "temperature": 0, "ignore_eos": True}
     with Engine(**settings(path, ops)) as engine:
         first: Any = engine.generate(input_ids=long, sampling_params=sampling)
@@ -79,21 +67,7 @@ def test_greedy_tokens_are_those_of_transformers(name: str, ops: str, tmp_path: 
     assert again[0]["output_ids"] == again[2]["output_ids"] == wanted
     assert again[0]["meta_info"]["cached_tokens"] >= 16
     assert after["meta_info"]["cached_tokens"] >= len(long)
-    assert after["output_ids"] == greedy(path, turn, COUNT)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["lfm2", "mamba2", "qwen3_next", "kimi_linear"])
-def test_rows_that_are_taken_back_go_on_with_the_same_tokens(name: str, tmp_path: Path) -> None:
-    """A pool too small for all: some are retracted, and begin again from what the tree has kept."""
-    path = tiny_checkpoint(name, tmp_path)
-    prompts = [[3 + (11 * place + number) % 90 for place in range(20)] for number in range(4)]
-    sampling = {"max_new_tokens": 40, "temperature": 0, "ignore_eos": True}
-    with Engine(**settings(path, "reference")) as engine:
-        alone: Any = [engine.generate(input_ids=prompt, sampling_params=sampling) for prompt in prompts]
-    with Engine(**settings(path, "reference", max_total_tokens=144, max_running_requests=4)) as engine:
-        many: Any = engine.generate(input_ids=prompts, sampling_params=sampling)
-    assert [one["output_ids"] for one in many] == [one["output_ids"] for one in alone]
+    assert after["output_ids"] == their_greedy(path, turn, COUNT)
 
 
 def test_layers_that_are_not_known_are_refused_by_name() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from model_support import CPU, PROMPT, Engine, check_modes
 from safetensors.torch import load_file, save_file
 
 from phloem.checkpoint.describe import describe
@@ -17,12 +18,15 @@ from phloem.checkpoint.kv_scheme import kv_scheme, only_kv
 from phloem.core.batch import Admission, Batch
 from phloem.core.config import Config
 from phloem.core.errors import ModelLoadError
+from phloem.core.memory import Latent, Paged, State
 from phloem.core.request import SamplingParams
 from phloem.engine import worker
-from phloem.models._scales import scale_of
+from phloem.kvcache.pool import KVScales
+from phloem.models._scales import scale_of, scaled_pools
 from phloem.testing.checkpoints import tiny_checkpoint
 
 TENSOR = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+STATE = State((((4,), "float32"),))
 PACKED = {"quant_method": "compressed-tensors", "kv_cache_scheme": TENSOR, "config_groups": {}}
 K, V = 8.0, 5.0  # powers and no powers of two: both must come back
 
@@ -67,15 +71,22 @@ def test_schemes(quantization: dict[str, Any] | None, scheme: str | None, alone:
     assert only_kv(quantization or {}) is alone
 
 
-def with_scales(path: Path, pattern: str, factor: float = 1.0, scheme: dict[str, Any] | None = PACKED) -> Path:
-    """A tiny llama whose keys and values are far beyond 448, and scales for them under names of this pattern.
+GROW = {"k_proj": 700.0, "q_proj": 1 / 700, "v_proj": 600.0, "o_proj": 1 / 600}
+GROW_LATENTS = {"kv_a_layernorm": 700.0, "kv_b_proj": 1 / 700}
 
-    Keys grow with their projection, and queries shrink likewise; values too, and the output projection shrinks.
+
+def with_scales(
+    path: Path, pattern: str, factor: float = 1.0, scheme: dict[str, Any] | None = PACKED, family: str = "llama"
+) -> Path:
+    """A tiny model whose keys and values are far beyond 448, and scales for them under names of this pattern.
+
+    Keys grow with their projection, and queries shrink likewise; values too, and the output projection shrinks. Latents
+    grow with their norm, and what makes keys and values of them shrinks.
     """
-    tiny_checkpoint("llama", path)
+    tiny_checkpoint(family, path)
     file = next(path.glob("*.safetensors"))
     tensors = load_file(file)
-    grow = {"k_proj": 700.0, "q_proj": 1 / 700, "v_proj": 600.0, "o_proj": 1 / 600}
+    grow = GROW if family == "llama" else GROW_LATENTS
     for name in tensors:
         part = name.split(".")[-2]
         if part in grow:
@@ -139,6 +150,53 @@ def test_scales_of_a_checkpoint_reach_the_cache(
     assert "no k_scale and v_scale for 3 of 3 layers" in caplog.records[0].getMessage()
     assert "beyond 448 are cut off" in caplog.records[0].getMessage()
     assert distance(got, exact) < 0.1 and distance(cut, exact) > 3 * distance(got, exact)
+
+
+@pytest.mark.slow
+def test_a_latent_has_one_scale_the_larger_of_its_layer_s(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = with_scales(tmp_path / "scaled", "?_scale", family="youtu")
+    exact, _ = logprobs(path)
+    with caplog.at_level(logging.WARNING):
+        got, built = logprobs(path, kv_cache_dtype="fp8_e4m3")
+    assert not caplog.records
+    assert built.runner.pool.keys[0].dtype == torch.float8_e4m3fn
+    assert [built.runner.pool.scales[layer].k_values for layer in range(3)] == [(K,)] * 3
+    told = next(item for item in built.decisions if item.name == "kv_cache_dtype")
+    assert "for 3 of 3 layers" in told.reason
+    with caplog.at_level(logging.WARNING):
+        cut, _ = logprobs(with_scales(tmp_path / "bare", "", family="youtu"), kv_cache_dtype="fp8_e4m3")
+    assert "no k_scale and v_scale for 3 of 3 layers" in caplog.records[0].getMessage()
+    assert np.isfinite(cut).all(), "what is too large is cut off, and no NaN"
+    assert distance(got, exact) < 0.1 and distance(cut, exact) > 3 * distance(got, exact)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "kimi_linear"])
+def test_scales_of_latents_change_no_logits(family: str, tmp_path: Path) -> None:
+    """Of powers of two, in a cache that loses nothing by them: in chunks, on a prefix, several rows at once."""
+    path = tiny_checkpoint(family, tmp_path)
+    whole = Engine(path).whole(PROMPT)
+
+    class Scaled(Engine):
+        def __init__(self, path: Path) -> None:
+            super().__init__(path)
+            latents = [pool for pool, spec in enumerate(self.pool.memory) if isinstance(spec, Latent)]
+            self.pool.scales = {pool: KVScales((8.0,), (8.0,), CPU) for pool in latents}
+            assert latents
+
+    check_modes(path, whole, Scaled)
+    engine = Scaled(path)
+    engine.whole(PROMPT)
+    layer = next(iter(engine.pool.scales))
+    plain = Engine(path)
+    plain.whole(PROMPT)
+    assert torch.equal(engine.pool.keys[layer] * 8, plain.pool.keys[layer]) and plain.pool.keys[layer].any()
+
+
+def test_scales_are_those_of_the_layer_s_pages() -> None:
+    """Which are not numbered as layers are, where these keep several things or none."""
+    memory = [Paged(2, 8, 8), STATE, Paged(2, 8, 8), STATE, Latent(8, 4), Latent(4, 0), Latent(8, 4), Latent(8, 4)]
+    layers = [range(2), range(2, 4), range(4, 4), range(4, 6), range(6, 8)]
+    assert scaled_pools(memory, layers) == {0: 0, 1: 2, 3: 4}
 
 
 def test_auto_keeps_the_type_of_the_model_and_says_what_the_checkpoint_has(tmp_path: Path) -> None:

@@ -70,6 +70,23 @@ def test_what_files_hold_beside_a_model_does_not_stop_it(made: Any, tmp_path: Pa
     close(Engine(target).whole(PROMPT), theirs)
 
 
+@pytest.mark.parametrize("name", ["glm4_moe", "minimax_m2", "ernie4_5_moe"])
+def test_corrections_of_routers_are_not_rounded_to_the_type_of_the_model(made: Any, tmp_path: Path, name: str) -> None:
+    """Values near 7 whose spread is below bfloat16's step there decide which experts compute a token."""
+
+    def corrected(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        near = {key: 6.9 + 1e-3 * torch.arange(old.numel()) for key, old in stored.items() if "correction_bias" in key}
+        assert near
+        return {**stored, **{key: value.view(stored[key].shape) for key, value in near.items()}}
+
+    path = edited(made(name)[0], tmp_path / "x", corrected)
+    kept = [weight for weight in Engine(path, torch.bfloat16).model.weights() if "correction_bias" in weight.names[0]]
+    assert kept
+    for weight in kept:
+        value = weight.value.view(-1)
+        assert torch.equal(value, (6.9 + 1e-3 * torch.arange(value.numel()))) and value.dtype == torch.float32
+
+
 def test_a_bias_that_nobody_adds_is_refused_unless_it_is_of_zeros(made: Any, tmp_path: Path) -> None:
     name = "model.layers.1.self_attn.q_proj.bias"
     rows = made("llama")[0]

@@ -9,7 +9,7 @@ from typing import Any
 import packers
 import pytest
 import torch
-from model_support import PROMPT
+from model_support import PROMPT, their_greedy
 
 from phloem import Engine
 from phloem.core.errors import ConfigError, ModelLoadError
@@ -58,17 +58,6 @@ def write(case: str, target: Path) -> tuple[Path, Path, str]:
     return *packers.quantised(path, target, pack, config), word
 
 
-def greedy(path: Path) -> list[int]:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
-    tokens = list(PROMPT)
-    with torch.inference_mode():
-        for _ in range(COUNT):
-            tokens.append(int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
-    return tokens[len(PROMPT) :]
-
-
 def decision(engine: Engine) -> tuple[str, str]:
     return next((value, why) for name, value, why in engine.get_server_info()["decisions"] if name == "weights")
 
@@ -77,7 +66,7 @@ def decision(engine: Engine) -> tuple[str, str]:
 @pytest.mark.parametrize("case", [*CASES, "mxfp4"])
 def test_greedy_tokens_are_those_of_the_dequantised_model(case: str, tmp_path: Path) -> None:
     packed, plain, word = write(case, tmp_path)
-    wanted = greedy(plain)
+    wanted = their_greedy(plain, PROMPT, COUNT)
     sampling = {"max_new_tokens": COUNT, "temperature": 0, "ignore_eos": True}
     settings: dict[str, Any] = {"dtype": "float32", "max_total_tokens": 2048, "chunked_prefill_size": 16}
     with Engine(model_path=str(packed), ops="reference", page_size=4, debug_invariants=True, **settings) as engine:

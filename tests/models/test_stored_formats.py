@@ -544,3 +544,36 @@ def test_tables_of_4_bits_are_read_as_their_own_library_reads_them(kind: str, ne
     }
     ours = method.join("x.weight", found, (96, 80)).take(None, torch.float32)
     assert torch.equal(ours, functional.dequantize_4bit(packed, state))
+
+
+def test_blocks_of_float8_are_read_as_transformers_reads_them() -> None:
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    from phloem.models._sources import TensorSource
+    from phloem.quant import METHODS, Report
+
+    weight = torch.randn(256, 384, generator=torch.Generator().manual_seed(3)) * 0.05
+    stored, _ = packers.float8(weight, by="block", scale_name="weight_scale_inv")
+    method = METHODS.module("fp8").configure({"weight_block_size": [128, 128]}, Report("fp8"))
+    found = {
+        what: TensorSource(name, tuple(stored[name[2:]].shape), tensor=stored[name[2:]])
+        for what, name in method.companions("x.weight").items()
+        if name[2:] in stored
+    }
+    ours = method.join("x.weight", found, (256, 384)).take(None, torch.float32)
+    theirs = Fp8Dequantize(None).convert({"weight": stored["weight"], "weight_scale_inv": stored["weight_scale_inv"]})
+    assert torch.equal(ours, theirs["weight"]) and ours.std() > 0.01
+
+
+@pytest.mark.slow
+def test_experts_of_gpt_oss_are_those_that_transformers_unpacks(made: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    packed, _ = gpt_oss(made, tmp_path)
+    stored, model = load_file(packed / "model.safetensors"), Engine(packed).model
+    names = [name.removesuffix("_blocks") for name in stored if name.endswith("_blocks")]
+    assert len(names) == 8
+    for name in names:
+        theirs = convert_moe_packed_tensors(stored[f"{name}_blocks"], stored[f"{name}_scales"], dtype=torch.float32)
+        assert torch.equal(model.get_weight(name), theirs), name

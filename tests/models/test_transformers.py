@@ -11,7 +11,7 @@ import httpx
 import pytest
 import torch
 from engine_door import http_door
-from model_support import CPU, PAGE, PROMPT, check_modes, close, reference
+from model_support import CPU, PAGE, PROMPT, check_modes, close, reference, their_greedy
 from model_support import Engine as Steps
 from pools import pool_for
 
@@ -81,18 +81,6 @@ def test_logits_are_those_of_transformers(written: Any, name: str) -> None:
     check_modes(written(name), reference(written(name), PROMPT), kind=Foreign)
 
 
-def greedy(path: Path, prompt: list[int], count: int = COUNT) -> list[int]:
-    """With full passes alone: no cache that could be wrong the same way."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
-    tokens = list(prompt)
-    with torch.inference_mode():
-        for _ in range(count):
-            tokens.append(int(model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
-    return tokens[len(prompt) :]
-
-
 def test_packed_texts_do_not_see_each_other(written: Any) -> None:
     """Each row of a step has the logits that it has alone."""
     steps = Foreign(written("olmo"))
@@ -117,7 +105,7 @@ def test_greedy_tokens_are_those_of_transformers(written: Any, name: str) -> Non
     """Through the whole engine: chunks, a batch, a prefix hit, and preemption for want of pages."""
     path = written(name)
     prompts = [PROMPT, PROMPT[:9], PROMPT[5:]]
-    wanted = [greedy(path, prompt) for prompt in prompts]
+    wanted = [their_greedy(path, prompt, COUNT) for prompt in prompts]
     sampling = {"max_new_tokens": COUNT, "temperature": 0, "ignore_eos": True}
     settings: dict[str, Any] = {
         "dtype": "float32",
@@ -143,7 +131,7 @@ def test_over_http_with_a_grammar_and_drawn_tokens(written: Any) -> None:
     with Engine(model_path=str(written("persimmon")), dtype="float32", max_total_tokens=2048) as engine:
         assert engine.tokenizer is not None
         ids = engine.tokenizer.encode("Sap moves")
-        wanted = greedy(written("persimmon"), ids, 16)
+        wanted = their_greedy(written("persimmon"), ids, 16)
         wanted = wanted[: wanted.index(3)] if 3 in wanted else wanted
         decisions = {name: (value, why) for name, value, why in engine.get_server_info()["decisions"]}
         with http_door(engine) as url:

@@ -139,6 +139,13 @@ def test_token_ids_and_lists_of_them(embedder: phloem.Engine, url: str) -> None:
     assert np.allclose(several, [expected(embedder, text) for text in TEXTS], atol=1e-5)
 
 
+def test_an_empty_text_has_a_vector_and_an_empty_list_none(embedder: phloem.Engine, url: str) -> None:
+    found = post(url, "/v1/embeddings", {"input": ["", "fox"]}).json()["data"]
+    assert np.allclose(found[0]["embedding"], expected(embedder, ""), atol=1e-5)
+    assert np.allclose(found[1]["embedding"], expected(embedder, "fox"), atol=1e-5)
+    assert "at least one text" in refusal(url, "/v1/embeddings", {"input": []})["message"]
+
+
 def test_shorter_vectors_have_length_one(embedder: phloem.Engine, url: str) -> None:
     whole = post(url, "/v1/embeddings", {"input": "a b c"}).json()["data"][0]["embedding"]
     short = post(url, "/v1/embeddings", {"input": "a b c", "dimensions": 8}).json()["data"][0]["embedding"]
@@ -296,6 +303,22 @@ def test_a_long_document_is_cut_and_the_query_is_not(ranker: tuple[phloem.Engine
     assert short["usage"]["prompt_tokens"] == second + 7 + 1
 
 
+@torch.inference_mode()
+def test_a_cross_encoder_whose_attention_weighs_distances(tmp_path: Path) -> None:
+    """DeBERTa's rerankers have no segments."""
+    import transformers
+
+    path = tiny_checkpoint("deberta_v2", tmp_path, head="ForSequenceClassification", num_labels=1)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
+    documents = ["jumps", "over the lazy dog", "a page table", "what is the capital"]
+    with phloem.LLM(str(path)) as llm:
+        found = {item["index"]: item["relevance_score"] for item in llm.rerank("fox", documents)}
+        for at, document in enumerate(documents):
+            ids, _ = llm.engine.tokenizer.encode_cut(("fox", document), 64)
+            assert abs(found[at] - float(model(torch.tensor([ids])).logits[0, 0].sigmoid())) < 1e-5
+    assert len(set(found.values())) == 4
+
+
 def test_labels_over_http_and_in_the_engine(classifier: tuple[phloem.Engine, str]) -> None:
     engine, url = classifier
     answer = post(url, "/classify", {"input": TEXTS[:2]}).json()["data"]
@@ -392,5 +415,10 @@ def test_a_decoder_is_asked_for_yes_or_no(tmp_path: Path) -> None:
             llm.rerank("fox", ["over the lazy dog " * 200])
         with pytest.raises(BadRequest, match="pairs of texts"):
             llm.engine.encode("fox")
-        cut = llm.engine.score_pairs("fox", "over the lazy dog " * 200, truncate_prompt_tokens=-1)
-        assert 0 < cut[0] < 1
+        # Of the document alone the end is cut: the instruction, the query and what asks for the answer stay.
+        long = "over the lazy dog " * 200
+        ask, text, after = (tokenizer.encode(part).ids for part in (judge.question("fox", None), long, judge.after))
+        ids = [*ask, *text[: 600 - len(ask) - len(after)], *after]
+        last = model(torch.tensor([ids])).logits[0, -1]
+        cut = llm.engine.score_pairs("fox", long, truncate_prompt_tokens=-1)
+        assert abs(cut[0] - float(last[[no, yes]].softmax(-1)[1])) < 1e-4

@@ -21,6 +21,7 @@ from typing import Any
 
 import httpx
 import pytest
+from model_support import edited
 from served import Server, eventually, gone
 
 from phloem.testing.checkpoints import tiny_checkpoint
@@ -262,3 +263,32 @@ def test_wrong_options_end_with_a_clear_line_and_no_trace(model: Path, arguments
     assert done.returncode != 0
     assert text in done.stderr + done.stdout
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "text"),
+    [
+        ({"model.layers.1.mlp.up_proj.weight": None}, {}, "1 tensors are missing: model.layers.1.mlp.up_proj.weight"),
+        ({"model.layers.1.mlp.more.weight": 1.0}, {}, "read by no layer of llama: model.layers.1.mlp.more.weight"),
+        ({}, {"intermediate_size": 96}, "tensors have another shape"),
+        ({}, {"quantization_config": {"quant_method": "own"}}, "'own' is not supported; read are auto-round, awq"),
+        ({}, {"model_type": "mine", "auto_map": {"AutoModelForCausalLM": "mine.Mine"}}, "--trust-remote-code"),
+    ],
+)
+def test_checkpoints_that_cannot_be_served_end_before_a_port_is_open(
+    model: Path, tmp_path: Path, change: dict[str, Any], config: dict[str, Any], text: str
+) -> None:
+    import torch
+
+    def changed(stored: dict[str, Any]) -> dict[str, Any]:
+        more = {name: torch.full((2,), value) for name, value in change.items() if value is not None}
+        return {**{name: tensor for name, tensor in stored.items() if name not in change}, **more}
+
+    broken = edited(model, tmp_path / "x", changed, **config)
+    for file in model.glob("tokenizer*"):
+        (broken / file.name).write_bytes(file.read_bytes())
+    command = [sys.executable, "-m", "phloem", "serve", "--port", "0", "--model-path", str(broken)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    said = done.stderr + done.stdout
+    assert done.returncode != 0 and text in said
+    assert "http://127.0.0.1" not in said and "Traceback" not in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,19 @@ def edited(path: Path, target: Path, tensors: Any = None, **config: Any) -> Path
 
 
 def reference(path: Path, tokens: list[int]) -> torch.Tensor:
+    return their_logits(path)(tokens)
+
+
+def their_greedy(path: Path, prompt: list[int], count: int) -> list[int]:
+    """What transformers writes, with full passes alone: no cache that could be wrong the same way."""
+    logits, tokens = their_logits(path), list(prompt)
+    for _ in range(count):
+        tokens.append(int(logits(tokens)[-1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def their_logits(path: Path) -> Callable[[list[int]], torch.Tensor]:
+    """Logits of all tokens of a text by transformers' own class."""
     import transformers
 
     config = json.loads((path / "config.json").read_text())
@@ -151,9 +165,13 @@ def reference(path: Path, tokens: list[int]) -> torch.Tensor:
     # Its Gemma 3 has this setting and forgets to hand it to its own attention function, which understands it.
     cap = config.get("attn_logit_softcapping") if config["model_type"].startswith("gemma3") else None
     model = loader.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
-    with torch.inference_mode():
-        options = {"softcap": cap} if cap else {}
+    options = {"softcap": cap} if cap else {}
+
+    @torch.inference_mode()
+    def logits(tokens: list[int]) -> torch.Tensor:
         return model(input_ids=torch.tensor([tokens]), use_cache=False, **options).logits[0]
+
+    return logits
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:

@@ -6,7 +6,7 @@ and `begin(batch, pool)`; `dtype` is that of the KV cache. The first of an order
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from phloem.attention._cascade import Sharing
@@ -111,6 +111,17 @@ class Memory:
         latent: Tensor,
         call: LatentCall,
         chosen: Tensor | None = None,
+    ) -> Tensor:
+        scales = self.pool.scales.get(pool)
+        if scales is None:
+            return self._attend_latent(pool, q_nope, q_rope, latent, call, chosen)
+        # Keys and values are linear in what is kept: its scale goes to the logits' factor and to what comes out.
+        scale = scales.k_values[0]
+        call = replace(call, scale=call.scale * scale)
+        return self._attend_latent(pool, q_nope, q_rope, latent / scale, call, chosen) * scale
+
+    def _attend_latent(
+        self, pool: int, q_nope: Tensor, q_rope: Tensor, latent: Tensor, call: LatentCall, chosen: Tensor | None
     ) -> Tensor:
         ops, batch, cache = self._latents(pool, latent)
         if chosen is not None:

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
     from phloem.kernels.calls import LatentCall
     from phloem.kernels.ops import IndexCall, Ops
-    from phloem.layers.context import AttentionSpec, Heads, StateStep
+    from phloem.layers.context import AttentionSpec, Heads, Relative, StateStep
+
+_MOST_LOGITS = 1 << 25  # of rows that are attended to at a time, where distances have logits of their own
 
 
 def refusal(memory: Sequence[object], specs: Sequence[AttentionSpec]) -> str | None:
@@ -51,21 +53,22 @@ class PackedMemory:
         if spec.softcap or heads.sinks is not None or spec.block:
             return self._plain(spec, heads.sinks, (q_THD, k_TKD, v_TKD))
         if len(self._groups) == 1 and len(self._groups[0][1]) == 1:
-            return self._fused(spec, self._groups[0][0], (q_THD, k_TKD, v_TKD), heads.distances)
+            return self._fused(spec, self._groups[0][0], (q_THD, k_TKD, v_TKD), heads)
         out = torch.empty((len(q_THD), spec.heads, spec.values), dtype=q_THD.dtype, device=q_THD.device)
         for length, spans in self._groups:
             parts = [[x[first:last] for first, last in spans] for x in (q_THD, k_TKD, v_TKD)]
             q, k, v = (some[0] if len(some) == 1 else torch.cat(some) for some in parts)
-            found, at = self._fused(spec, length, (q, k, v), heads.distances), 0
+            found, at = self._fused(spec, length, (q, k, v), heads), 0
             for first, last in spans:
                 out[first:last] = found[at : at + last - first]
                 at += last - first
         return out
 
-    def _fused(
-        self, spec: AttentionSpec, length: int, heads: tuple[Tensor, Tensor, Tensor], distances: Tensor | None
-    ) -> Tensor:
+    def _fused(self, spec: AttentionSpec, length: int, heads: tuple[Tensor, Tensor, Tensor], asked: Heads) -> Tensor:
         q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in heads)
+        if asked.relative is not None:
+            return _by_relative(spec, asked.relative, q, k, v).transpose(1, 2).contiguous().flatten(0, 1)
+        distances = asked.distances
         mask, causal = None, spec.causal and not spec.window and not spec.chunk
         if not causal and (spec.causal or spec.window or spec.chunk):
             mask = self._mask(spec, length, q.device)
@@ -140,6 +143,26 @@ def _spans(starts: list[int], length: int) -> list[tuple[int, int]]:
         else:
             spans.append((start, start + length))
     return spans
+
+
+def _by_relative(spec: AttentionSpec, relative: Relative, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[n, H, L, D] of rows of one length whose logits weigh distances too; so many at a time as the logits allow."""
+    count, heads, length, _ = q.shape
+    at, middle = torch.arange(length, device=q.device), len(relative.rows) // 2
+    index_LL = relative.rows[at[:, None] - at[None, :] + middle]  # of query i behind key j
+    widest = max([length, *(len(x[0]) for x in (relative.keys, relative.queries) if x is not None)])
+    each = max(1, _MOST_LOGITS // (heads * length * widest))
+    parts: list[Tensor] = []
+    for first in range(0, count, each):
+        q_, k_, v_ = (x[first : first + each] for x in (q, k, v))
+        added = q_.new_zeros((len(q_), heads, length, length))
+        if relative.keys is not None:
+            added += (q_ @ relative.keys.transpose(1, 2)).gather(-1, index_LL.expand(added.shape))
+        if relative.queries is not None:
+            of_keys = (k_ @ relative.queries.transpose(1, 2)).gather(-1, index_LL.T.expand(added.shape))
+            added += of_keys.transpose(2, 3)
+        parts.append(F.scaled_dot_product_attention(q_, k_, v_, attn_mask=added * spec.scale, scale=spec.scale))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _by_distance(distances: Tensor, length: int) -> Tensor:

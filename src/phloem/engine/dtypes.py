@@ -6,22 +6,23 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from phloem import attention, models
+from phloem import attention
 from phloem.attention import AttentionNeed
 from phloem.checkpoint.families import audio_of
 from phloem.checkpoint.kv_scheme import FP8
 from phloem.core.errors import ConfigError
 from phloem.core.memory import Latent
 from phloem.core.resolve import Decision
+from phloem.kernels.ops import Ops
 from phloem.models import Conditioned
 from phloem.models._common import Decoder
+from phloem.models._scales import read_kv_scales, scaled_pools, scales_of
 from phloem.platforms._facts import own_float8
 from phloem.utils import log
 
 if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.config import Config
-    from phloem.kernels.ops import Ops
     from phloem.models import Model, Tower
     from phloem.models._scales import LayerScales
     from phloem.platforms import Platform
@@ -110,13 +111,20 @@ def heard(config: Config, checkpoint: Checkpoint, ops: Ops) -> torch.dtype | Non
     return next((kind for kind in ops.kv_dtypes if kind.is_floating_point), None)
 
 
-def latents(config: Config, model: Model, ops: Ops) -> torch.dtype | None:
-    """The type that keeps latents, where nobody has named one: kernels of a table that says what it keeps read them in
-    bfloat16 alone, and whatever else they lie in is left to the reference."""
+def latents(config: Config, checkpoint: Checkpoint, model: Model, ops: Ops) -> torch.dtype | None:
+    """The type that keeps latents, where nobody has named one and the model is not of float32: that of the table's own
+    latent attention, whose steps can be recorded."""
     asked = config.cache.kv_cache_dtype != "auto" or config.model.dtype != "auto"
-    if asked or ops.kv_dtypes is None or not any(isinstance(spec, Latent) for spec in model.memory):
+    own = ops.latent_attention is not Ops().latent_attention
+    if asked or not own or ops.kv_dtypes is None or str(checkpoint.config.get("dtype")) == "float32":
         return None
-    return torch.bfloat16
+    return torch.bfloat16 if any(isinstance(spec, Latent) for spec in model.memory) else None
+
+
+def unasked(config: Config, checkpoint: Checkpoint, model: Model, platform: Platform, ops: Ops) -> torch.dtype | None:
+    """The type of keys and values where it is another than the model's though nobody has asked for one."""
+    eight = eight_bits(config, checkpoint, model, platform, ops)
+    return eight or heard(config, checkpoint, ops) or latents(config, checkpoint, model, ops)
 
 
 def kv_scales_of(
@@ -127,19 +135,19 @@ def kv_scales_of(
     if asked != FP8:
         eight = kv_dtype.itemsize == 1 and asked == "auto"
         why = "as the weights are quantised" if eight else "the type of the model" if asked == "auto" else "as asked"
+        if asked == "auto" and not eight and any(isinstance(spec, Latent) for spec in model.memory):
+            why = "the type of the model, or what the table's latent attention reads, in half of float32's memory"
         if asked == "auto" and not eight and audio_of(checkpoint.model_type) is not None:
             why = (
                 "the type of the model, or what the table's attention reads: most of a step's reading is what is heard"
             )
-        elif asked == "auto" and not eight and any(isinstance(spec, Latent) for spec in model.memory):
-            why = "the type of the model, or what the table's attention reads latents in"
         if checkpoint.kv_scheme == FP8:
             why += f"; the checkpoint brings scales for {FP8}, which --kv-cache-dtype {FP8} uses"
         decisions.append(Decision("kv_cache_dtype", name, why))
         return {}
-    layers = len(model.attention_specs)
+    layers = sum(scales_of(spec) > 0 for spec in model.memory)
     other = checkpoint.kv_scheme not in (None, FP8)
-    scales = {} if other else models.kv_scales(model, checkpoint)
+    scales = {} if other else stored_scales(model, checkpoint)
     if other:
         _log.warning(
             "the checkpoint's scales are for a KV cache of type %s: not used for %s", checkpoint.kv_scheme, FP8
@@ -156,3 +164,9 @@ def kv_scales_of(
     why = f"as asked; scales from the checkpoint for {len(scales)} of {layers} layers"
     decisions.append(Decision("kv_cache_dtype", name, why))
     return scales
+
+
+def stored_scales(model: Model, checkpoint: Checkpoint) -> dict[int, LayerScales]:
+    """The checkpoint's scales for a float8 KV cache, by pool index. Raises ModelLoadError for one that cannot be."""
+    layers = model.pools if isinstance(model, Decoder) else [range(n, n + 1) for n in range(len(model.memory))]
+    return read_kv_scales(checkpoint, model.memory, scaled_pools(model.memory, layers), model.checkpoint_name)

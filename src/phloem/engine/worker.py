@@ -28,13 +28,11 @@ from phloem.engine.counts import spread_of
 from phloem.engine.dtypes import (
     backend_names,
     dtype_of,
-    eight_bits,
-    heard,
     kept_in,
     kv_dtype_of,
     kv_scales_of,
-    latents,
     tower_of,
+    unasked,
 )
 from phloem.engine.encoding import load_seeing
 from phloem.engine.media import Desk
@@ -376,8 +374,7 @@ class _Kept:
 
 def _kept(config: Config, checkpoint: Checkpoint, machine: _Machine, model: Model, decisions: list[Decision]) -> _Kept:
     platform, ops = machine.platform, machine.ops
-    kv_dtype = eight_bits(config, checkpoint, model, platform, ops) or heard(config, checkpoint, ops)
-    kv_dtype = kv_dtype or latents(config, model, ops) or kept_in(config, machine.dtype, model)
+    kv_dtype = unasked(config, checkpoint, model, platform, ops) or kept_in(config, machine.dtype, model)
     scales = kv_scales_of(config, checkpoint, model, kv_dtype, decisions)
     backend = _backend(config, model, platform, ops, kv_dtype, scales, decisions)
     block = max((spec.block for spec in model.attention_specs), default=0) % WHOLE
@@ -572,7 +569,8 @@ def _backend(
     decisions: list[Decision],
 ) -> AttentionBackend:
     """The attention backend: the named one, or the platform's first that accepts."""
-    width = max((len(k) for k, _ in scales.values()), default=0)
+    # Of latents, what has written and read them knows; no backend does.
+    width = max((len(scales[spec.pool][0]) for spec in model.attention_specs if spec.pool in scales), default=0)
     need = AttentionNeed(model.attention_specs, kv_dtype, platform.device, config.cache.page_size, width)
     choice = attention.choose(backend_names(platform), need, ops, named=config.runtime.attention_backend)
     why = "; ".join([choice.reason, *(f"not {name}: {reason}" for name, reason in choice.declined.items())])

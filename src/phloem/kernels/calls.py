@@ -162,8 +162,9 @@ class AttentionCall:
         return self.causal and not self.chunk and not self.block
 
 
-# New tokens of a row up to which latent attention in its absorbed form is the faster one on a CPU.
-LATENT_SHORT = 16
+# New tokens of a row up to which latent attention in its absorbed form, recorded, is the faster one on a CPU
+# (docs/benchmarks.md).
+LATENT_SHORT = 64
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,8 +85,12 @@ def _weights(q_THD: Tensor, k_HLD: Tensor, seen_TL: Tensor, call: AttentionCall)
 
 
 def write_latent(latent_TC: Tensor, cache: Tensor, slots_T: Tensor) -> None:
-    """Put the new tokens' latents, with their rotated part behind them, into `[pages, 1, S, L + P]`."""
+    """Put the new tokens' latents, with their rotated part behind them, into `[pages, 1, S, L + P]`. What a cache of
+    8 bits cannot hold is cut off."""
     size = cache.shape[2]
+    if cache.dtype.itemsize == 1:
+        limit = torch.finfo(cache.dtype).max
+        latent_TC = latent_TC.clamp(-limit, limit)
     cache[slots_T // size, 0, slots_T % size] = latent_TC.to(cache.dtype)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from phloem.core.memory import MemorySpec
     from phloem.distributed.mesh import Axis
-    from phloem.layers.context import AttentionSpec, BuildContext, ForwardBatch
+    from phloem.layers.context import AttentionSpec, BuildContext, ForwardBatch, Relative
     from phloem.layers.rope import Rope
 
 # head: of each head before the rotation, fused with it where a table can; after: of each head, behind the rotation;
@@ -94,6 +94,8 @@ def shared_heads(spec: AttentionSpec, tp: Axis) -> tuple[AttentionSpec, Cut | No
 class SelfAttention(Layer):
     """Grouped-query attention with q, k and v in one projection. `rope` None: no rotation."""
 
+    relative: Relative | None = None  # its model's, of encoders whose attention weighs distances
+
     def __init__(
         self, ctx: BuildContext, spec: AttentionSpec, hidden_size: int, rope: Rope | None, options: AttentionOptions
     ) -> None:
@@ -155,7 +157,7 @@ class SelfAttention(Layer):
         heads, gate_THD = self._heads(qkv, step)
         if options.qk_norm in ("after", "unit"):
             self._turn_then_norm(heads)
-        heads.distances = step.distances
+        heads.distances, heads.relative = step.distances, self.relative
         out_THD = step.memory.attend(spec, heads)
         if options.value_scale != 1.0:  # of what is attended to, in the end: the same, and none is read twice
             out_THD = self.ops.scale(out_THD, options.value_scale)

@@ -75,6 +75,16 @@ def memory_of(specs: Sequence[AttentionSpec]) -> list[MemorySpec]:
     return [Paged(spec.kv_heads, spec.head_size, spec.values, spec.window) for spec in writers]
 
 
+@dataclass(frozen=True, slots=True)
+class Relative:
+    """What attention adds to a logit for how far the query stands behind the key (DeBERTa, He et al., 2021): the query
+    with the key of their distance, and the key with the query of it. B rows of distances."""
+
+    rows: Tensor  # [2 M - 1] int64: the row of each distance -(M - 1) to M - 1
+    keys: Tensor | None  # [H, B, D]
+    queries: Tensor | None  # [H, B, D]
+
+
 @dataclass(slots=True)
 class Heads:
     """What a layer hands to attention. T packed tokens, H query heads, K kv heads, D head size.
@@ -89,6 +99,7 @@ class Heads:
     rotation: Rotation | None = None
     # [H, 2 M - 1]: added to the logits of each distance (key behind query), -(M - 1) to M - 1
     distances: Tensor | None = None
+    relative: Relative | None = None
 
 
 class AttentionStep(Protocol):

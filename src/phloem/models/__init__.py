@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from phloem.core.media import Media
     from phloem.core.memory import MemorySpec
     from phloem.layers.context import AttentionSpec, BuildContext, ForwardBatch, Pack
-    from phloem.models._scales import LayerScales
 
 
 class Body(Protocol):
@@ -164,14 +163,6 @@ class HearingModel(Protocol):
     def forward(self, step: ForwardBatch) -> Tensor:
         """As `Model`."""
         ...
-
-
-def kv_scales(model: Model, checkpoint: Checkpoint) -> dict[int, LayerScales]:
-    """The checkpoint's scales for a float8 KV cache, by layer. Raises ModelLoadError for one that cannot be."""
-    from phloem.models._scales import read_kv_scales
-
-    heads = {spec.pool: spec.kv_heads for spec in model.attention_specs}
-    return read_kv_scales(checkpoint, heads, model.checkpoint_name)
 
 
 def build_model(model_type: str, config: dict[str, Any], ctx: BuildContext, max_positions: int) -> Loadable:

@@ -172,12 +172,12 @@ class Decoder(Layer):
             self.positions = Positions(body.child("embed_positions"), config.hidden_size, *config.positions)
         self.layers = []
         self.memory: list[MemorySpec] = []
-        pools: list[range] = []
+        self.pools: list[range] = []  # of each layer: the pool indexes of what it keeps
         for number, kind in enumerate(config.layers):
             place.pool = len(self.memory)
             layer = kind.make(body.child("layers").child(number), place)
             self.memory += layer.memory
-            pools.append(range(place.pool, len(self.memory)))
+            self.pools.append(range(place.pool, len(self.memory)))
             self.layers.append(layer)
         specs = [layer.attention for layer in self.layers]
         self.attention_specs: list[AttentionSpec] = [spec for spec in specs if spec is not None]
@@ -198,7 +198,7 @@ class Decoder(Layer):
         if self.rows is not None and self.rows.context:
             self._refuse_in_parts(self.rows)
         if ctx.mesh.pp.size > 1:
-            self.stage = self._stage(ctx.mesh.pp, pools)
+            self.stage = self._stage(ctx.mesh.pp, self.pools)
         elsewhere = () if self.stage is None else self.stage.elsewhere
         self.index = WeightIndex(self.weights(), ctx, self.embed.weight.names[0], elsewhere)
 

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from phloem.layers.context import AttentionSpec, BuildContext, ForwardBatch
     from phloem.models._layer import NormKind
 
-# pooler: BERT's, a dense layer with tanh of its own name; dense: one inside the classifier; norm: a dense layer with
-# GELU and a norm; pre: a dense layer with ReLU.
-HeadKind = Literal["pooler", "dense", "norm", "pre"]
+# pooler: BERT's, a dense layer with tanh of its own name; context: that with another activation; dense: one inside the
+# classifier; norm: a dense layer with GELU and a norm; pre: a dense layer with ReLU.
+HeadKind = Literal["pooler", "context", "dense", "norm", "pre"]
 _FARTHEST = 128  # tokens: from here on all distances share a bucket
 
 
@@ -154,9 +154,12 @@ class Encoder(Layer):
         if self.distances is not None:
             step = replace(step, distances=self.distances())
         x_TN, residual_TN = self.embed_norm(x_TN), None
+        embedded_TN = x_TN
         for layer in self.layers[:-1]:
             x_TN, residual_TN = layer.attend(x_TN, residual_TN, step)
             x_TN, residual_TN = layer.feed(x_TN, residual_TN)
+            if layer is self.layers[0]:
+                x_TN = self.behind_first(x_TN, embedded_TN, step)
         out, residual_TN = self.layers[-1].attend(x_TN, residual_TN, step)
         if step.logit_index is not None:
             out = self.ops.select_rows(out, step.logit_index)
@@ -165,6 +168,10 @@ class Encoder(Layer):
         if self.norm is not None:
             return self.norm.add(x, residual)[0]
         return x if residual is None else self.ops.add(x, residual)
+
+    def behind_first(self, x_TN: Tensor, embedded_TN: Tensor, step: ForwardBatch) -> Tensor:
+        """What the first layer gave, as the second takes it; `embedded_TN`: what the first took."""
+        return x_TN
 
     def checkpoint_name(self, name: str) -> str | None:
         """Our name of a tensor in a safetensors file; None: knowingly left out (what models of words in gaps have)."""

@@ -43,6 +43,12 @@ _ACTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def _act(name: str) -> Callable[[Tensor], Tensor]:
+    if name not in _ACTS:
+        raise ModelLoadError(f"pooler_hidden_act: {name!r} is not served; known: {', '.join(_ACTS)}")
+    return _ACTS[name]
+
+
 class SequenceHead(Layer):
     """A classifier of texts: perhaps a dense layer, then a number for each label. `kind` None: a decoder's."""
 
@@ -52,8 +58,9 @@ class SequenceHead(Layer):
         self.dense: Linear | None = None
         self.norm: LayerNorm | None = None
         self.act = torch.tanh
-        if kind == "pooler":
+        if kind in ("pooler", "context"):
             self.dense = Linear(ctx, size, {"pooler.dense": size}, bias=True)
+            self.act = _act(str(config.get("pooler_hidden_act", "gelu"))) if kind == "context" else torch.tanh
         elif kind == "dense":
             self.dense = Linear(ctx, size, {"classifier.dense": size}, bias=True)
         elif kind == "pre":

@@ -1,7 +1,8 @@
 """Scales of a float8 KV cache that come with a checkpoint.
 
 A cached key is the key divided by its layer's `k_scale`, a value likewise. They are stored beside the attention's
-weights, under the names that compressed-tensors, ModelOpt and vLLM's converters give them.
+weights, under the names that compressed-tensors, ModelOpt and vLLM's converters give them. A latent is key and value in
+one and has one scale: the larger of those that its layer has.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import re
 from typing import TYPE_CHECKING
 
 from phloem.core.errors import ModelLoadError
+from phloem.core.memory import Latent, Paged
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from phloem.checkpoint.describe import Checkpoint
+    from phloem.core.memory import MemorySpec
 
 LayerScales = tuple[tuple[float, ...], tuple[float, ...]]  # of keys, of values: one number, or one per kv head
 
@@ -31,13 +34,35 @@ def scale_of(name: str) -> tuple[int, str] | None:
     return (int(match[1]), next(part for part in match.groups()[1:] if part)) if match else None
 
 
-def read_kv_scales(
-    checkpoint: Checkpoint, kv_heads: dict[int, int], rename: Callable[[str], str | None]
-) -> dict[int, LayerScales]:
-    """Scales by layer; layers without any are left out.
+def scales_of(spec: MemorySpec) -> int:
+    """How many scales a float8 cache of it may have for its keys: one, or one per kv head; 0: it has none."""
+    if isinstance(spec, Latent):
+        return int(spec.rope > 0)  # an indexer's keys are kept in 16 bits or more
+    return spec.kv_heads if isinstance(spec, Paged) else 0
+
+
+def scaled_pools(memory: Sequence[MemorySpec], layers: Sequence[Sequence[int]]) -> dict[int, int]:
+    """By the number of a layer, as names in files have it, the pool index of what it keeps in 8 bits. Layers with
+    several of those have scales under names that are not read.
 
     Args:
-        kv_heads: of each layer.
+        layers: pool indexes of each layer.
+    """
+    kept = {number: [pool for pool in pools if scales_of(memory[pool])] for number, pools in enumerate(layers)}
+    return {number: pools[0] for number, pools in kept.items() if len(pools) == 1}
+
+
+def read_kv_scales(
+    checkpoint: Checkpoint,
+    memory: Sequence[MemorySpec],
+    pools: dict[int, int],
+    rename: Callable[[str], str | None],
+) -> dict[int, LayerScales]:
+    """Scales by pool index; pools without any are left out.
+
+    Args:
+        memory: of the model, by pool index.
+        pools: by the number of a layer, see `scaled_pools`.
         rename: the model's own name of a tensor in a file.
 
     Raises:
@@ -53,20 +78,23 @@ def read_kv_scales(
         for key in file.keys():  # noqa: SIM118 - not a dict
             # A base model's names lack the prefix.
             place = scale_of(rename(key) or "") or scale_of(rename(f"model.{key}") or "")
-            if place is None or place[0] not in kv_heads:
+            if place is None or place[0] not in pools:
                 continue
+            heads = scales_of(memory[pools[place[0]]])
             values = tuple(float(value) for value in file.get_tensor(key).float().reshape(-1).tolist())
-            if len(values) not in (1, kv_heads[place[0]]):
+            if len(values) not in (1, heads):
                 raise ModelLoadError(f"{path}: {key} has {len(values)} elements; one, or one per kv head, is known")
             if not all(math.isfinite(value) and value > 0 for value in values):
                 raise ModelLoadError(f"{path}: {key} is {values}, which no scale can be")
             found[place] = values
     scales: dict[int, LayerScales] = {}
-    for layer, heads in kv_heads.items():
+    for layer, pool in pools.items():
         both = found.get((layer, "kv"))
         k, v = found.get((layer, "k"), both), found.get((layer, "v"), both)
         if k is not None or v is not None:
+            if isinstance(memory[pool], Latent):
+                k = v = max(one for one in (k, v) if one is not None)
             k, v = k or (1.0,), v or (1.0,)
-            width = 1 if len(k) == len(v) == 1 else heads
-            scales[layer] = tuple(part if len(part) == width else part * width for part in (k, v))  # pyright: ignore[reportArgumentType]
+            width = max(len(k), len(v))
+            scales[pool] = tuple(part if len(part) == width else part * width for part in (k, v))  # pyright: ignore[reportArgumentType]
     return scales

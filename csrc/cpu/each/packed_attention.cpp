@@ -31,6 +31,30 @@ struct PackedAttentionArgs {
   double scale, softcap;
 };
 
+// One number in all lanes, straight from memory: `splat` adds it to zeros, which an inner loop feels.
+PHL_INLINE vf lanes_at(const float* p) {
+#if PHL_LEVEL == 2
+  return (vf)_mm512_set1_ps(*p);
+#elif PHL_LEVEL == 1
+  return (vf)_mm256_broadcast_ss(p);
+#else
+  return vf{*p, *p, *p, *p};
+#endif
+}
+
+// sums[r][c] += sum over steps of a[r][step] * panel[step][c], a panel as wide as the C vectors
+template <int C>
+PHL_INLINE void products(const float* a, int64_t a_stride, const float* panel, int64_t steps, vf (&sums)[kRows][C]) {
+  for (int64_t step = 0; step < steps; ++step) {
+    vf right[C];
+    for (int c = 0; c < C; ++c) right[c] = load(panel + (step * C + c) * W);
+    for (int r = 0; r < kRows; ++r) {
+      const vf left = lanes_at(a + r * a_stride + step);
+      for (int c = 0; c < C; ++c) sums[r][c] = fused(left, right[c], sums[r][c]);
+    }
+  }
+}
+
 PHL_INLINE int64_t up_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // Query rows of a task: as many as keep their queries and results in the second-level cache beside a block.
@@ -228,7 +252,7 @@ PHL_INLINE void attend_group(const PackedAttentionArgs& a, PackedJob& job, Range
   for (int64_t column = 0; column < columns; column += kPanel) {
     for (int64_t r = 0; r < rows; r += kRows) {
       vf acc[kRows][kColumns] = {};
-      multiply<kRows, kColumns>(job.q + (first + r) * size, size, job.keys + column * size, kPanel, size, acc);
+      products(job.q + (first + r) * size, size, job.keys + column * size, size, acc);
       for (int i = 0; i < kRows; ++i)
         for (int c = 0; c < kColumns; ++c) store(scores[r + i] + column + c * W, acc[i][c]);
     }
@@ -240,7 +264,7 @@ PHL_INLINE void attend_group(const PackedAttentionArgs& a, PackedJob& job, Range
       vf acc[kRows][C];
       for (int i = 0; i < kRows; ++i)
         for (int c = 0; c < C; ++c) acc[i][c] = load(to + i * job.wide + c * W) * factor[r + i];
-      multiply<kRows, C>(scores[r], kBlockTokens, job.values + column * kBlockTokens, C * W, tokens, acc);
+      products(scores[r], kBlockTokens, job.values + column * kBlockTokens, tokens, acc);
       for (int i = 0; i < kRows; ++i)
         for (int c = 0; c < C; ++c) store(to + i * job.wide + c * W, acc[i][c]);
     }

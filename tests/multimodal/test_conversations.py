@@ -39,6 +39,20 @@ async def asked(http: Any, messages: list[dict[str, Any]]) -> tuple[str, int, in
     return body["choices"][0]["message"]["content"], body["usage"]["prompt_tokens"], cached
 
 
+async def shown(http: Any, **wanted: int) -> None:
+    """Until the metrics say so: what the engine counts reaches the server a little later."""
+    names = {"encoded": "pictures_encoded", "hits": "encoder_cache_hits", "cached": "cached_tokens"}
+    found: dict[str, float] = {}
+    for _ in range(200):
+        metrics = (await http.get("/metrics")).text
+        found = {short: counted(metrics, name) for short, name in names.items()}
+        if found == wanted:
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"{found}, not {wanted}")
+
+
+@pytest.mark.slow
 def test_five_turns_about_one_picture_encode_it_once(tmp_path: Path) -> None:
     """Each turn finds all of the prompt before it; another conversation about it finds what the tower made."""
     path = seeing_checkpoint("qwen2_vl", tmp_path)
@@ -52,16 +66,13 @@ def test_five_turns_about_one_picture_encode_it_once(tmp_path: Path) -> None:
                 messages += [{"role": "assistant", "content": turns[-1][0]}, *user(question)]
             for (_, before, _), (_, prompt, cached) in pairwise(turns):
                 assert before <= cached < prompt
-            metrics = (await http.get("/metrics")).text
-            assert counted(metrics, "pictures_encoded") == 1
-            assert counted(metrics, "encoder_cache_hits") == 0  # a picture out of the tree is not looked at
-            assert counted(metrics, "cached_tokens") == sum(cached for _, _, cached in turns)
+            cached = sum(found for _, _, found in turns)
+            await shown(http, encoded=1, hits=0, cached=cached)  # a picture out of the tree is not looked at
             other = await asked(http, user("Now, in other words: ", image(PNG), "?"))
             assert other[2] < turns[0][1]
-            metrics = (await http.get("/metrics")).text
-            assert (counted(metrics, "pictures_encoded"), counted(metrics, "encoder_cache_hits")) == (1, 1)
-            await asked(http, user(image(OTHER), QUESTIONS[0]))
-            assert counted((await http.get("/metrics")).text, "pictures_encoded") == 2
+            await shown(http, encoded=1, hits=1, cached=cached + other[2])
+            third = await asked(http, user(image(OTHER), QUESTIONS[0]))
+            await shown(http, encoded=2, hits=1, cached=cached + other[2] + third[2])
 
     asyncio.run(run())
 
@@ -87,7 +98,7 @@ def seen(engine: Engine) -> tuple[int, int]:
 def test_frames_that_are_pictures_are_found_in_the_next_turn(tmp_path: Path, name: str) -> None:
     """Videos that stand in prompts as numbered pictures are known as a whole, by their frames."""
     path = seeing_checkpoint(name, tmp_path)
-    with Engine(model_path=str(path), random_seed=1, page_size=1, chunked_prefill_size=9, **SETTINGS) as engine:
+    with Engine(model_path=str(path), random_seed=1, page_size=1, **SETTINGS) as engine:
         token = engine._client.pictures.tokens["video"]
         first = told(engine, "Look: <video> What is it?", 0)
         ids = first["meta_info"]["prompt_token_ids"]
@@ -124,6 +135,7 @@ def test_frames_that_are_pictures_lie_in_steps_with_texts_as_alone(tmp_path: Pat
         assert [one["output_ids"] for one in beside] == [one["output_ids"] for one in alone] * 2
 
 
+@pytest.mark.slow
 def test_no_decoder_runs_where_steps_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures are decoded in threads of the reader, videos and documents in processes of their own; neither the engine
     nor the scheduler can, as they import nothing of it."""

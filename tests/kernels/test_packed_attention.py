@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -136,6 +137,32 @@ def test_layers_attend_by_it_as_by_torch_s(ops: Ops, rule: str) -> None:
     )
     assert got.shape == (sum(lengths), 4, 40) and got.is_contiguous()
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "size", "causal", "own"),
+    [
+        ([300, 300], 64, False, False),  # where torch's is the faster one
+        ([300, 300], 72, False, True),
+        ([300, 299], 64, False, True),
+        ([300, 300], 64, True, True),
+        ([64, 64], 64, False, True),
+    ],
+)
+def test_who_attends(lengths: list[int], size: int, causal: bool, own: bool) -> None:
+    asked: list[Any] = []
+    table = native.table(2)
+
+    def noted(*given: Any) -> torch.Tensor:
+        asked.append(given)
+        return table.packed_attention(*given)
+
+    q, k, v = heads_of(lengths, 2, 2, size)
+    spec = AttentionSpec(0, 2, 2, size, 0.1, causal=causal)
+    found = PackedMemory(replace(table, packed_attention=noted), lengths).attend(spec, Heads(q, k, v))
+    assert bool(asked) == own
+    want = ref.packed_attention(q, k, v, starts_of(lengths), AttentionCall(0.1, causal=causal))
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
 
 
 def test_what_does_not_fit_is_refused(ops: Ops) -> None:

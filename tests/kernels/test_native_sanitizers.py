@@ -16,7 +16,8 @@ from phloem.utils.machine import cpu_flags
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc" / "cpu"
-KERNELS = ("attention", "elementwise", "norm", "rope", "sample", "linear", "screen", "moe", "adapters", "recurrent")
+KERNELS = ("attention", "packed_attention", "elementwise", "norm", "rope", "sample", "linear", "screen", "moe")
+KERNELS += ("adapters", "recurrent")
 # Units that also exist with AMX's tiles and with AVX-VNNI's products; they run on emulated ones here.
 AMX = ("linear", "moe")
 VNNI = ("linear", "moe", "attention")

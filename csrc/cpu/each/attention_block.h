@@ -104,7 +104,7 @@ PHL_INLINE void pack_queries(const AttentionArgs& a, const BlockJob<E>& job) {
 
 // to[s][t] = dword s of token t from element `at` on, for 16 tokens and 16 dwords.
 template <class E, class Cell>
-PHL_INLINE void transpose(const E* const* from, int64_t at, Cell* to) {
+PHL_INLINE void transpose(const E* const* from, int64_t at, Cell* to, int64_t stride = kBlockTokens) {
   __m512i a[16], b[16];
   for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(from[i] + at);
   for (int i = 0; i < 8; ++i) {
@@ -122,10 +122,10 @@ PHL_INLINE void transpose(const E* const* from, int64_t at, Cell* to) {
     const __m512i low01 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x44), high01 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xEE);
     const __m512i low23 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x44);
     const __m512i high23 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xEE);
-    _mm512_storeu_si512(to + (0 + j) * kBlockTokens, _mm512_shuffle_i32x4(low01, low23, 0x88));
-    _mm512_storeu_si512(to + (4 + j) * kBlockTokens, _mm512_shuffle_i32x4(low01, low23, 0xDD));
-    _mm512_storeu_si512(to + (8 + j) * kBlockTokens, _mm512_shuffle_i32x4(high01, high23, 0x88));
-    _mm512_storeu_si512(to + (12 + j) * kBlockTokens, _mm512_shuffle_i32x4(high01, high23, 0xDD));
+    _mm512_storeu_si512(to + (0 + j) * stride, _mm512_shuffle_i32x4(low01, low23, 0x88));
+    _mm512_storeu_si512(to + (4 + j) * stride, _mm512_shuffle_i32x4(low01, low23, 0xDD));
+    _mm512_storeu_si512(to + (8 + j) * stride, _mm512_shuffle_i32x4(high01, high23, 0x88));
+    _mm512_storeu_si512(to + (12 + j) * stride, _mm512_shuffle_i32x4(high01, high23, 0xDD));
   }
 }
 
@@ -162,7 +162,7 @@ PHL_INLINE void pack_values(const AttentionArgs& a, const BlockJob<uint16_t>& jo
 
 // to[s][t] = number s of token t from element `at` on, for 8 tokens and 8 numbers.
 template <class E>
-PHL_INLINE void transpose(const E* const* from, int64_t at, float* to) {
+PHL_INLINE void transpose(const E* const* from, int64_t at, float* to, int64_t stride = kBlockTokens) {
   __m256 a[8], b[8];
   for (int i = 0; i < 8; ++i) a[i] = (__m256)load_wide(from[i] + at);
   for (int i = 0; i < 4; ++i) {
@@ -177,17 +177,17 @@ PHL_INLINE void transpose(const E* const* from, int64_t at, float* to) {
     }
   }
   for (int j = 0; j < 4; ++j) {
-    _mm256_storeu_ps(to + j * kBlockTokens, _mm256_permute2f128_ps(a[j], a[4 + j], 0x20));
-    _mm256_storeu_ps(to + (4 + j) * kBlockTokens, _mm256_permute2f128_ps(a[j], a[4 + j], 0x31));
+    _mm256_storeu_ps(to + j * stride, _mm256_permute2f128_ps(a[j], a[4 + j], 0x20));
+    _mm256_storeu_ps(to + (4 + j) * stride, _mm256_permute2f128_ps(a[j], a[4 + j], 0x31));
   }
 }
 
 #else
 
 template <class E>
-PHL_INLINE void transpose(const E* const* from, int64_t at, float* to) {
+PHL_INLINE void transpose(const E* const* from, int64_t at, float* to, int64_t stride = kBlockTokens) {
   for (int s = 0; s < W; ++s) {
-    for (int t = 0; t < W; ++t) to[s * kBlockTokens + t] = as_float(from[t][at + s]);
+    for (int t = 0; t < W; ++t) to[s * stride + t] = as_float(from[t][at + s]);
   }
 }
 

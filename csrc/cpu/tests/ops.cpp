@@ -256,6 +256,51 @@ PHL_TEST(attention) {
   }
 }
 
+namespace {
+
+struct Texts {
+  vector<int32_t> lengths;
+  int64_t heads, kv_heads, size, values;
+  int64_t causal = 0, window = 0, chunk = 0, block = 0;
+  bool extras = false;  // a soft cap, sinks, and numbers for distances
+};
+
+void attend_packed(int level, const Texts& s) {
+  vector<int32_t> starts{0};
+  int64_t longest = 1, scratch_floats = 0;
+  for (int32_t n : s.lengths) {
+    starts.push_back(starts.back() + n);
+    longest = std::max<int64_t>(longest, n);
+  }
+  const int64_t tokens = starts.back(), spread = 2 * longest - 1, kv = s.kv_heads;
+  const vector<float> q = floats(tokens * s.heads * s.size), k = floats(tokens * kv * s.size);
+  const vector<float> v = floats(tokens * kv * s.values), sinks = floats(s.heads), distances = floats(s.heads * spread);
+  compare(level, 1e-5f, "packed attention", [&](int at) {
+    run(at, "packed_attention_scratch", s.size, s.values, s.heads / kv, &scratch_floats);
+    vector<float> out(size_t(tokens * s.heads * s.values)), scratch(size_t(phl::num_threads() * scratch_floats));
+    run(at, "packed_attention", q.data(), k.data(), v.data(), out.data(), starts.data(), s.extras ? sinks.data() : nullptr,
+        s.extras ? distances.data() : nullptr, scratch.data(), int64_t(s.lengths.size()), s.heads, kv, s.size, s.values,
+        s.heads * s.size, s.size, kv * s.size, s.size, kv * s.values, s.values, s.extras ? spread : 0, scratch_floats,
+        s.causal, s.window, s.chunk, s.block, 0.2, s.extras ? 4.0 : 0.0);
+    return out;
+  });
+}
+
+}  // namespace
+
+PHL_TEST(packed_attention) {
+  phl::test::random_state() = 12345;  // the same numbers for each level
+  attend_packed(level, {{1, 0, 7, 64, 65}, 2, 2, 72, 72});
+  attend_packed(level, {{200, 3}, 3, 1, 80, 80});
+  attend_packed(level, {{130}, 2, 1, 5, 3});
+  attend_packed(level, {{70, 33}, 4, 2, 24, 40, 1});
+  attend_packed(level, {{150, 9}, 2, 2, 16, 16, 0, 20, 0, 0, true});
+  attend_packed(level, {{150, 9}, 2, 2, 17, 17, 1, 20, 0, 0, true});
+  attend_packed(level, {{150, 9}, 2, 2, 16, 16, 1, 0, 32, 0, true});
+  attend_packed(level, {{150, 9}, 6, 2, 16, 16, 1, 0, 0, 12, true});
+  attend_packed(level, {{100}, 32, 1, 16, 16});
+}
+
 PHL_TEST(sampling) {
   for (int64_t vocab : {1, 7, 64, 3000}) {
     const int64_t rows = 4, threads = phl::num_threads();

@@ -1,19 +1,21 @@
-"""Attention of whole texts, packed without padding, that keeps nothing: for models that read a text once.
+"""Attention of whole texts, packed without padding, that keeps nothing: for models that read a text once, for towers
+that read pictures (or windows of them) and sounds.
 
-Rows of one length are computed together, by torch's fused attention, or by the reference where a layer asks more.
+By the table's own op, in one call for texts of all lengths. Where a table has none, or torch is the faster one, rows of
+one length are computed together by torch's fused attention, or by the reference where a layer asks more.
 Legend: T packed tokens, H query heads, K kv heads, D head size, n rows of one length L.
 """
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F
 
 from phloem.attention._store import call_of
-from phloem.kernels.calls import PagedBatch
-from phloem.kernels.reference_attention import paged_attention, visible
+from phloem.kernels.reference_attention import by_distance, packed_attention, visible
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,6 +27,11 @@ if TYPE_CHECKING:
     from phloem.layers.context import AttentionSpec, Heads, Relative, StateStep
 
 _MOST_LOGITS = 1 << 25  # of rows that are attended to at a time, where distances have logits of their own
+
+# Long texts of one length whose heads are small: torch's fused attention is up to a seventh faster than the native op
+# there (AVX2, two threads), which takes 1.0 to 1.8 times its speed at larger heads, windows and texts of many lengths,
+# and 20 times and more at short ones.
+FUSED_TOKENS, FUSED_HEADS = 256, 64
 
 
 def refusal(memory: Sequence[object], specs: Sequence[AttentionSpec]) -> str | None:
@@ -39,19 +46,24 @@ class PackedMemory:
 
     def __init__(self, ops: Ops, lengths: Sequence[int]) -> None:
         self._ops = ops
-        self._lengths = list(lengths)
+        self._own = ops.packed_attention is not packed_attention
+        self._starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         self._masks: dict[tuple[int, AttentionSpec], Tensor] = {}
         starts: dict[int, list[int]] = {}
         at = 0
-        for length in self._lengths:
+        for length in lengths:
             starts.setdefault(length, []).append(at)
             at += length
         self._groups = [(length, _spans(found, length)) for length, found in starts.items()]
+        self._even = len(self._groups) == 1 and self._groups[0][0] >= FUSED_TOKENS
 
     def attend(self, spec: AttentionSpec, heads: Heads) -> Tensor:
         q_THD, k_TKD, v_TKD = self._turned(heads)
-        if spec.softcap or heads.sinks is not None or spec.block:
-            return self._plain(spec, heads.sinks, (q_THD, k_TKD, v_TKD))
+        fused = self._even and spec.values <= FUSED_HEADS and not spec.causal and not spec.window
+        own = self._own and heads.relative is None and not fused
+        if own or spec.softcap or heads.sinks is not None or spec.block:
+            call = call_of(spec, heads.sinks)
+            return self._ops.packed_attention(q_THD, k_TKD, v_TKD, self._starts, call, heads.distances)
         if len(self._groups) == 1 and len(self._groups[0][1]) == 1:
             return self._fused(spec, self._groups[0][0], (q_THD, k_TKD, v_TKD), heads)
         out = torch.empty((len(q_THD), spec.heads, spec.values), dtype=q_THD.dtype, device=q_THD.device)
@@ -73,7 +85,7 @@ class PackedMemory:
         if not causal and (spec.causal or spec.window or spec.chunk):
             mask = self._mask(spec, length, q.device)
         if distances is not None:
-            bias = _by_distance(distances, length).to(q.dtype)[None]  # [1, H, L, L]
+            bias = by_distance(distances, length).to(q.dtype)[None]  # [1, H, L, L]
             mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
         grouped = spec.heads != spec.kv_heads
         out = F.scaled_dot_product_attention(
@@ -95,19 +107,6 @@ class PackedMemory:
                 k_TKD = self._ops.rms_norm(k_TKD, rotation.k_norm, rotation.eps)
             self._ops.rope_(q_THD, k_TKD, rotation.positions, rotation.cos_sin, rotation.interleaved)
         return q_THD, k_TKD, heads.v
-
-    def _plain(self, spec: AttentionSpec, sinks: Tensor | None, heads: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """Each row by the reference, its keys and values as one page."""
-        call, at = call_of(spec, sinks), 0
-        parts: list[Tensor] = []
-        for length in self._lengths:
-            q, k, v = (x[at : at + length] for x in heads)
-            starts, one = torch.tensor([0, length]), torch.tensor([length])
-            batch = PagedBatch(starts, one, torch.zeros((1, 1), dtype=torch.int32), one, length, length)
-            cache = (k.transpose(0, 1)[None], v.transpose(0, 1)[None])
-            parts.append(paged_attention(q, cache, batch, call))
-            at += length
-        return torch.cat(parts)
 
     def attend_latent(
         self,
@@ -163,10 +162,3 @@ def _by_relative(spec: AttentionSpec, relative: Relative, q: Tensor, k: Tensor, 
             added += of_keys.transpose(2, 3)
         parts.append(F.scaled_dot_product_attention(q_, k_, v_, attn_mask=added * spec.scale, scale=spec.scale))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _by_distance(distances: Tensor, length: int) -> Tensor:
-    """[H, 2 M - 1] -> [H, L, L]: of key j behind query i the entry of j - i."""
-    middle = distances.shape[1] // 2
-    at = torch.arange(length, device=distances.device)
-    return distances[:, at[None, :] - at[:, None] + middle]

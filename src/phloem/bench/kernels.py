@@ -210,7 +210,8 @@ def show(record: dict[str, Any]) -> None:
 
 
 def cases(ops: Ops, o: Options) -> list[Case]:
-    return [*_linear(ops, o), *_sparse(ops, o), *_rows(ops, o), *_attention(ops, o), *_sampling(ops, o)]
+    makers = (_linear, _sparse, _rows, _attention, _packed, _sampling)
+    return [case for make in makers for case in make(ops, o)]
 
 
 class _Blocks:
@@ -421,6 +422,27 @@ def _attention(ops: Ops, o: Options) -> list[Case]:
         add("prefill 1 x 1800", [1800], [1800], kind)
         add("prefill 8 x 256", [256] * 8, [256] * 8, kind)
         add("extend 8 x 32 after 1024", [1056] * 8, [32] * 8, kind)
+    return found
+
+
+def _packed(ops: Ops, o: Options) -> list[Case]:
+    """Whole texts or pictures that see themselves both ways, q, k and v side by side as a layer gives them."""
+    found: list[Case] = []
+    for rows, length in ((64, 64), (1, 1024), (4, 1024), (1, 4096)):
+        widths = [o.heads * o.head_size, o.kv_heads * o.head_size, o.kv_heads * o.head_size]
+        made = torch.randn(rows * length, sum(widths))
+        q, k, v = (part.unflatten(-1, (-1, o.head_size)) for part in made.split(widths, -1))
+        starts = torch.arange(0, rows * length + 1, length, dtype=torch.int32)
+        call = AttentionCall(o.head_size**-0.5, causal=False)
+        found.append(
+            Case(
+                f"attention packed {rows} x {length}",
+                partial(ops.packed_attention, q, k, v, starts, call, None),
+                float(made.nbytes + q.nbytes),
+                4.0 * o.heads * o.head_size * rows * length**2,
+                "float",
+            )
+        )
     return found
 
 

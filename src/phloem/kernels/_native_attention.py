@@ -1,4 +1,5 @@
-"""Paged attention of the native table; the method is in csrc/cpu/each/attention.cpp."""
+"""Attention of the native table, over pages and of packed texts; the methods are in csrc/cpu/each/attention.cpp and
+packed_attention.cpp."""
 
 from __future__ import annotations
 
@@ -61,7 +62,65 @@ def ops(rt: Runtime) -> dict[str, Any]:
         )  # fmt: skip
         return out
 
-    return {"paged_attention": paged_attention}
+    return {"paged_attention": paged_attention, **_packed(rt)}
+
+
+def _packed(rt: Runtime) -> dict[str, Any]:
+    call, empty, ATTEND, SCRATCH = rt.call, rt.empty, rt.op("packed_attention"), rt.op("packed_attention_scratch")
+
+    @cache
+    def scratch_floats(size: int, values: int, group: int) -> int:
+        found = (ctypes.c_int64 * 1)()
+        rt.library.ask(SCRATCH, head_size=size, value_size=values, group=group, floats=ctypes.addressof(found))
+        return found[0]
+
+    def packed_attention(
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKV: Tensor,
+        starts: Tensor,
+        how: AttentionCall,
+        distances: Tensor | None = None,
+    ) -> Tensor:
+        tokens, heads, size = q_THD.shape
+        kv_heads, values, rows = k_TKD.shape[1], v_TKV.shape[2], len(starts) - 1
+        if k_TKD.shape != (tokens, kv_heads, size) or v_TKV.shape[:2] != k_TKD.shape[:2] or heads % kv_heads:
+            shapes = ", ".join(str(list(x.shape)) for x in (q_THD, k_TKD, v_TKV))
+            raise ValueError(f"queries, keys and values of packed texts do not fit: {shapes}")
+        (q_token, q_head), (k_token, k_head), (v_token, v_head) = (heads_of(x) for x in (q_THD, k_TKD, v_TKV))
+        longest = _longest(starts, tokens)
+        for name, one in (("sinks", how.sinks), ("distances", distances)):
+            if one is not None and (one.dtype != torch.float32 or not one.is_contiguous() or len(one) != heads):
+                raise TypeError(f"{name} must be contiguous float32, an entry for each of {heads} heads")
+        if distances is not None and distances.shape[1] < 2 * longest - 1:
+            raise ValueError(f"{list(distances.shape)} distances are too few for the longest text")
+        out = empty((tokens, heads, values))
+        stride = scratch_floats(size, values, heads // kv_heads)
+        scratch = empty((rt.library.threads() * stride,))
+        work = tokens * tokens // max(1, rows) * heads * (size + values) // 16
+        call(
+            ATTEND, work, q=q_THD.data_ptr(), k=k_TKD.data_ptr(), v=v_TKV.data_ptr(), out=out.data_ptr(),
+            starts=starts.data_ptr(), sinks=None if how.sinks is None else how.sinks.data_ptr(),
+            distances=None if distances is None else distances.data_ptr(), scratch=scratch.data_ptr(), rows=rows,
+            heads=heads, kv_heads=kv_heads, head_size=size, value_size=values, q_token=q_token, q_head=q_head,
+            k_token=k_token, k_head=k_head, v_token=v_token, v_head=v_head,
+            distance_head=0 if distances is None else distances.shape[1], scratch_stride=stride, causal=how.causal,
+            window=how.window, chunk=how.chunk, block=how.block, scale=how.scale, softcap=how.softcap,
+        )  # fmt: skip
+        return out
+
+    return {"packed_attention": packed_attention}
+
+
+def _longest(starts: Tensor, tokens: int) -> int:
+    """Of packed texts, which are what the op will believe."""
+    if starts.dtype != torch.int32 or starts.dim() != 1 or not starts.is_contiguous() or starts.device.type != "cpu":
+        raise TypeError("starts of packed texts must be contiguous int32 on the host")
+    places = starts.numpy()
+    lengths = places[1:] - places[:-1]
+    if len(places) < 2 or places[0] != 0 or places[-1] != tokens or lengths.min() < 0:
+        raise ValueError(f"starts of packed texts must rise from 0 to the number of tokens, {tokens}")
+    return int(lengths.max())
 
 
 def scratch_of(rt: Runtime) -> Callable[[int, int], int]:

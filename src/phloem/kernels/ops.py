@@ -57,6 +57,17 @@ class AttentionOp(Protocol):
     def __call__(self, q: Tensor, cache: Cache, batch: PagedBatch, call: AttentionCall, /) -> Tensor: ...
 
 
+class PackedAttentionOp(Protocol):
+    """q[T, H, D], k[T, K, D], v[T, K, V] of whole texts one behind the other, each of which sees itself alone ->
+    [T, H, V]. `starts` int32 [R + 1], on the host: where each of R texts begins in T, and T; a text may be empty.
+    `distances` float32 [H, 2 M - 1], M at least the longest text, or None: added to the score of query i and key j at
+    j - i + M - 1. Raises `ValueError` or `TypeError` for what does not fit."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, call: AttentionCall, distances: Tensor | None, /
+    ) -> Tensor: ...
+
+
 class LatentAttentionOp(Protocol):
     """Queries [T, H, N] and their rotated part [T, H, P] over a cache of latents -> [T, H, D]."""
 
@@ -102,6 +113,9 @@ class Ops:
     # the same bits, for the same cache types; q and k are used up. None: one op after the other.
     rope_write_kv: Callable[[Tensor, Tensor, Tensor, Rotation, Tensor, Tensor, Tensor], Tensor] | None = None
     paged_attention: AttentionOp = attention.paged_attention
+    # Of models that read a text or a picture once (`attention/_packed.py`, which takes torch's fused attention where a
+    # table has none of its own): every `AttentionCall`, values of any size.
+    packed_attention: PackedAttentionOp = attention.packed_attention
 
     # Attention over pages that the backend `pallas` takes instead, of heads that are multiples of so many; None: none.
     page_kernel: AttentionOp | None = None

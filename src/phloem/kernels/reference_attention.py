@@ -5,6 +5,7 @@ Latents (MLA): L latent size, P rotated part, N and D sizes of a head's keys (bu
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,6 +53,33 @@ def paged_attention(
     return out
 
 
+def packed_attention(
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKV: Tensor,
+    starts: Tensor,
+    call: AttentionCall,
+    distances: Tensor | None = None,
+) -> Tensor:
+    """As `ops.PackedAttentionOp`: attention of whole texts, one after another."""
+    out = torch.empty((*q_THD.shape[:2], v_TKV.shape[2]), dtype=q_THD.dtype, device=q_THD.device)
+    group = q_THD.shape[1] // k_TKD.shape[1]
+    for begin, end in pairwise(starts.tolist()):
+        k_HLD, v_HLV = (x[begin:end].transpose(0, 1).float().repeat_interleave(group, 0) for x in (k_TKD, v_TKV))
+        seen_TL = visible(end - begin, end - begin, call, q_THD.device)
+        bias_HTL = None if distances is None else by_distance(distances, end - begin)
+        weights_HTL = _weights(q_THD[begin:end], k_HLD, seen_TL, call, bias_HTL)
+        out[begin:end] = torch.einsum("htl,hlv->thv", weights_HTL, v_HLV).to(q_THD.dtype)
+    return out
+
+
+def by_distance(distances: Tensor, length: int) -> Tensor:
+    """[H, 2 M - 1] -> [H, L, L]: of key j behind query i the entry of j - i."""
+    middle = distances.shape[1] // 2
+    at = torch.arange(length, device=distances.device)
+    return distances[:, at[None, :] - at[:, None] + middle]
+
+
 def visible(tokens: int, length: int, call: AttentionCall, device: torch.device) -> Tensor:
     """Which of a row's `length` positions each of its last `tokens` sees, bool [T, L]."""
     here_T1 = torch.arange(length - tokens, length, device=device)[:, None]
@@ -72,11 +100,15 @@ def visible(tokens: int, length: int, call: AttentionCall, device: torch.device)
     return seen_TL
 
 
-def _weights(q_THD: Tensor, k_HLD: Tensor, seen_TL: Tensor, call: AttentionCall) -> Tensor:
-    """Softmax weights [H, T, L], float32."""
+def _weights(
+    q_THD: Tensor, k_HLD: Tensor, seen_TL: Tensor, call: AttentionCall, bias_HTL: Tensor | None = None
+) -> Tensor:
+    """Softmax weights [H, T, L], float32. The bias is added behind the soft cap."""
     scores_HTL = torch.einsum("thd,hld->htl", q_THD.float(), k_HLD) * call.scale
     if call.softcap:
         scores_HTL = softcap(scores_HTL, call.softcap)
+    if bias_HTL is not None:
+        scores_HTL = scores_HTL + bias_HTL.float()
     scores_HTL.masked_fill_(~seen_TL, float("-inf"))
     if call.sinks is None:
         return scores_HTL.softmax(-1)

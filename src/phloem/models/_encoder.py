@@ -114,7 +114,7 @@ class Distances(Layer):
 
     def __call__(self) -> Tensor:
         """[heads, 2 * positions - 1]."""
-        return self.table(self.buckets).float().T
+        return self.table(self.buckets).float().T.contiguous()
 
 
 class Encoder(Layer):

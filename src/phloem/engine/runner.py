@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from phloem.attention import AttentionBackend, Sharing
     from phloem.core.batch import Batch, Follower, Places, StepOutput
@@ -114,9 +115,14 @@ class StepWork:
         chooses = self.slots, self.masks, self.last, self.chooser
         return Waves(leading, lambda batch, wanted: self._step(batch, wanted, None)[0], *chooses)
 
-    @property
-    def _stage_busy(self) -> float:
-        return 0.0 if self.waves is None else self.waves.busy
+    def _run(self, step: Step, settle: Settle, output: StepOutput) -> Tensor:
+        """Hidden states of the wanted positions."""
+        if self.waves is None:
+            return self._forward.run(step, settle)
+        busy = self.waves.busy
+        hidden_LN = self._forward.run(step, settle)
+        output.stage_seconds = self.waves.busy - busy
+        return hidden_LN
 
     def needs_values(self, batch: Batch) -> bool:
         """Whether the step can only be begun when the one before has landed. Beside the host it waits for those values
@@ -174,11 +180,10 @@ class StepWork:
         output.drafted, output.drafting_seconds = wanted.drafted, drafted
         if self._ears is not None and self._ears.aligned:
             output.pooled = self._ears.of(batch)
-        before, busy = perf_counter(), self._stage_busy
+        before = perf_counter()
         placed, pictures = (batch, None) if desk is None else desk.dress(batch)
         step, after = self._step(placed, wanted, pictures)
-        hidden_LN = self._forward.run(step, settle)
-        output.stage_seconds = self._stage_busy - busy
+        hidden_LN = self._run(step, settle, output)
         if self._pool.routes is not None:
             self._pool.routes.keep(batch)
             output.routed = self._pool.routes.of(batch, self.slots.routed)

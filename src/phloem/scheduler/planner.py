@@ -26,6 +26,7 @@ from phloem.core.request import RequestStatus
 from phloem.scheduler.attention_groups import Groups, promised_in_each
 from phloem.scheduler.batches import Steady, assemble, entry
 from phloem.scheduler.blocks import cover, from_cached, reach, spend_blocks
+from phloem.scheduler.chunks import Chunks
 from phloem.scheduler.plan import HORIZON, Chunk, Headroom, Means, Refusal, spend
 from phloem.scheduler.recovery import Throttle
 from phloem.scheduler.state import STEP
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from phloem.core.batch import StepOutput
     from phloem.kvcache.manager import CacheManager, Lease
     from phloem.kvcache.tiers._fetch import Claim
-    from phloem.scheduler.chunks import Chunks
     from phloem.scheduler.further import Further
     from phloem.scheduler.mixture import Mixture
     from phloem.scheduler.plan import Pace, Plan, Spent
@@ -77,7 +77,7 @@ class Planner:
         self.mixture = mixture
         self.further: Further | None = None
         self.tempo: Tempo | None = None  # where steps are to be short enough for what requests are promised
-        self.chunks: Chunks | None = None  # where chunks of a prompt are to take equal time
+        self.chunks = None if pace.price is None else Chunks()  # where chunks of a prompt are to take equal time
         self.headroom = Headroom()
         self.refused: list[Refusal] = []
         self.preemptions = 0

@@ -25,7 +25,6 @@ from phloem.core.request import FinishReason, RequestStatus
 from phloem.kvcache import audit
 from phloem.kvcache.manager import namespace
 from phloem.scheduler import blocks, overload, traced
-from phloem.scheduler.chunks import Chunks
 from phloem.scheduler.control import ABORTED, Controls
 from phloem.scheduler.metrics import Meter, usage, weights
 from phloem.scheduler.mixture import Mixture
@@ -129,7 +128,6 @@ class Scheduler:
         pace = settings.pace(slots, runner.draft_room)
         mixture = Mixture(self.slots, lender.most) if lender is not None and lender.most < slots else None
         self.planner = Planner(self.slots, self.queue, cache, self._policy, pace, settings.eos_ids, mixture)
-        self.planner.chunks = Chunks() if settings.dynamic_chunks else None
         interval = settings.stream_interval
         self.results = Results(self.live, self.slots, self.queue, self.planner.release, interval, lender)
         self.results.speculates = settings.speculates

@@ -9,6 +9,7 @@ from phloem.core import denoising
 from phloem.core.errors import BadRequest
 from phloem.core.media import FIRST, misfit, reach
 from phloem.core.targets import Fair, Targets
+from phloem.scheduler.chunks import Price
 from phloem.scheduler.fairness import FairQueue
 from phloem.scheduler.plan import Pace
 from phloem.scheduler.policies import WaitingQueue
@@ -60,7 +61,8 @@ class ScheduleSettings:
         budget = max(self.chunked_prefill_size, slots * max(1, 2 * (self.canvas % denoising.WHOLE)))
         mixed, worthwhile = self.mixed_prefill_size or budget, self.worthwhile_prefill or budget
         waves = self.waves if self.overlap else 1
-        return Pace(budget, mixed, worthwhile, draft_room, self.whole_prompts, self.forced_tokens, waves)
+        price = Price() if self.dynamic_chunks else None
+        return Pace(budget, mixed, worthwhile, draft_room, self.whole_prompts, self.forced_tokens, waves, price)
 
 
 def check(request: Request, settings: ScheduleSettings, cache: CacheManager, most_tokens: int) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from linear_cases import needs_native
-from model_support import edited
 
 from phloem.attention import AttentionNeed
 from phloem.attention.cpu import Backend
@@ -57,6 +56,24 @@ def test_eight_bits_beside_quantised_weights_unless_a_type_is_named(
     assert why == reason and found != "int8" if value is None else (found, why) == (value, reason)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "value"),
+    [
+        ({}, "bfloat16"),
+        ({"quantization": "int8"}, "bfloat16"),
+        ({"dtype": "float32"}, "float32"),
+        ({"kv_cache_dtype": "float32"}, "float32"),
+    ],
+)
+def test_latents_lie_in_what_the_kernels_read(tmp_path: Path, settings: dict[str, Any], value: str) -> None:
+    """Whatever the processor: on one without arithmetic of bfloat16 the model's own type is float32."""
+    tiny_checkpoint("deepseek_v3", tmp_path)
+    config = Config.from_flat({"max_total_tokens": 256, "disable_step_graph": True, **settings})
+    built = worker.build(config, describe(str(tmp_path)), lambda name, seconds: None)
+    assert built.info["kv_cache_dtype"] == value
+
+
 @pytest.mark.parametrize(
     ("size", "page", "refused"), [(64, 16, False), (64, None, False), (6, 16, True), (64, 6, True)]
 )
@@ -67,32 +84,17 @@ def test_an_int8_cache_takes_multiples_of_four(size: int, page: int | None, refu
     assert ("multiples of 4" in declined) if refused and declined else (declined is None) == (not refused)
 
 
-@pytest.mark.parametrize(
-    ("settings", "stored", "value"),
-    [
-        ({}, "bfloat16", "bfloat16"),
-        ({"quantization": "int4"}, "bfloat16", "bfloat16"),
-        ({}, "float32", "float32"),
-        ({"dtype": "float32"}, "bfloat16", "float32"),
-        ({"kv_cache_dtype": "float32"}, "bfloat16", "float32"),
-        ({"ops": "reference"}, "bfloat16", None),
-    ],
-)
-def test_latents_are_kept_in_what_their_attention_reads_and_decode_steps_are_recorded(
-    settings: dict[str, Any], stored: str, value: str | None, tmp_path: Path
-) -> None:
-    path = edited(tiny_checkpoint("deepseek_v3", tmp_path / "made"), tmp_path / "model", dtype=stored)
-    told_before = {"skip_tokenizer_init": True, "max_total_tokens": 256, "record_graphs_before_ready": True}
-    config = Config.from_flat({"model_path": str(path), **told_before, **settings})
+@pytest.mark.slow
+@pytest.mark.parametrize("ops", ["native", "reference"])
+def test_steps_of_latents_are_recorded_where_the_table_reads_them(ops: str, tmp_path: Path) -> None:
+    path = tiny_checkpoint("deepseek_v3", tmp_path)
+    settings = {"skip_tokenizer_init": True, "max_total_tokens": 256, "record_graphs_before_ready": True, "ops": ops}
+    config = Config.from_flat({"model_path": str(path), **settings})
     built = worker.build(config, describe(str(path)), lambda name, seconds: None)
-    told = {item.name: item for item in built.decisions}
     assert isinstance(built.runner, ModelRunner)
     try:
-        # Processors that compute in bfloat16 keep it anyhow.
-        assert told["kv_cache_dtype"].value == (value or told["dtype"].value)
-        assert built.runner.pool.keys[0].dtype == getattr(torch, told["kv_cache_dtype"].value)
+        assert str(built.runner.pool.keys[0].dtype) == f"torch.{built.info['kv_cache_dtype']}"
         recorded = {way.decision: way.graphs.refused for way in built.runner.recorded}
-        if value == "bfloat16":
-            assert recorded == {"step_graphs": None, "prefill_graph": None}
+        assert recorded == ({"step_graphs": None, "prefill_graph": None} if ops == "native" else {})
     finally:
         built.runner.close()

@@ -111,20 +111,19 @@ def heard(config: Config, checkpoint: Checkpoint, ops: Ops) -> torch.dtype | Non
     return next((kind for kind in ops.kv_dtypes if kind.is_floating_point), None)
 
 
-def latents(config: Config, checkpoint: Checkpoint, model: Model, ops: Ops) -> torch.dtype | None:
-    """The type that keeps latents, where nobody has named one and the model is not of float32: that of the table's own
-    latent attention, whose steps can be recorded."""
+def latents(config: Config, model: Model, ops: Ops) -> torch.dtype | None:
+    """The type that keeps latents, where nobody has named one: kernels of a table that says what it keeps read them in
+    bfloat16 alone, and whatever else they lie in is left to the reference."""
     asked = config.cache.kv_cache_dtype != "auto" or config.model.dtype != "auto"
-    own = ops.latent_attention is not Ops().latent_attention
-    if asked or not own or ops.kv_dtypes is None or str(checkpoint.config.get("dtype")) == "float32":
+    if asked or ops.kv_dtypes is None or not any(isinstance(spec, Latent) for spec in model.memory):
         return None
-    return torch.bfloat16 if any(isinstance(spec, Latent) for spec in model.memory) else None
+    return torch.bfloat16
 
 
 def unasked(config: Config, checkpoint: Checkpoint, model: Model, platform: Platform, ops: Ops) -> torch.dtype | None:
     """The type of keys and values where it is another than the model's though nobody has asked for one."""
     eight = eight_bits(config, checkpoint, model, platform, ops)
-    return eight or heard(config, checkpoint, ops) or latents(config, checkpoint, model, ops)
+    return eight or heard(config, checkpoint, ops) or latents(config, model, ops)
 
 
 def kv_scales_of(
@@ -135,12 +134,12 @@ def kv_scales_of(
     if asked != FP8:
         eight = kv_dtype.itemsize == 1 and asked == "auto"
         why = "as the weights are quantised" if eight else "the type of the model" if asked == "auto" else "as asked"
-        if asked == "auto" and not eight and any(isinstance(spec, Latent) for spec in model.memory):
-            why = "the type of the model, or what the table's latent attention reads, in half of float32's memory"
         if asked == "auto" and not eight and audio_of(checkpoint.model_type) is not None:
             why = (
                 "the type of the model, or what the table's attention reads: most of a step's reading is what is heard"
             )
+        elif asked == "auto" and not eight and any(isinstance(spec, Latent) for spec in model.memory):
+            why = "the type of the model, or what the table's attention reads latents in"
         if checkpoint.kv_scheme == FP8:
             why += f"; the checkpoint brings scales for {FP8}, which --kv-cache-dtype {FP8} uses"
         decisions.append(Decision("kv_cache_dtype", name, why))

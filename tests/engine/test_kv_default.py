@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from phloem.core.errors import ModelLoadError
 from phloem.engine import worker
 from phloem.kernels import native
 from phloem.layers.context import AttentionSpec
+from phloem.testing.checkpoints import tiny_checkpoint
 
 pytestmark = needs_native
 CPU = torch.device("cpu")
@@ -51,6 +53,24 @@ def test_eight_bits_beside_quantised_weights_unless_a_type_is_named(
 ) -> None:
     found, why = kv_type(**settings)
     assert why == reason and found != "int8" if value is None else (found, why) == (value, reason)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "value"),
+    [
+        ({}, "bfloat16"),
+        ({"quantization": "int8"}, "bfloat16"),
+        ({"dtype": "float32"}, "float32"),
+        ({"kv_cache_dtype": "float32"}, "float32"),
+    ],
+)
+def test_latents_lie_in_what_the_kernels_read(tmp_path: Path, settings: dict[str, Any], value: str) -> None:
+    """Whatever the processor: on one without arithmetic of bfloat16 the model's own type is float32."""
+    tiny_checkpoint("deepseek_v3", tmp_path)
+    config = Config.from_flat({"max_total_tokens": 256, "disable_step_graph": True, **settings})
+    built = worker.build(config, describe(str(tmp_path)), lambda name, seconds: None)
+    assert built.info["kv_cache_dtype"] == value
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,8 @@ def step_bytes(runner: ModelRunner, chosen: tuple[int, int], batch: int, context
     model = runner.model
     assert isinstance(model, Decoder)
     for weight in model.index.weights:
+        if weight.in_own_type:  # a matrix that no product of a whole step takes: kv_b_proj of latent attention
+            found["others"] += int(weight.value.nbytes)
         if weight.role != "matrix" or (weight is model.embed.weight and weight is not model.head.weight):
             continue
         if weight is model.head.weight:

@@ -110,6 +110,15 @@ def heard(config: Config, checkpoint: Checkpoint, ops: Ops) -> torch.dtype | Non
     return next((kind for kind in ops.kv_dtypes if kind.is_floating_point), None)
 
 
+def latents(config: Config, model: Model, ops: Ops) -> torch.dtype | None:
+    """The type that keeps latents, where nobody has named one: kernels of a table that says what it keeps read them in
+    bfloat16 alone, and whatever else they lie in is left to the reference."""
+    asked = config.cache.kv_cache_dtype != "auto" or config.model.dtype != "auto"
+    if asked or ops.kv_dtypes is None or not any(isinstance(spec, Latent) for spec in model.memory):
+        return None
+    return torch.bfloat16
+
+
 def kv_scales_of(
     config: Config, checkpoint: Checkpoint, model: Model, kv_dtype: torch.dtype, decisions: list[Decision]
 ) -> dict[int, LayerScales]:
@@ -122,6 +131,8 @@ def kv_scales_of(
             why = (
                 "the type of the model, or what the table's attention reads: most of a step's reading is what is heard"
             )
+        elif asked == "auto" and not eight and any(isinstance(spec, Latent) for spec in model.memory):
+            why = "the type of the model, or what the table's attention reads latents in"
         if checkpoint.kv_scheme == FP8:
             why += f"; the checkpoint brings scales for {FP8}, which --kv-cache-dtype {FP8} uses"
         decisions.append(Decision("kv_cache_dtype", name, why))

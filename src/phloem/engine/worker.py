@@ -33,6 +33,7 @@ from phloem.engine.dtypes import (
     kept_in,
     kv_dtype_of,
     kv_scales_of,
+    latents,
     tower_of,
 )
 from phloem.engine.media import Desk
@@ -375,7 +376,7 @@ class _Kept:
 def _kept(config: Config, checkpoint: Checkpoint, machine: _Machine, model: Model, decisions: list[Decision]) -> _Kept:
     platform, ops = machine.platform, machine.ops
     kv_dtype = eight_bits(config, checkpoint, model, platform, ops) or heard(config, checkpoint, ops)
-    kv_dtype = kv_dtype or kept_in(config, machine.dtype, model)
+    kv_dtype = kv_dtype or latents(config, model, ops) or kept_in(config, machine.dtype, model)
     scales = kv_scales_of(config, checkpoint, model, kv_dtype, decisions)
     backend = _backend(config, model, platform, ops, kv_dtype, scales, decisions)
     block = max((spec.block for spec in model.attention_specs), default=0) % WHOLE

@@ -316,7 +316,8 @@ class WeightIndex:
                 return ops.prepare_linear(parts, dtype, device)
             prepare = ops.prepare_experts if weight.fused else ops.stack_experts
             return prepare(parts, dtype, device, weight.experts)
-        return torch.cat([self.vector(weight, view) for view in views]).to(device)
+        values = torch.cat([self.vector(weight, view) for view in views])
+        return values.to(device, self.ctx.dtype if weight.in_own_type else None)
 
     def _ahead(self, views: Sequence[View], sources: dict[str, Source]) -> Sequence[Any]:
         """Of many small matrices (experts) several are read at a time, where they go to the device unchanged."""

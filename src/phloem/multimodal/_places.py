@@ -118,7 +118,8 @@ def _ordered(made: Sequence[Made], kinds: list[str], marks: Mapping[str, str], w
         own, places = sum(one.kind == kind for one in made), kinds.count(kind)
         if own != places:
             what = NAMES[kind]
-            message = f"the prompt has {places} places for {what} ({mark}), the request {own} {what}"
+            found = "1 place" if places == 1 else f"{places} places"
+            message = f"the prompt has {found} for {what} ({mark}), the request {own} {what}"
             raise BadRequest(message, param=where)
     rest = {kind: iter([one for one in made if one.kind == kind]) for kind in marks}
     return [next(rest[kind]) for kind in kinds]

@@ -43,7 +43,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "gpt_oss": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},  # sinks
     "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},  # a window that masks alone have
     "jetmoe": {"kv_channels": 16, "num_local_experts": 2, "num_experts_per_tok": 2},  # experts of q and k
-    "afmoe": {"num_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6, "moe_intermediate_size": 32},  # gates
+    "afmoe": {**MIXED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},  # gates
     "nanochat": {},  # norms without weights behind the rotation
     "minicpm3": {  # latent attention written out: keys that are wider than values
         "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,

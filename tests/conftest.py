@@ -19,6 +19,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 FAST = "not slow"  # the expression of marks by which the fast tier is chosen
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every", action="store_true", help="every family where usually a few of them stand for all")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.markexpr == FAST:
         gc.disable()  # what collection makes stays to the end: no looking for garbage while it is made, nor in it later

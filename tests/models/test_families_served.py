@@ -1,5 +1,8 @@
 """Families through the whole engine: greedy tokens are those of transformers, behind chunks and on a prefix hit,
-among others in a batch, and after a row lost its pages."""
+among others in a batch, and after a row lost its pages.
+
+A few families stand for all; `pytest --every tests/models/test_families_served.py` takes each, and their variants.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from model_support import PROMPT, their_greedy
 
 from phloem import Engine
 from phloem.checkpoint.families import family
-from phloem.testing.checkpoints import tiny_checkpoint
+from phloem.testing.checkpoints import families, tiny_checkpoint
 
 SERVED = ["deepseek_v3", "deepseek_v2-groups", "gpt2", "cohere2", "glm4_moe", "falcon-new", "ministral3", "gemma2"]
 SERVED += ["llama4_text", "gemma4_text", "gemma3n_text", "deepseek_v32", "glm_moe_dsa"]
@@ -24,8 +27,16 @@ SAMPLING = {"max_new_tokens": COUNT, "temperature": 0, "ignore_eos": True}
 SETTINGS: dict[str, Any] = {"dtype": "float32", "ops": "reference", "chunked_prefill_size": 16, "page_size": 4}
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    every = families() if metafunc.config.getoption("--every") else None
+    if metafunc.definition.originalname == "test_greedy_tokens_are_those_of_transformers":
+        variants = [f"{name}-{variant}" for name in every or () for variant in family(name).variants]
+        metafunc.parametrize("name", [*every, *variants] if every is not None else SERVED)
+    else:
+        metafunc.parametrize("name", every if every is not None else PREEMPTED)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SERVED)
 def test_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     base, _, variant = name.partition("-")
     path = tiny_checkpoint(base, tmp_path, **(family(base).variants[variant] if variant else {}))
@@ -39,7 +50,6 @@ def test_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PREEMPTED)
 def test_rows_that_lose_their_pages_go_on_with_the_same_tokens(name: str, tmp_path: Path) -> None:
     """A pool too small for all: some are preempted, and begin again from what the tree has kept."""
     path = tiny_checkpoint(name, tmp_path)

@@ -139,6 +139,7 @@ def test_greedy_tokens_are_those_of_transformers(written: Any, name: str) -> Non
         "chunked_prefill_size": 16,
         "page_size": 4,
         "debug_invariants": True,
+        "threads": 1,
     }
     settings |= {"model_path": str(path), "model_impl": "transformers", "context_length": 96, "max_total_tokens": 96}
     with Engine(**settings) as engine:

@@ -63,9 +63,11 @@ a mixed batch; and each rank's share of a mesh with the slices of the whole (`te
 checkpoints. GGUF: the architecture that is read from GGUF files; a converted file is compared with the same class.
 
 Through the whole engine greedy tokens are those of `transformers`, 64 behind a text longer than chunks and windows:
-alone, on a prefix hit, in a batch of three; and four rows in a pool too small for them have the tokens that each has
-alone. The suite does so for some families, `pytest --every tests/models/test_families_served.py` for each and for
-their variants too. On 2026-11-30, with `transformers` 5.23, all 92 families that generate passed both.
+alone, on a prefix hit, in a batch of three; and four rows in a pool that is too small for all their keys, so that
+some lose their pages and begin again, have the tokens that each has alone (Mistral's windows and states such as
+Mamba's fit in it). The suite does so for some families, `pytest --every tests/models/test_families_served.py` for
+each and for their variants too. On 2026-11-30, with `transformers` 5.23, all 92 families that generate passed both,
+without the variants.
 
 What a step of a family asks for and the CPU's own kernels lack is done by torch, and such a step is not recorded:
 activations of plain MLPs but GELU, and prompts of latent attention. Latent attention is native for rows of up to 64 new

@@ -38,7 +38,8 @@ COMMON += ["-Wno-psabi", "-Wno-unused-parameter", "-Wno-maybe-uninitialized", "-
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mlzcnt", "-mpopcnt"]
 AVX512 = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "cd", "vbmi", "vnni", "bf16")]
 LEVELS = {
-    "portable": ["-DPHL_LEVEL=0"],
+    # Without multiply-adds where the compiler likes: on Arm a row's bits would depend on how many others there are.
+    "portable": ["-DPHL_LEVEL=0", "-ffp-contract=off"],
     "avx2": ["-DPHL_LEVEL=1", *AVX2],
     "avx512": ["-DPHL_LEVEL=2", *AVX2, *AVX512, "-mprefer-vector-width=512"],
 }

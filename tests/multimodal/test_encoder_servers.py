@@ -389,7 +389,8 @@ def test_beside_a_split_of_prompts_and_answers(sees: Path) -> None:
 
     with EncoderServer(sees) as encoder:
         asyncio.run(run(encoder.url))
-        eventually(lambda: encoder.counts == (3, 3))  # both ask
+        # Both ask for all three; what both ask for at the same moment is made twice.
+        eventually(lambda: sum(encoder.counts) == 6 and encoder.counts[0] >= 3)
 
 
 @pytest.mark.slow

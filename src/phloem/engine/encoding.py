@@ -82,8 +82,8 @@ class Encoder:
             if kept is None:
                 fresh[key] = item
             else:
-                self.found += key not in made
                 made[key] = kept
+        self.found += len(items) - len(fresh)
         made |= self._made(fresh)
         return [one if isinstance(one := made[key], PhloemError) else _told(one) for key in keys]
 

@@ -85,12 +85,12 @@ def test_one_pass_makes_what_is_not_known_and_each_content_once() -> None:
     encoder, tower = fake_encoder()
     made = encoder.encode([item_of(1), item_of(2, start=4), item_of(1, start=9)])
     assert all(isinstance(one, Embedding) for one in made) and made[0] == made[2] != made[1]
-    assert tower.passes == [2] and (encoder.encoded, encoder.found) == (2, 0)
+    assert tower.passes == [2] and (encoder.encoded, encoder.found) == (2, 1)
     one = made[1]
     assert isinstance(one, Embedding) and one.shape == (2, 3) and one.kind == "float32"
     assert torch.frombuffer(bytearray(one.data), dtype=torch.float32).tolist() == [2.0] * 6
     encoder.encode([item_of(2), item_of(3)])
-    assert tower.passes == [2, 1] and (encoder.encoded, encoder.found) == (3, 1)
+    assert tower.passes == [2, 1] and (encoder.encoded, encoder.found) == (3, 2)
 
 
 def test_an_item_that_cannot_be_encoded_harms_no_other() -> None:

@@ -318,16 +318,48 @@ PHL_FIELDS(PackArgs, source, target, rows, row_bytes, kind, units, first_block, 
 PHL_OP(linear_pack, PackArgs);
 
 template <class T, int Step>
-void pack_dense_block(const PackArgs& a, int64_t block) {
-  const int64_t inputs = a.row_bytes / int64_t{sizeof(T)}, padded = a.units * 2;
-  uint8_t* target = a.target + (a.first_block + block * a.block_step) * padded * kBlock * sizeof(T);
-  std::memset(target, 0, padded * kBlock * sizeof(T));
+void pack_dense_rows(const PackArgs& a, int64_t block, uint8_t* target, int64_t first) {
+  const int64_t inputs = a.row_bytes / int64_t{sizeof(T)};
   for (int f = 0; f < kBlock && block * kBlock + f < a.rows; ++f) {
     const uint8_t* p = a.source + (block * kBlock + f) * a.row_bytes;
-    for (int64_t k = 0; k < inputs; ++k) {
+    for (int64_t k = first; k < inputs; ++k) {
       std::memcpy(target + ((k / Step * kBlock + f) * Step + k % Step) * sizeof(T), p + k * sizeof(T), sizeof(T));
     }
   }
+}
+
+typedef uint32_t Words __attribute__((vector_size(16)));
+
+inline __attribute__((always_inline)) Words words(const uint8_t* p) {
+  Words w;
+  std::memcpy(&w, p, sizeof w);
+  return w;
+}
+
+// Four words of each of four features -> the four features' word of each place.
+inline __attribute__((always_inline)) void transpose(const uint8_t* source, int64_t row_bytes, uint8_t* target) {
+  const Words a = words(source), b = words(source + row_bytes);
+  const Words c = words(source + 2 * row_bytes), d = words(source + 3 * row_bytes);
+  const Words ab = {a[0], b[0], a[1], b[1]}, ab2 = {a[2], b[2], a[3], b[3]};
+  const Words cd = {c[0], d[0], c[1], d[1]}, cd2 = {c[2], d[2], c[3], d[3]};
+  const Words out[4] = {{ab[0], ab[1], cd[0], cd[1]}, {ab[2], ab[3], cd[2], cd[3]},
+                        {ab2[0], ab2[1], cd2[0], cd2[1]}, {ab2[2], ab2[3], cd2[2], cd2[3]}};
+  for (int k = 0; k < 4; ++k) std::memcpy(target + k * kBlock * 4, &out[k], sizeof out[k]);
+}
+
+// Layouts whose places are words of 32 bits: a matrix of words is transposed, so that what is written is written in order.
+template <class T, int Step>
+void pack_dense_block(const PackArgs& a, int64_t block) {
+  const int64_t padded = a.units * 2;
+  uint8_t* target = a.target + (a.first_block + block * a.block_step) * padded * kBlock * int64_t{sizeof(T)};
+  const bool whole = (block + 1) * kBlock <= a.rows && Step * sizeof(T) == 4;
+  const int64_t done = whole ? a.row_bytes / 16 * 16 : 0;  // bytes of a row
+  for (int64_t at = 0; at < done; at += 16) {
+    const uint8_t* source = a.source + block * kBlock * a.row_bytes + at;
+    for (int f = 0; f < kBlock; f += 4) transpose(source + f * a.row_bytes, a.row_bytes, target + at * kBlock + 4 * f);
+  }
+  std::memset(target + done * kBlock, 0, padded * kBlock * int64_t{sizeof(T)} - done * kBlock);
+  pack_dense_rows<T, Step>(a, block, target, done / int64_t{sizeof(T)});
 }
 
 void linear_pack_dense(const PackArgs& a, Team& team) {

@@ -13,8 +13,12 @@ Weights go to the server after each step, as in `grpo.py`. One set of weights pl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -97,8 +101,16 @@ def logprobs_of(model: torch.nn.Module, agent: int, dialogues: Dialogues) -> tup
     return mine, theirs
 
 
-def train(url: str, path: str, steps: int, group: int = 16, rate: float = 1e-2, seed: int = 1) -> list[Step]:
-    """Train the checkpoint at `path`, which the server at `url` serves. Gives what each step saw."""
+def train(
+    url: str,
+    path: str,
+    steps: int,
+    group: int = 16,
+    rate: float = 1e-2,
+    seed: int = 1,
+    tell: Callable[[int, Step], None] | None = None,
+) -> list[Step]:
+    """Train the checkpoint at `path`, which the server at `url` serves. Gives what each step saw, and tells it then."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
@@ -124,18 +136,31 @@ def train(url: str, path: str, steps: int, group: int = 16, rate: float = 1e-2, 
             (version,) = dialogues.versions
             found.append(Step(reward_D.mean().item(), torch.cat(apart).mean().item(), version, dialogues.cached))
             push(http, model, f"step-{step + 1}")
+            if tell is not None:
+                tell(step, found[-1])
     return found
 
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--rate", type=float, default=1e-2)
+    parser.add_argument("--rate", type=float, default=1e-2, help="of learning; 3e-5 for a model that was trained before")
+    parser.add_argument("--group", type=int, default=16, help="dialogues of an opening")
+    parser.add_argument("--log", default="", help="a file for a line of JSON for each step")
     options = parser.parse_args()
-    for number, step in enumerate(train(options.url, options.model, options.steps, rate=options.rate)):
+    begun = time.perf_counter()
+
+    def tell(number: int, step: Step) -> None:
         print(
             f"step {number}: reward {step.reward:.3f}, logprob diff {step.logprob_diff:.2e}, weights {step.version}, "
-            f"{step.cached:.0%} of what was read came from the cache"
+            f"{step.cached:.0%} of what was read came from the cache",
+            flush=True,
         )
+        if options.log:
+            line = {"step": number, **asdict(step), "seconds": round(time.perf_counter() - begun, 2)}
+            with Path(options.log).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    train(options.url, options.model, options.steps, group=options.group, rate=options.rate, tell=tell)
 
 
 if __name__ == "__main__":

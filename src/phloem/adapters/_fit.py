@@ -35,6 +35,7 @@ def fit(file: AdapterFile, sites: Sites, base: Base) -> dict[int, Fit]:
         BadRequest: naming the modules that have no place, or whose shapes are another base's.
     """
     wanted = _checked(file, sites)
+    ranks = _ranks(file, wanted)
     found: dict[int, Fit] = {}
     with torch.inference_mode():
         for name, module in file.modules.items():
@@ -43,7 +44,7 @@ def fit(file: AdapterFile, sites: Sites, base: Base) -> dict[int, Fit]:
             for place in wanted[name]:
                 site = sites.sites[place.site]
                 if place.site not in found:
-                    found[place.site] = _empty(file, sites, place.site, wanted)
+                    found[place.site] = _empty(sites.sites[place.site], ranks[place.site], sites.dtype)
                 one, rank = found[place.site], module.down.shape[0]
                 one.down[place.part, :rank] = module.down
                 columns = slice(place.start, place.start + place.size)
@@ -94,12 +95,19 @@ def _misfits(name: str, module: Module, places: list[Place], sites: Sites) -> li
     return wrong
 
 
-def _empty(file: AdapterFile, sites: Sites, number: int, wanted: dict[str, list[Place]]) -> Fit:
-    site: Site = sites.sites[number]
-    mine = [file.modules[name] for name, places in wanted.items() if any(p.site == number for p in places)]
-    rank = max((len(module.down) for module in mine if module.down is not None), default=0)
-    down = torch.zeros((len(site.sizes), rank, site.inputs), dtype=sites.dtype)
-    return Fit(rank, down, torch.zeros((rank, site.outputs), dtype=sites.dtype))
+def _ranks(file: AdapterFile, wanted: dict[str, list[Place]]) -> dict[int, int]:
+    """Site -> the largest rank of what goes there."""
+    found: dict[int, int] = {}
+    for name, places in wanted.items():
+        down = file.modules[name].down
+        for place in places if down is not None else ():
+            found[place.site] = max(found.get(place.site, 0), len(down))
+    return found
+
+
+def _empty(site: Site, rank: int, dtype: torch.dtype) -> Fit:
+    down = torch.zeros((len(site.sizes), rank, site.inputs), dtype=dtype)
+    return Fit(rank, down, torch.zeros((rank, site.outputs), dtype=dtype))
 
 
 def _rows(values: Tensor, place: Place) -> Tensor:

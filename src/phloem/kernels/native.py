@@ -65,7 +65,7 @@ def table(
     }
     kv = tuple(basic.CACHES)
     name = "invariant" if invariant else "native"
-    kept = {"refill": refill, "memory": memory, "renew": renew}
+    kept = {"refill": refill, "rewriting": linear.rewriting, "memory": memory, "renew": renew}
     whole = dataclasses.replace(
         Ops(),
         name=name,

@@ -35,7 +35,7 @@ from phloem.kernels.compose import check_options
 from phloem.utils.memory import zeros
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -138,6 +138,18 @@ class _Part:
     data: Tensor  # uint8 [M, bytes per row]
     layout: int
     kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrangement:
+    """Where the parts of one weight lie: several of one layout side by side in one segment."""
+
+    sizes: list[int]  # out_features of each part
+    padded: int
+    paired: bool
+    groups: list[list[int]]  # the parts of each segment
+    bytes: list[int] = field(default_factory=list)  # of each segment
+    segments: list[list[int]] = field(default_factory=list)  # as `PackedLinear.segments`, but for the address
 
 
 class _Store:
@@ -255,6 +267,35 @@ class NativeLinear:
         read = [_read(part, dtype, self.sizes, self.float32) for part in parts]
         if len(parts) == 1 and parts[0].shape[0] >= TALL and read[0].kind == "Q8_0" and self.screened:
             read[0].layout = self.sizes.numbers[SPLIT]
+        plan = self._arranged(parts, read)
+        memory = [self.store.take(size) for size in plan.bytes]
+        self._fill(read, plan, memory)
+        forms = self.sizes.exact if self.exact else 0
+        for part in read:
+            forms |= self.sizes.form(part.layout)
+        segments = [[data.data_ptr(), *rest] for data, rest in zip(memory, plan.segments, strict=True)]
+        return PackedLinear(
+            parts[0].shape[1], sum(plan.sizes), plan.padded, tuple(part.kind for part in read), forms, plan.paired,
+            sum(data.numel() for data in memory), dtype, torch.tensor(segments), memory, self,
+            split=read[0].layout == self.sizes.numbers[SPLIT],
+        )  # fmt: skip
+
+    def rewriting(
+        self, old: Any, parts: Sequence[WeightSource], dtype: torch.dtype
+    ) -> Callable[[], None] | None:
+        """What packs new values of a weight into the memory of the old ones, in one pass, when it is called. The parts
+        are read now. None: they are not stored as numbers of one float type each, or the old weight has another layout.
+        """
+        if not isinstance(old, PackedLinear) or old.screen is not None or any(p.kind in LAYOUTS for p in parts):
+            return None
+        read = [_read(part, dtype, self.sizes, self.float32) for part in parts]
+        plan = self._arranged(parts, read)
+        same = old.shape == (sum(plan.sizes), parts[0].shape[1]) and old.kinds == tuple(part.kind for part in read)
+        if not same or old.paired != plan.paired or old.segments[:, 1:].tolist() != plan.segments:
+            return None
+        return lambda: self._fill(read, plan, old.memory)
+
+    def _arranged(self, parts: Sequence[WeightSource], read: list[_Part]) -> _Arrangement:
         in_features, block = parts[0].shape[1], self.sizes.block
         for part in parts:
             if part.shape[1] != in_features:
@@ -263,29 +304,23 @@ class NativeLinear:
         padded = -(-in_features // unit) * unit
         sizes = [part.shape[0] for part in parts]
         paired = len(read) == 2 and read[0].layout == read[1].layout and sizes[0] == sizes[1] and sizes[0] % block == 0
-        segments: list[list[int]] = []
-        memory: list[Tensor] = []
+        found = _Arrangement(sizes, padded, paired, [[0, 1]] if paired else _runs(read, sizes, block))
         column = 0
-        for group in [[0, 1]] if paired else _runs(read, sizes, block):
-            blocks = sum(-(-sizes[i] // block) for i in group)
-            data = self.store.take(blocks * self._block_bytes(read[group[0]].layout, padded))
+        for group in found.groups:
+            blocks, layout = sum(-(-sizes[i] // block) for i in group), read[group[0]].layout
+            found.bytes.append(blocks * self._block_bytes(layout, padded))
+            features = sum(sizes[i] for i in group)
+            found.segments.append([layout, blocks, features, column, sizes[0] if paired else 0])
+            column += features
+        return found
+
+    def _fill(self, read: list[_Part], plan: _Arrangement, memory: list[Tensor]) -> None:
+        for group, data in zip(plan.groups, memory, strict=True):
             first = 0
             for turn, i in enumerate(group):
-                self._pack(read[i], sizes[i], data, padded, turn if paired else first, 2 if paired else 1)
-                first += -(-sizes[i] // block)
-            features = sum(sizes[i] for i in group)
-            half = sizes[0] if paired else 0
-            segments.append([data.data_ptr(), read[group[0]].layout, blocks, features, column, half])
-            memory.append(data)
-            column += features
-        forms = self.sizes.exact if self.exact else 0
-        for part in read:
-            forms |= self.sizes.form(part.layout)
-        return PackedLinear(
-            in_features, column, padded, tuple(part.kind for part in read), forms, paired,
-            sum(data.numel() for data in memory), dtype, torch.tensor(segments), memory, self,
-            split=read[0].layout == self.sizes.numbers[SPLIT],
-        )  # fmt: skip
+                at, step = (turn, 2) if plan.paired else (first, 1)
+                self._pack(read[i], plan.sizes[i], data, plan.padded, at, step)
+                first += -(-plan.sizes[i] // self.sizes.block)
 
     def _block_bytes(self, layout: int, padded: int) -> int:
         inputs, size = self.sizes.geometry[layout][:2]

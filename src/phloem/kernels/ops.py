@@ -39,6 +39,8 @@ from phloem.kernels.calls import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from torch import Tensor
 
@@ -252,6 +254,9 @@ class Ops:
     # Put a weight that was prepared anew into the memory of the old one: True if it is there now, and every recorded
     # step sees it. None: weights that are not tensors move when they are updated.
     refill: Callable[[Any, Any], bool] | None = None
+    # weight, parts, type -> what puts new values into the weight's memory in one pass, when it is called; the parts are
+    # read at once, and are not to change before. None, or a result of None: prepare it anew, and `refill`.
+    rewriting: Callable[[Any, Sequence[WeightSource], torch.dtype], Callable[[], None] | None] | None = None
     # The memory that a prepared weight's values lie in, and nothing else's, as rows of bytes. None: it is a tensor.
     memory: Callable[[Any], list[Tensor]] | None = None
     # Make anew what was kept of a bias in another type: the tensor itself has been overwritten.

@@ -303,15 +303,27 @@ class WeightIndex:
         for name in weight.names:
             sources[name].done()
 
-    def made(self, weight: Weight, sources: dict[str, Source]) -> Any:
+    def rewriting(self, weight: Weight, sources: dict[str, Source]) -> Callable[[], None] | None:
+        """What puts new values of a weight that is packed where the old ones lie (`Ops.rewriting`); None: make it anew."""
+        ops = self.table(weight)
+        if ops.rewriting is None or weight.role != "matrix" or weight.experts:
+            return None
         views = [self.view(weight, number, sources[name]) for number, name in enumerate(weight.names)]
-        ops, dtype, device, method = self.table(weight), self.ctx.dtype, self.device(weight), self.ctx.quant
+        return ops.rewriting(weight.value, self._wrapped(weight, views), self.ctx.dtype)
+
+    def _wrapped(self, weight: Weight, views: Sequence[View]) -> Sequence[Any]:
+        """The views as the quantisation that the weight is stored in shows them."""
+        method = self.ctx.quant
         if weight.experts and self.ctx.expert_quant is not None:
             method = self.ctx.expert_quant
+        wrap = None if method is None or weight.plain else method.wrap
+        return views if wrap is None else [wrap(view) for view in views]
+
+    def made(self, weight: Weight, sources: dict[str, Source]) -> Any:
+        views = [self.view(weight, number, sources[name]) for number, name in enumerate(weight.names)]
+        ops, dtype, device = self.table(weight), self.ctx.dtype, self.device(weight)
         if weight.role == "matrix":
-            views = self._ahead(views, sources)
-            wrap = None if method is None or weight.plain else method.wrap
-            parts: Sequence[Any] = views if wrap is None else [wrap(view) for view in views]
+            parts = self._wrapped(weight, self._ahead(views, sources))
             if not weight.experts:
                 return ops.prepare_linear(parts, dtype, device)
             prepare = ops.prepare_experts if weight.fused else ops.stack_experts

@@ -1,8 +1,10 @@
 """New values for a model that serves: checked whole, made ready beside the steps, put in place between two of them.
 
-Nothing is written before everything has been checked and made ready, in memory of its own; putting it in place only
-copies then. Dense weights are overwritten, packed ones filled anew where the table can (`Ops.refill`): recorded steps
-stay right. So an update takes as much memory as what it brings, until it is in place.
+Nothing is written before everything has been checked and made ready; putting it in place only copies then. Dense
+weights are overwritten, packed ones filled anew where the table can: recorded steps stay right. What a packed layout is
+of float numbers in another order is packed straight into the old one's memory (`Ops.rewriting`): whoever handed over
+tensors of the model's own type waits until they are in place, and nothing is kept of them in between. Of all else an
+update takes as much memory as what it brings, until it is in place (`Ops.refill`).
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ class _Job:
     weight: Weight
     sources: dict[str, Source] = field(default_factory=dict)
     rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # target, values
+    write: Callable[[], None] | None = None  # of a packed one, in place of `made`
     made: Any = None
     ready: bool = False
 
@@ -140,7 +143,9 @@ class Push:
     def _ready(self, job: _Job) -> None:
         weight, index = job.weight, self._index
         if not isinstance(weight.value, torch.Tensor):
-            job.made = self._packed(weight, job.sources)
+            sources = self._whole(weight, job.sources)
+            job.write = index.rewriting(weight, sources)
+            job.made = index.made(weight, sources) if job.write is None else None
         else:
             job.rows = []
             for number, name in enumerate(weight.names):
@@ -156,14 +161,13 @@ class Push:
             source.done()
         job.ready = True
 
-    def _packed(self, weight: Weight, given: dict[str, Source]) -> Any:
-        """A weight packed anew, with the parts that it has where no new ones came."""
+    def _whole(self, weight: Weight, given: dict[str, Source]) -> dict[str, Source]:
+        """All parts of a packed weight: those that it has, where no new ones came."""
         kept = {name: self._index.get(name, lost=True) for name in weight.names if name not in given}
         lacking = [name for name in kept if tuple(kept[name].shape) != self._index.stored_shape(name)]
         if lacking:
             raise ModelLoadError(f"{some(lacking)}: only shares are here; push them with {some(list(given))}")
-        old = {name: TensorSource(name, tuple(v.shape), tensor=v) for name, v in kept.items()}
-        return self._index.made(weight, {**given, **old})
+        return {**given, **{name: TensorSource(name, tuple(v.shape), tensor=v) for name, v in kept.items()}}
 
     def install(self, *, same: bool = False) -> bool:
         """Put everything in place: for the thread that runs the steps, between two of them. True if a weight moved in
@@ -177,6 +181,8 @@ class Push:
             assert job.ready, "prepare() comes first"
             for target, values in job.rows:
                 target.copy_(values)
+            if job.write is not None:
+                job.write()
             if job.made is not None:
                 moved |= not self._place(job.weight, job.made, same)
         self._jobs.clear()

@@ -6,6 +6,7 @@ Legend: r rank, N inputs, M outputs of the adapted layer.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LARGEST_CONFIG = 16 << 20  # bytes
+SMALL = 64 << 20  # bytes of a file that is read at once
 LARGEST_SCALE = 1e9  # of an alpha: products beyond are no numbers any more
 # Settings that change what is computed, and are not served: each with the values that ask for nothing.
 _REFUSED: dict[str, tuple[Any, ...]] = {
@@ -148,7 +150,10 @@ def _finite(value: Any) -> bool:
 def content(path: Path) -> str:
     """By what an adapter is known from others, wherever its folder is. Raises BadRequest, OSError."""
     config = {name: value for name, value in read_config(path).items() if name != "base_model_name_or_path"}
-    return f"{json.dumps(config, sort_keys=True)} {of_files([path / WEIGHTS])}"
+    file = path / WEIGHTS
+    small = file.is_file() and file.stat().st_size <= SMALL
+    seen = hashlib.sha256(file.read_bytes()).hexdigest() if small else of_files([file])
+    return f"{json.dumps(config, sort_keys=True)} {seen}"
 
 
 def read(path: Path) -> AdapterFile:
@@ -184,6 +189,7 @@ def assembled(path: Path, config: dict[str, Any], tensors: Iterable[tuple[str, T
 
 def _stored(path: Path) -> Iterator[tuple[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load
 
     file = path / WEIGHTS
     if not file.is_file():
@@ -191,11 +197,16 @@ def _stored(path: Path) -> Iterator[tuple[str, Tensor]]:
         why = "adapter_model.bin holds pickled objects, which are never read: save it as safetensors" if pickled else ""
         raise refuse(path, why or f"there is no {WEIGHTS}")
     try:
+        if file.stat().st_size <= SMALL:  # one read and one copy: hundreds of small tensors one by one take longer
+            yield from load(file.read_bytes()).items()
+            return
         with safe_open(str(file), framework="pt", device="cpu") as tensors:
             for key in tensors.keys():  # noqa: SIM118 - not a dict
                 yield key, tensors.get_tensor(key)
     except (SafetensorError, OSError) as error:
         raise refuse(path, f"{WEIGHTS}: {error}") from None
+    except KeyError as error:
+        raise refuse(path, f"{WEIGHTS} holds values of type {error}, which torch does not have") from None
 
 
 def _modules(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Module]:

@@ -92,7 +92,8 @@ class Site:
     def put(self, entry: int, fit: Fit | None) -> None:
         """An adapter's part; None: it has none of this layer."""
         rank = 0 if fit is None else fit.rank
-        self.facts[entry] = torch.tensor([rank, int(fit is not None and fit.factor is not None)], dtype=torch.int32)
+        facts = self.facts[entry]
+        facts[0], facts[1] = rank, int(fit is not None and fit.factor is not None)
         if rank < self._high[entry]:  # tables that read whole stacks must not see what was there before
             self.down[entry, :, rank : self._high[entry]] = 0
             self.up[entry, rank : self._high[entry]] = 0

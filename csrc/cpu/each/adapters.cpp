@@ -1,8 +1,9 @@
 // Low-rank additions to a linear layer (LoRA), each token with its own adapter or none, over stacks of adapters.
 //
-// y[t] = factor * (y[t] + s up) + shift, s = x[t] down^T: s in a first phase, part by part, y in a second. Tokens beside
-// one another that have the same adapter share what is read of it. A token's result does not depend on the tokens beside
-// it: every sum has the same order however many tokens share it. Legend: T tokens, N inputs, M outputs, r rank.
+// y[t] = factor * (y[t] + s up) + shift, s = x[t] down^T: of few tokens s in a first phase, part by part, and y in a
+// second; of many, both of a tile in one. Tokens beside one another that have the same adapter share what is read of it.
+// A token's result does not depend on the tokens beside it: every sum has the same order however many tokens share it.
+// Legend: T tokens, N inputs, M outputs, r rank.
 #include "../op.h"
 #include "../simd.h"
 
@@ -12,6 +13,7 @@ namespace {
 
 constexpr int kTile = 4;         // tokens that may share what is read of an adapter
 constexpr int kColumns = 512;    // outputs of a task
+constexpr int kTilesEach = 4;    // tiles of a thread from which on a tile is one task
 
 struct AdaptersArgs {
   const float* x;        // [T, N]
@@ -67,7 +69,7 @@ PHL_INLINE void dots(const float* x, int64_t x_stride, const E* down, int64_t n,
 template <int G, class E>
 PHL_INLINE void shrink(const float* x, int64_t x_stride, const E* down, int64_t n, int64_t rank, float* out,
                        int64_t out_stride) {
-  constexpr int R = G == 1 ? 8 : G == 2 ? 4 : 2;
+  constexpr int R = G == 1 ? 8 : G == 2 ? 4 : 3;
   int64_t r = 0;
   for (; r + R <= rank; r += R) dots<G, R>(x, x_stride, down + r * n, n, out + r, out_stride);
   for (; r < rank; ++r) dots<G, 1>(x, x_stride, down + r * n, n, out + r, out_stride);
@@ -173,12 +175,20 @@ PHL_INLINE void expand_tile(const AdaptersArgs& a, int64_t tile, int64_t first, 
 template <class E>
 PHL_INLINE void both(const AdaptersArgs& a, Team& team) {
   const int64_t tiles = (a.rows + kTile - 1) / kTile, chunks = (a.outputs + kColumns - 1) / kColumns;
+  const auto expanded = [&](int64_t tile, int64_t chunk) {
+    const int64_t first = chunk * kColumns;
+    expand_tile<E>(a, tile, first, first + kColumns < a.outputs ? first + kColumns : a.outputs);
+  };
+  if (tiles >= kTilesEach * team.size) {  // enough tiles for all: no thread waits for what another has shrunk
+    team.tasks(tiles, [&](int64_t tile) {
+      for (int64_t part = 0; part < a.parts; ++part) shrink_tile<E>(a, tile, part);
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) expanded(tile, chunk);
+    });
+    return;
+  }
   team.tasks(tiles * a.parts, [&](int64_t task) { shrink_tile<E>(a, task / a.parts, task % a.parts); });
   team.barrier();
-  team.tasks(tiles * chunks, [&](int64_t task) {
-    const int64_t first = task % chunks * kColumns;
-    expand_tile<E>(a, task / chunks, first, first + kColumns < a.outputs ? first + kColumns : a.outputs);
-  });
+  team.tasks(tiles * chunks, [&](int64_t task) { expanded(task / chunks, task % chunks); });
 }
 
 void add_adapters(const AdaptersArgs& a, Team& team) {

@@ -1,8 +1,5 @@
 // From checkpoints to packed layouts (GGUF blocks as they are in the file, or dense tensors), and rows back to floats.
 #include <cstring>
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
 
 #include "linear/half.h"
 #include "linear/layout.h"
@@ -339,15 +336,6 @@ inline __attribute__((always_inline)) Words words(const uint8_t* p) {
   return w;
 }
 
-// Writes without reading what lies there first, where that can be said: it is written whole, and is not read again soon.
-inline __attribute__((always_inline)) void past_cache(uint8_t* p, Words w) {
-#if defined(__SSE2__)
-  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)w);
-#else
-  std::memcpy(p, &w, sizeof w);
-#endif
-}
-
 // Four words of each of four features -> the four features' word of each place.
 inline __attribute__((always_inline)) void transpose(const uint8_t* source, int64_t row_bytes, uint8_t* target) {
   const Words a = words(source), b = words(source + row_bytes);
@@ -356,7 +344,7 @@ inline __attribute__((always_inline)) void transpose(const uint8_t* source, int6
   const Words cd = {c[0], d[0], c[1], d[1]}, cd2 = {c[2], d[2], c[3], d[3]};
   const Words out[4] = {{ab[0], ab[1], cd[0], cd[1]}, {ab[2], ab[3], cd[2], cd[3]},
                         {ab2[0], ab2[1], cd2[0], cd2[1]}, {ab2[2], ab2[3], cd2[2], cd2[3]}};
-  for (int k = 0; k < 4; ++k) past_cache(target + k * kBlock * 4, out[k]);
+  for (int k = 0; k < 4; ++k) std::memcpy(target + k * kBlock * 4, &out[k], sizeof out[k]);
 }
 
 // Layouts whose places are words of 32 bits: a matrix of words is transposed, so that what is written is written in order.
@@ -370,9 +358,6 @@ void pack_dense_block(const PackArgs& a, int64_t block) {
     const uint8_t* source = a.source + block * kBlock * a.row_bytes + at;
     for (int f = 0; f < kBlock; f += 4) transpose(source + f * a.row_bytes, a.row_bytes, target + at * kBlock + 4 * f);
   }
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
   std::memset(target + done * kBlock, 0, padded * kBlock * int64_t{sizeof(T)} - done * kBlock);
   pack_dense_rows<T, Step>(a, block, target, done / int64_t{sizeof(T)});
 }

@@ -30,7 +30,7 @@ typedef uint16_t vh __attribute__((vector_size(W * 2)));
 // Lane numbers: load_as<vi>(kLane).
 constexpr int32_t kLane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-PHL_INLINE vf splat(float x) { return x - vf{}; }  // an addition of zero is not left out: it changes -0
+PHL_INLINE vf splat(float x) { return vf{} + x; }
 
 template <class V, class T>
 PHL_INLINE V load_as(const T* p) {

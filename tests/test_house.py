@@ -61,6 +61,7 @@ LAZY = {
     "attention/triton.py -> phloem.kernels.triton.invariant": "Triton need not be installed",
     "attention/triton.py -> phloem.kernels.triton.rope": "Triton need not be installed",
     "platforms/cuda.py -> phloem.kernels.triton.table": "Triton need not be installed",
+    "cli/serve.py -> phloem.cli._serving": "half a second of options, while the engine process imports torch",
     "launch/__main__.py -> phloem.launch.core": "seconds of torch, behind the first sign of life",
     "server/start.py -> phloem.server.supervisor": "half a second, while the engine process imports torch",
     "text/vocabulary.py -> phloem.text.template": "the engine process needs Jinja for few models alone",
@@ -203,7 +204,8 @@ def test_the_engine_stands_without_the_server(module: str, unseen: set[str]) -> 
             "phloem.launch.core", ["phloem.client", "fastapi", "jinja2", "tokenizers"], marks=pytest.mark.slow
         ),
         pytest.param("phloem.llm", ["phloem.server", "fastapi", "uvicorn", "starlette"], marks=pytest.mark.slow),
-        ("phloem.cli.serve", ["torch", "numpy.fft", "fastapi", "phloem.server.supervisor"]),
+        ("phloem.cli.serve", ["torch", "numpy", "asyncio", "tyro", "phloem.client"]),
+        ("phloem.cli._serving", ["torch", "numpy.fft", "fastapi", "phloem.server.supervisor"]),
         ("phloem.server.supervisor", ["torch", "phloem.engine.runner", "phloem.kernels", "phloem.launch.core"]),
         ("phloem.launch.__main__", ["torch", "phloem.engine"]),
         pytest.param("phloem.cli.router", ["torch", "fastapi", "phloem.launch", "zmq"], marks=pytest.mark.slow),

@@ -28,6 +28,15 @@ def test_architectures_have_one_family_each() -> None:
     assert gguf_families()["qwen3moe"].name == "qwen3_moe"
 
 
+def test_families_of_one_architecture_are_found_without_reading_the_others() -> None:
+    every = gguf_families()
+    names = {item.name: {item.gguf.architecture, *item.gguf.also} for item in every.values() if item.gguf is not None}
+    for arch in {arch for several in names.values() for arch in several}:
+        wanted, found = {key for key, item in every.items() if arch in names[item.name]}, gguf_families(arch)
+        assert wanted and {key: every[key] for key in wanted} == {key: found[key] for key in wanted}
+    assert len(gguf_families("qwen3moe")) < 10 and gguf_families("no such one") == {}
+
+
 def test_an_unknown_family_is_answered_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"unknown model type 'lama' \(did you mean 'llama'\?\); known: .*qwen3"):
         family("lama")

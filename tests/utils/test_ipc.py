@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
+import socket
 import threading
 from collections.abc import AsyncIterator, Callable
 from time import monotonic
@@ -18,9 +18,8 @@ from phloem.utils.ipc import DoorPipe, EnginePipe, Frames, frame
 
 @pytest.fixture
 async def pipes() -> AsyncIterator[tuple[DoorPipe, EnginePipe]]:
-    door = DoorPipe()
-    engine = EnginePipe(os.dup(door.theirs.fileno()))
-    door.theirs.close()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    door, engine = DoorPipe(ours), EnginePipe(theirs.detach())
     yield door, engine
     engine.close()
     door.close()
@@ -110,10 +109,9 @@ def test_what_is_sent_to_an_engine_that_has_gone_is_lost_and_no_error(run: Calla
     """It is killed, and requests still come for a moment, until that is seen."""
 
     async def sent() -> None:
-        door = DoorPipe()
-        engine = EnginePipe(os.dup(door.theirs.fileno()))
-        door.theirs.close()
-        engine.close()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        door = DoorPipe(ours)
+        theirs.close()
         with pytest.raises(EOFError):
             await door.deliver(lambda data: True)
         await asyncio.sleep(0.01)

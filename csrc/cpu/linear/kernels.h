@@ -213,6 +213,15 @@ template <class L, int G, int R, bool Memory>
 PHL_INLINE void group_of_chunk(Totals<R, Vec::parts, Memory>& total, const uint8_t* unit, const uint8_t* p,
                                const uint8_t* lower, int c, const Activation* act, int64_t act_step) {
   constexpr int CG = L::chunk_groups, per_group = 8 / CG;
+#if PHL_NEON
+  // Two loads beside each other are one: a single row's scales, and the inputs of rows whose sums take no registers.
+  constexpr bool scales_first = R == 1 && !L::super, inputs_first = Memory;
+  F scales{}, minima{};
+  if constexpr (scales_first) scales = scale_of<L>(unit, c * CG + G);
+  if constexpr (scales_first && L::min) minima = minimum_of<L>(unit, c * CG + G);
+  Part::Inputs inputs[R];
+  for (int r = 0; r < R && inputs_first; ++r) inputs[r] = Part::inputs(act[r * act_step + c].q);
+#endif
   each_count<0, Vec::parts>([&](auto nth_part) __attribute__((always_inline)) {
     constexpr int part = decltype(nth_part)::value, at = part * kLanes;
     Part::Sum<L::bits, L::wide> sum[R];
@@ -222,11 +231,23 @@ PHL_INLINE void group_of_chunk(Totals<R, Vec::parts, Memory>& total, const uint8
     each_count<0, per_group>([&](auto nth) __attribute__((always_inline)) {
       constexpr int n = decltype(nth)::value, j = G * per_group + n;
       const auto w = Part::ready<L::wide>(operand<L, j, Part>(p + part * kPartBytes, lower + part * kPartBytes));
-      for (int r = 0; r < R; ++r) sum[r].add(n, w, Part::spread4(act[r * act_step + c].q, j));
+      for (int r = 0; r < R; ++r) {
+#if PHL_NEON
+        if constexpr (inputs_first) sum[r].add(n, w, Part::spread4(inputs[r], j));
+        else
+#endif
+          sum[r].add(n, w, Part::spread4(act[r * act_step + c].q, j));
+      }
     });
-    const Part::F d = scale_of<L, Part>(unit, c * CG + G, at);
-    Part::F m = d;
-    if constexpr (L::min) m = minimum_of<L, Part>(unit, c * CG + G, at);
+    Part::F d, m;
+#if PHL_NEON
+    if constexpr (scales_first) d = Part::part_of(scales, part), m = Part::part_of(minima, part);
+    else
+#endif
+    {
+      d = m = scale_of<L, Part>(unit, c * CG + G, at);
+      if constexpr (L::min) m = minimum_of<L, Part>(unit, c * CG + G, at);
+    }
     for (int r = 0; r < R; ++r) {
       const Part::I all = sum[r].all(per_group);
       total.set(r, part, accumulate<L::min, CG == 2, Part>(total.get(r, part), all, d, m, act[r * act_step + c], G));

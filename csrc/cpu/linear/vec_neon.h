@@ -86,6 +86,12 @@ struct Neon {
     int8x16_t q;
     int lane;
   };
+  // All of a chunk's inputs.
+  struct Inputs {
+    int8x16_t q[2];
+  };
+  PHL_INLINE static Inputs inputs(const int8_t* a) { return {{vld1q_s8(a), vld1q_s8(a + 16)}}; }
+  PHL_INLINE static A spread4(const Inputs& x, int j) { return {x.q[j / 4], j % 4}; }
   PHL_INLINE static A spread4(const int8_t* a, int j) { return {vld1q_s8(a + j / 4 * 16), j % 4}; }
   // Operands as products take them. Those of all eight bits stand for their value less 128; the others have no eighth.
   template <bool Wide>
@@ -179,6 +185,8 @@ struct Neon {
   PHL_INLINE static F tofloat(I x) {
     return quarters<F>([&](int i) __attribute__((always_inline)) { return vcvtq_f32_s32(x.q[i]); });
   }
+  template <class Whole>
+  PHL_INLINE static F part_of(const Whole& x, int part) { return {{x.q[2 * part], x.q[2 * part + 1]}}; }
   PHL_INLINE static F add(F x, F y) {
     return quarters<F>([&](int i) __attribute__((always_inline)) { return vaddq_f32(x.q[i], y.q[i]); });
   }

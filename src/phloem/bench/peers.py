@@ -6,6 +6,7 @@ starts the server anew. Prints the medians over the turns and Phloem's ratio to 
 
 from __future__ import annotations
 
+import compileall
 import json
 import signal
 from dataclasses import dataclass
@@ -95,6 +96,7 @@ def main(argv: list[str]) -> int:
     for line in skipped:
         print(f"skipped: {line}")
     folder = Path(options.output)
+    keep_compiled()
     others = children()
     before = signal.signal(signal.SIGTERM, _leave)  # else the server of the moment would outlive us
     try:
@@ -109,6 +111,12 @@ def main(argv: list[str]) -> int:
     for line in broken:
         print(f"failed: {line}")
     return 1 if broken else 0
+
+
+def keep_compiled() -> None:
+    """Let Phloem start from what Python has compiled, as an installation leaves it and every other engine has it: a
+    working tree may have nothing of that, and where PYTHONDONTWRITEBYTECODE is set every start compiles it anew."""
+    compileall.compile_dir(Path(__file__).parents[1], quiet=2)
 
 
 def _leave(number: int, frame: Any) -> None:

@@ -46,13 +46,14 @@ def translate_metadata(gguf: GGUFFile, path: Path) -> dict[str, Any]:
         ModelLoadError: if the architecture is unknown or a needed key or tensor is absent.
     """
     arch = str(gguf.metadata.get("general.architecture"))
-    families = gguf_families()
+    families = gguf_families(arch)
     own = _served_as(gguf, arch)
     facts = families[own].gguf if own in families else None
     if facts is None:
+        known = ", ".join(sorted(gguf_families()))
         raise ModelLoadError(
-            f"{path}: unknown GGUF architecture {arch!r}; known: {', '.join(sorted(families))}; serve the safetensors "
-            "checkpoint of this model instead"
+            f"{path}: unknown GGUF architecture {arch!r}; known: {known}; serve the safetensors checkpoint of this "
+            "model instead"
         )
     config: dict[str, Any] = {"model_type": families[own].name, "architectures": [facts.hf_class]}
     config["hidden_act"] = "silu"
@@ -143,7 +144,7 @@ def _served_as(gguf: GGUFFile, arch: str) -> str:
         (NORMED, _says(gguf, f"{arch}.ssm.dt_b_c_rms")),
         (UNSCALED, _says(gguf, f"{arch}.rope.scaling.finetuned") and not _multiplies(gguf, arch)),
     )
-    return next((arch + kind for kind, there in told if there and arch + kind in gguf_families()), arch)
+    return next((arch + kind for kind, there in told if there and arch + kind in gguf_families(arch)), arch)
 
 
 def _says(gguf: GGUFFile, key: str) -> bool:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from phloem.cli._options import parse
-from phloem.core.nodes import Nodes
-from phloem.launch import node
-from phloem.launch.replicas import engine_of
-from phloem.server import start
-
-DESCRIPTION = "Serve a model behind the OpenAI API and the native API, by default on 127.0.0.1."
+from phloem.launch import early
+from phloem.utils import garbage, machine
 
 
 def main(argv: list[str]) -> int:
-    config, _ = parse("serve", argv, description=DESCRIPTION)
-    if Nodes.of(config).rank:
-        return node.run(config)
-    return start.run(config, lambda: engine_of(config))
+    machine.allow_open_files()  # the engine's limit is what ours is now
+    if not {"-h", "--help"} & set(argv):
+        early.begin()
+    try:
+        with garbage.left_alone():
+            from phloem.cli import _serving
+        return _serving.run(argv)
+    finally:
+        early.close()

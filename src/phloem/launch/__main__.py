@@ -1,4 +1,4 @@
-"""The engine process: reads its order from standard input, serves, ends with its parent."""
+"""The engine process: imports, reads its order from standard input, serves, ends with its parent."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from phloem.checkpoint.describe import described
 from phloem.core.config import Config
 from phloem.core.errors import PhloemError
 from phloem.core.messages import Failed, Progress, decode_to_engine, encode, refusal
-from phloem.utils import log, machine, memory
+from phloem.utils import garbage, log, machine, memory
 from phloem.utils.ipc import EnginePipe
-from phloem.utils.processes import die_with_parent
+from phloem.utils.processes import die_with_parent, killed_with_parent
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,16 +28,31 @@ _log = log.get("launch")
 
 
 def main() -> int:
-    order: dict[str, Any] = msgspec.json.decode(sys.stdin.buffer.readline())
-    die_with_parent(order["parent"])
+    """`python -m phloem.launch PIPE DOOR`: the number of our end of the pipe, and the door's process id.
+
+    What the engine imports is imported first, beside the door's reading of options; then the order is waited for.
+    """
+    descriptor, door = int(sys.argv[1]), int(sys.argv[2])
+    killed_with_parent(door)
     # Both may reach the whole process group at once; what they mean is the door's to decide, and it ends us.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    begun = perf_counter()
+    engine = _engine()
+    seconds = perf_counter() - begun
+    line = sys.stdin.buffer.readline()
+    if not line:
+        return 1  # whoever started us wanted no engine
+    die_with_parent(door)
+    order: dict[str, Any] = msgspec.json.decode(line)
     config = Config.from_flat(order["config"])
     log.configure(config.server.log_level, "engine")
-    pipe = EnginePipe(order["pipe"])
+    pipe = EnginePipe(descriptor)
     try:
-        _serve(config, pipe)
+        if isinstance(engine, Exception):
+            raise engine
+        pipe.send(encode(Progress(phase="imports", seconds=seconds)))
+        _serve(engine, config, pipe)
     except Exception as error:
         reason = machine.exhausted(error)
         if reason is not None:
@@ -50,22 +65,27 @@ def main() -> int:
     return 0
 
 
-def _serve(config: Config, pipe: EnginePipe) -> None:
+def _engine() -> Callable[..., None] | Exception:
+    """`core.serve`, or why it cannot be imported. Seconds of imports (torch): only once this process ends with its
+    parent and leaves signals alone."""
+    try:
+        with garbage.left_alone():
+            from phloem.launch.core import serve
+    except Exception as error:
+        return error
+    return serve
+
+
+def _serve(engine: Callable[..., None], config: Config, pipe: EnginePipe) -> None:
     def send(message: FromEngine) -> None:
         pipe.send(encode(message))
-
-    begun = perf_counter()
-    # Seconds of imports (torch): only once this process ends with its parent, leaves signals alone and can be heard.
-    from phloem.launch.core import serve
-
-    send(Progress(phase="imports", seconds=perf_counter() - begun))
 
     def poll(timeout: float | None) -> list[ToEngine]:
         return received(pipe.poll(timeout), send)
 
     model = config.model
     checkpoint = described(model)
-    serve(config, checkpoint, send, poll, _settle, memory.trim)
+    engine(config, checkpoint, send, poll, _settle, memory.trim)
 
 
 def received(frames: list[bytes], send: Callable[[FromEngine], None]) -> list[ToEngine]:

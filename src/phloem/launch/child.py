@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from phloem.core.config import child_environment
-from phloem.launch.process import MALLOC
+from phloem.launch.early import MALLOC
 from phloem.utils.ipc import READ_BYTES, Frames
 from phloem.utils.processes import Stopped
 

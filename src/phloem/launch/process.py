@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from time import perf_counter
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from phloem.core.config import child_environment
 from phloem.core.errors import EngineDead
 from phloem.core.messages import Drain, EngineLink, FromEngine, ToEngine, decode_from_engine, encode
+from phloem.launch import early
 from phloem.utils import machine
 from phloem.utils.ipc import DoorPipe
 from phloem.utils.processes import Stopped
@@ -24,21 +22,13 @@ from phloem.utils.processes import Stopped
 if TYPE_CHECKING:
     from phloem.core.config import Config
 
-# For glibc's allocator in the engine process: a step's buffers are taken again by the next step instead of being given
-# back to the system, whose fresh pages cost as much as a tenth of a prefill; and they may lie on huge pages.
-MALLOC = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
-    "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20),
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-}
-
 LEAVE_SECONDS = 3.0  # that an engine that was asked to end gets for it
 EXIT_SECONDS, EXIT_LOOKS = 1.0, 50  # how long, and how often, an engine that has hung up is asked for its exit status
 
 
 class EngineProcess(EngineLink):
-    """Starts the engine process at once; it imports torch and loads weights while this process does its own part."""
+    """Starts the engine process at once, or takes one that has begun; it imports torch and loads weights while this
+    process does its own part."""
 
     def __init__(self, config: Config) -> None:
         self.started = perf_counter()
@@ -48,19 +38,12 @@ class EngineProcess(EngineLink):
         self._stopped = Stopped() if several else None
         self._leave = LEAVE_SECONDS if config.nodes.nnodes > 1 else 0.0  # it says goodbye to other machines
         self._leaving = False
-        self._pipe = DoorPipe()
-        theirs = self._pipe.theirs.fileno()
-        order = {"config": config.flat(), "pipe": theirs, "parent": os.getpid()}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "phloem.launch"],
-            stdin=subprocess.PIPE,
-            env=child_environment(MALLOC),
-            pass_fds=[theirs],
-        )
-        self._pipe.theirs.close()  # its only other end is the engine's: its end is ours to see
+        begun = early.take()
+        self._process, self._pipe = begun.process, DoorPipe(begun.pipe)
         assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.json.encode(order) + b"\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended: whoever listens to it is told how
+            self._process.stdin.write(msgspec.json.encode({"config": config.flat()}) + b"\n")
+            self._process.stdin.flush()
 
     @property
     def pid(self) -> int:

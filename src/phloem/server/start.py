@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from phloem.core.errors import ConfigError
 from phloem.server.videos.folder import FilmFolder
-from phloem.utils import log, machine, tracing
+from phloem.utils import garbage, log, machine, tracing
 from phloem.utils.sockets import bind
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ def run(config: Config, start_engine: Callable[[], EngineLink]) -> int:
     log.configure(config.server.log_level)
     if config.server.otlp_traces_endpoint:
         tracing.check(config.server.otlp_traces_endpoint)
-    machine.allow_open_files()
     files = machine.open_files()
     if files is not None and files < MIN_FILES:
         raise ConfigError(f"the system allows this process {files} open files, {MIN_FILES} are the least: `ulimit -n`")
@@ -39,6 +38,7 @@ def run(config: Config, start_engine: Callable[[], EngineLink]) -> int:
     sock = bind(config.server.host, config.server.port)
     engine = start_engine()
     # Half a second of imports, while the engine process imports torch.
-    from phloem.server import supervisor
+    with garbage.left_alone():
+        from phloem.server import supervisor
 
     return supervisor.run(config, engine, sock, start_engine, began, films)

@@ -1,7 +1,8 @@
 """The life of a server: start an engine, open the port when it can serve, mind it, drain, stop.
 
 Order at start (`start.py`): the engine process is launched first (it imports torch and loads weights), this process
-meanwhile checks the checkpoint and builds the tokenizer; no port is opened before the engine says that it is ready.
+meanwhile checks the checkpoint, builds the tokenizer and the app; no port is opened before the engine says that it is
+ready.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from phloem.server.app import create_app
 from phloem.server.greet import greet
 from phloem.server.health import Health
 from phloem.server.serve import serve
-from phloem.utils import log, memory
+from phloem.utils import garbage, log, memory
 from phloem.utils.say import say
 from phloem.utils.tracing import Tracer
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from phloem.client.client import EngineClient
     from phloem.client.info import ModelInfo
     from phloem.core.config import Config
@@ -63,9 +66,12 @@ def run(
     """
     try:
         phases = log.Phases()
-        with phases.phase("door"):
+        with phases.phase("door"), garbage.left_alone():
             client, info, _ = make_client(config)
-        supervisor = _Supervisor(config, start_engine, client, info, began, phases, films)
+            endpoint = config.server.otlp_traces_endpoint
+            tracer = Tracer(endpoint, "phloem") if endpoint else None
+            app = create_app(client, config, info, tracer, films)
+        supervisor = _Supervisor(config, start_engine, client, info, began, phases, app, tracer)
     except BaseException:
         engine.close()
         sock.close()
@@ -91,10 +97,11 @@ class _Supervisor:
         info: ModelInfo,
         began: float,
         phases: log.Phases,
-        films: FilmFolder | None,
+        app: FastAPI,
+        tracer: Tracer | None,
     ) -> None:
         self._config = config
-        self._films = films
+        self._app, self._tracer = app, tracer
         self._start_engine = start_engine
         self._client = client
         self._info = info
@@ -107,7 +114,7 @@ class _Supervisor:
         self._engine: EngineLink | None = None
 
     async def serve(self, engine: EngineLink, sock: socket.socket) -> int:
-        client, server = self._client, self._config.server
+        client, server, tracer = self._client, self._config.server, self._tracer
         client.on_death.append(lambda _: self._died.set())
         self._engine = engine
         client.attach(engine)
@@ -117,12 +124,12 @@ class _Supervisor:
             ready = await self._wait_ready()
         except EngineDead as error:
             await client.close()
+            if tracer is not None:
+                tracer.close()
             sock.close()
             if self._stop.is_set():
                 return 130
             raise PhloemError(error.message) from None
-        tracer = Tracer(server.otlp_traces_endpoint, "phloem") if server.otlp_traces_endpoint else None
-        app = create_app(client, self._config, self._info, tracer, self._films)
         minders = [asyncio.create_task(self._mind()), asyncio.create_task(self._end_hung())]
         gc.freeze()  # what lives as long as the server need not be looked through between two tokens
 
@@ -131,7 +138,7 @@ class _Supervisor:
             memory.release_libraries()
 
         try:
-            await serve(app, server.host, server.port, announce, self._stop, sock)
+            await serve(self._app, server.host, server.port, announce, self._stop, sock)
             await self._end_engine()
         finally:
             for minder in minders:

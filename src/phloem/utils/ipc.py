@@ -52,13 +52,13 @@ def frame(data: bytes) -> bytes:
 
 
 class DoorPipe(asyncio.Protocol):
-    """The API process's end. `theirs` is the engine's: hand it over and close it here.
+    """The API process's end, from a socket whose other end is the engine's.
 
     `send` never waits, and may be called before the event loop runs; everything else belongs to that loop.
     """
 
-    def __init__(self) -> None:
-        self._ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    def __init__(self, ours: socket.socket) -> None:
+        self._ours = ours
         self._frames = Frames()
         self._early: list[bytes] = []
         self._transport: asyncio.WriteTransport | None = None
@@ -89,7 +89,6 @@ class DoorPipe(asyncio.Protocol):
             self._transport.close()
         else:
             self._ours.close()
-        self.theirs.close()
 
     # asyncio.Protocol
 

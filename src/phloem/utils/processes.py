@@ -13,15 +13,20 @@ from collections.abc import Callable
 PR_SET_PDEATHSIG = 1
 
 
+def killed_with_parent(parent: int) -> None:
+    """The part of `die_with_parent` that reads nothing: what comes on standard input is still the caller's."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 def die_with_parent(parent: int, stdin_fd: int = 0) -> None:
     """In a child: be killed when the parent ends. `parent` is its process id, `stdin_fd` a pipe that it keeps open.
 
     Linux tells us by a signal at once; elsewhere, and when the parent had gone before we asked, the pipe's end does.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(1)
+    killed_with_parent(parent)
 
     def watch() -> None:
         while os.read(stdin_fd, 4096):

@@ -1,8 +1,8 @@
 """llama.cpp's own drafting beside ours: every mode is a server, and all answer the same requests, one at a time.
 
-Prompts are token ids, at temperature 0. A prompt is computed before the time is taken, by a request of one token; what is
-timed is then the answer from its second token's step on, as whoever asks sees it. Servers that are not asked are idle. The
-order of the servers moves on with each prompt, so that a busy moment of the machine meets all of them.
+Prompts are token ids, at temperature 0. A prompt is computed before the time is taken, by a request of one token; what
+is timed is then decoding, as whoever asks sees it. Servers that are not asked are idle. The order of the servers moves
+on with each prompt, so that a busy moment of the machine meets all of them.
 """
 
 from __future__ import annotations
@@ -232,7 +232,8 @@ def table(records: Sequence[Mapping[str, Any]]) -> None:
         rate = "-" if one["accept_rate"] is None else f"{one['accept_rate']:.2f}"
         print(
             f"{one['workload']:>12} {one['engine'] + ' ' + one['mode']:<28} {one['tok_per_s']:>6,.0f} "
-            f"{one['speed_up']:>7.2f}x {one['accept_length']:>7.2f} {rate:>5}  {one['same_as_plain']} of {one['answers']}"
+            f"{one['speed_up']:>7.2f}x {one['accept_length']:>7.2f} {rate:>5}  "
+            f"{one['same_as_plain']} of {one['answers']}"
         )
 
 

@@ -4,8 +4,8 @@ Two engines in this process answer the same requests in turns, one with drafts a
 prefix cache before the time is taken, so decoding is what is measured; every round has prompts of its own, so no answer
 was seen before. The table also has what a draft costs and how long steps of n rows took.
 
-With --llama-server, llama.cpp's own modes answer the same prompts beside ours instead, each server one request at a time at
-temperature 0.
+With --llama-server, llama.cpp's own modes answer the same prompts beside ours instead: servers, each asked one request
+at a time at temperature 0.
 """
 
 from __future__ import annotations

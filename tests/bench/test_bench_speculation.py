@@ -40,7 +40,8 @@ class Handler(BaseHTTPRequestHandler):
         if wrong == "differs" and count > 1: tokens[-1] = 0
         steps = -(-count // (1 + right))
         if self.path == "/generate":
-            meta = {"spec_verify_ct": steps, "spec_num_proposed_drafts": 3 * steps, "spec_num_correct_drafts": count - steps}
+            meta = {"spec_verify_ct": steps, "spec_num_proposed_drafts": 3 * steps}
+            meta["spec_num_correct_drafts"] = count - steps
             answer = {"output_ids": tokens, "meta_info": meta if right else {}}
         else:
             if count > 1: assert body["json_schema"] == {"type": "object"} or not body["ignore_eos"]

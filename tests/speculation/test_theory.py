@@ -86,8 +86,8 @@ def head(folder: Path, length: int, missing: bool) -> Path:
 def test_a_head_that_does_what_the_model_does_is_refused_where_it_has_no_word(
     length: int, missing: bool, tmp_path: Path
 ) -> None:
-    """With all words every step gives its drafts and one token. Without one of a circle's L, a step ends at that word at
-    the latest, so the circle takes ceil(L / (drafts + 1)) steps."""
+    """With all words every step gives its drafts and one token. Without one of a circle's L, a step ends at that word
+    at the latest, so the circle takes ceil(L / (drafts + 1)) steps."""
     settings: dict[str, Any] = {
         "ops": "reference",
         "dtype": "float32",

@@ -55,7 +55,7 @@ class Options:
     )
     llama_args: str = opt("", "Further arguments for llama-server, as one string.")
     draft: str | None = opt(None, "GGUF file that drafts in both (default: each model for itself).")
-    prompts: int = opt(3, "Prompts of a round and workload beside llama.cpp.")
+    prompts: int = opt(3, "Prompts of a round and workload where one is asked at a time.")
     logs: str = opt("speculation-logs", "Folder for the logs of the servers beside llama.cpp.")
 
 
@@ -170,7 +170,7 @@ def _measure(
     for number in range(options.rounds):
         for name in names:
             for size in sizes:
-                asked = draw(name, size if size > 1 else 2, plain, rng, options.output_len)
+                asked = draw(name, size if size > 1 else options.prompts, plain, rng, options.output_len)
                 sides = (plain, drafting) if number % 2 == 0 else (drafting, plain)
                 turns = {id(engine): _turn(engine, asked, size) for engine in sides}
                 found[name, size].append((turns[id(plain)], turns[id(drafting)]))

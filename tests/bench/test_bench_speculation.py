@@ -44,7 +44,7 @@ class Handler(BaseHTTPRequestHandler):
             meta["spec_num_correct_drafts"] = count - steps
             answer = {"output_ids": tokens, "meta_info": meta if right else {}}
         else:
-            if count > 1: assert body["json_schema"] == {"type": "object"} or not body["ignore_eos"]
+            assert body.get("json_schema") == ({"type": "object"} if ids == [5] and count > 1 else None)
             timings = {"draft_n": 3 * steps, "draft_n_accepted": count - steps} if right else {}
             answer = {"tokens": tokens, "timings": timings}
         self.send_response(200); self.end_headers(); self.wfile.write(json.dumps(answer).encode())
@@ -115,29 +115,31 @@ def test_a_server_that_does_not_answer_is_named_with_what_it_says(script: str, t
         compare(found, [{"quote": asked([1, 2, 3])}], tmp_path)
 
 
-def test_each_mode_is_a_server_and_a_model_drafts_in_both_or_in_none() -> None:
-    found = sides(
-        "llama-server", "m.gguf", "demo", ["ngram-mod", "draft", "odd=--spec-type ngram-map-k"], None, "-ctk q8_0"
-    )
+def test_each_mode_is_a_server_and_plain_decoding_is_always_one() -> None:
+    theirs = ["ngram-mod", "draft", "odd=--spec-type ngram-map-k"]
+    found = sides("llama-server", "m.gguf", "demo", ["ngram", "suffix", "draft"], theirs, None, "-ctk q8_0")
     names = [(one.engine, one.mode) for one in found]
     assert names[:4] == [("phloem", mode) for mode in ("plain", "ngram", "suffix", "draft")]
     assert names[4:] == [("llama.cpp", mode) for mode in ("plain", "ngram-mod", "draft", "odd")]
     commands = [" ".join(one.peer.command) for one in found]
     assert "--speculative-draft-model-path demo" in commands[3] and "--spec-draft-model m.gguf" in commands[6]
     assert commands[7].count("ngram-map-k") == 1 and all("-np 1 -c 4096 -ctk q8_0" in one for one in commands[4:])
-    small = sides("llama-server", "m.gguf", "demo", ["draft"], "small.gguf", "")
-    assert [" ".join(one.peer.command).count("small.gguf") for one in small] == [0, 0, 0, 1, 0, 1]
-    assert [one.mode for one in sides("llama-server", "m.gguf", "demo", [], None, "")] == [
-        "plain", "ngram", "suffix", "plain",
-    ]  # fmt: skip
+    small = sides("llama-server", "m.gguf", "demo", ["draft"], ["draft"], "small.gguf")
+    assert [" ".join(one.peer.command).count("small.gguf") for one in small] == [0, 1, 0, 1]
+    assert [one.mode for one in sides("llama-server", "m.gguf", "demo", [], [])] == ["plain", "plain"]
 
 
 @pytest.mark.parametrize(
-    ("modes", "reason"), [(["ngram"], "no mode 'ngram' here; known: plain"), (["a=-x", "a=-y"], "two modes")]
+    ("ours", "theirs", "reason"),
+    [
+        ("suffix", "ngram", "llama.cpp has no mode 'ngram' here; known: plain"),
+        ("suffix", "a=-x,a=-y", "two modes"),
+        ("eagle3", "ngram-mod", "no mode 'eagle3' here; known: plain, ngram, suffix, draft"),
+    ],
 )
-def test_modes_that_are_not_there_are_refused(modes: list[str], reason: str) -> None:
+def test_modes_that_are_not_there_are_refused(ours: str, theirs: str, reason: str) -> None:
     with pytest.raises(BadRequest, match=reason):
-        sides("llama-server", "m.gguf", "demo", modes, None, "")
+        sides("llama-server", "m.gguf", "demo", [ours], theirs.split(","))
 
 
 def test_a_model_that_llama_cpp_cannot_serve_is_refused(tmp_path: Path) -> None:

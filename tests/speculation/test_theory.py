@@ -65,7 +65,7 @@ def head(folder: Path, length: int, missing: bool) -> Path:
     tensors = {
         "fc.weight": torch.zeros(SIZE, 3 * SIZE),
         "midlayer.self_attn.q_proj.weight": loud,
-        "midlayer.self_attn.k_proj.weight": loud[:SIZE],
+        "midlayer.self_attn.k_proj.weight": loud[:SIZE].clone(),
         "midlayer.self_attn.v_proj.weight": value,
         "midlayer.self_attn.o_proj.weight": out,
         "midlayer.mlp.gate_proj.weight": torch.zeros(48, SIZE),

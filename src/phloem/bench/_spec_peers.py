@@ -76,13 +76,22 @@ class Answered:
     accepted: int
 
 
-def sides(binary: str, file: str, model: str, modes: Sequence[str], draft: str | None, llama_args: str) -> list[Side]:
-    """Ours, then llama.cpp's of these modes; ours drafts with a model where one of theirs does.
+def sides(
+    binary: str,
+    file: str,
+    model: str,
+    ours: Sequence[str],
+    modes: Sequence[str],
+    draft: str | None = None,
+    llama_args: str = "",
+) -> list[Side]:
+    """Ours, then llama.cpp's, plain decoding of each among them.
 
     Args:
         binary: llama-server.
         file: the GGUF file that it serves.
         model: what we serve.
+        ours: names of `OUR_MODES`.
         modes: names of `LLAMA_MODES`, or NAME=ARGUMENTS of llama-server.
         draft: the GGUF file that drafts in both engines; None: each model drafts for itself.
         llama_args: further arguments of llama-server.
@@ -90,6 +99,9 @@ def sides(binary: str, file: str, model: str, modes: Sequence[str], draft: str |
     Raises:
         BadRequest: an unknown mode, or one twice.
     """
+    unknown = [mode for mode in ours if mode not in OUR_MODES]
+    if unknown:
+        raise BadRequest(f"there is no mode {unknown[0]!r} here; known: {', '.join(OUR_MODES)}")
     theirs = dict[str, str]()
     for mode in dict.fromkeys((PLAIN, *modes)):
         name, equals, arguments = mode.partition("=")
@@ -99,9 +111,8 @@ def sides(binary: str, file: str, model: str, modes: Sequence[str], draft: str |
             raise BadRequest(f"two modes of llama.cpp are named {name!r}")
         theirs[name] = arguments if equals else LLAMA_MODES[name]
     found = [
-        Side(PHLOEM, mode, phloem(model, arguments.format(draft=shlex.quote(draft or model))))
-        for mode, arguments in OUR_MODES.items()
-        if mode != DRAFT or DRAFT in theirs
+        Side(PHLOEM, mode, phloem(model, OUR_MODES[mode].format(draft=shlex.quote(draft or model))))
+        for mode in dict.fromkeys((PLAIN, *ours))
     ]
     for name, arguments in theirs.items():
         one = f"{arguments.replace('{draft}', shlex.quote(draft or file))} -np 1 -c 4096 {llama_args}"

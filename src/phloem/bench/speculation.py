@@ -53,6 +53,7 @@ class Options:
     llama_modes: str = opt(
         ",".join(_spec_peers.LLAMA_MODES), "Of llama.cpp, with commas; also NAME=ARGUMENTS of llama-server."
     )
+    our_modes: str = opt(",".join(_spec_peers.OUR_MODES), "Ours beside them, with commas.")
     llama_args: str = opt("", "Further arguments for llama-server, as one string.")
     draft: str | None = opt(None, "GGUF file that drafts in both (default: each model for itself).")
     prompts: int = opt(3, "Prompts of a round and workload where one is asked at a time.")
@@ -119,7 +120,8 @@ def _beside_llama(config: Config, options: Options, names: Sequence[str], argv: 
     if file is None or binary is None:
         raise BadRequest("llama.cpp serves GGUF files, and this model is none: name one by --llama-model")
     modes = [mode for mode in options.llama_modes.split(",") if mode]
-    found = _spec_peers.sides(binary, file, model, modes, options.draft, options.llama_args)
+    ours = [mode for mode in options.our_modes.split(",") if mode]
+    found = _spec_peers.sides(binary, file, model, ours, modes, options.draft, options.llama_args)
     writer, rng = Writer(model), random.Random(options.seed)
     rounds = [
         {name: draw(name, options.prompts, writer, rng, options.output_len) for name in names}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import statistics
 import subprocess
 from collections import defaultdict
@@ -127,10 +128,11 @@ def _beside_llama(config: Config, options: Options, names: Sequence[str], argv: 
         {name: draw(name, options.prompts, writer, rng, options.output_len) for name in names}
         for _ in range(options.rounds)
     ]
-    others = children()
+    others, before = children(), signal.signal(signal.SIGTERM, _leave)  # else the servers would outlive us
     try:
         records = _spec_peers.compare(found, rounds, Path(options.logs))
     finally:
+        signal.signal(signal.SIGTERM, before)
         end_children(others)
     _spec_peers.table(records)
     head = {**_head(config, argv), "beside": version_of(binary), "llama_model": Path(file).name}
@@ -140,6 +142,10 @@ def _beside_llama(config: Config, options: Options, names: Sequence[str], argv: 
     if options.plot:
         _spec_peers.plot(records, Path(options.plot))
     return 0
+
+
+def _leave(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)
 
 
 def version_of(binary: str) -> str:

@@ -131,6 +131,7 @@ def compare(sides: Sequence[Side], rounds: Sequence[Mapping[str, Asked]], folder
         urls = {side: stack.enter_context(running(side.peer, _log(side, folder))).url for side in sides}
         for side, url in urls.items():  # recordings, and memory that is touched for the first time
             _ask(side, url, list(range(300, 332)), {"max_new_tokens": 24, "ignore_eos": True})
+        print(f"{len(urls)} servers are ready", flush=True)
         turn = 0
         for number, workloads in enumerate(rounds):
             for name, asked in workloads.items():

@@ -166,7 +166,7 @@ def test_what_was_verified_is_told_with_the_last_chunk_and_counted() -> None:
     assert state["spec_accept_length"] == pytest.approx(50 / (50 - accepted))
     assert 0 < state["spec_accept_rate"] <= 1 and state["spec_verify_calls"] == sum(right)
     assert driver.stats[-1].spec_accepted == accepted
-    assert "own 17+" in state["prepared"]["speculation"]["acceptance"]
+    assert "own 17-32" in state["prepared"]["speculation"]["acceptance"]
 
 
 def test_an_ended_row_tells_no_token_behind_its_end() -> None:

@@ -36,6 +36,12 @@ def test_draft_tokens_count_the_token_before_them() -> None:
     assert read(speculative_num_steps=5, speculative_num_draft_tokens=6).drafts == 5
 
 
+def test_drafts_of_texts_are_long_where_measured_times_cut_them() -> None:
+    assert read(speculative_algorithm="suffix").drafts == read(speculative_config={"method": "ngram"}).drafts == 23
+    assert read(speculative_algorithm="suffix", disable_speculative_adaptive=True).drafts == 7
+    assert 1 + read(speculative_algorithm="suffix").drafts == assemble.MOST_ROWS
+
+
 def test_the_other_engines_json_is_read() -> None:
     values = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 3, "prompt_lookup_max": 4}
     found = read(speculative_config=json.dumps(values))

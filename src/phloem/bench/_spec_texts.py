@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from phloem.bench._text import sentences
+from phloem.checkpoint.describe import describe
+from phloem.text.template import load_template
+from phloem.text.tokenizer import load_tokenizer
 
-KINDS = ("free", "json", "code", "quote", "multi-turn", "random")
+KINDS = ("free", "json", "code", "quote", "multi-turn", "group", "random")
 
 _TOPICS = (
     *("how trees carry sugar", "the history of clocks", "why the sea is salty", "how bread rises", "life in a desert"),
@@ -46,15 +49,33 @@ class Asked:
     params: list[dict[str, Any]]
 
 
+class Writer:
+    """What `draw` asks of an engine, where none runs in this process."""
+
+    def __init__(self, model_path: str) -> None:
+        checkpoint = describe(model_path)
+        self._tokenizer = load_tokenizer(checkpoint)
+        self._template = load_template(checkpoint, None, self._tokenizer)
+        self.ready = {"vocab_size": self._tokenizer.vocab_size}
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        return self._tokenizer.encode(self._template.render(messages), add_special_tokens=False)
+
+
 def draw(kind: str, count: int, engine: Any, rng: random.Random, length: int) -> Asked:
     """`count` requests of a kind, for an engine's tokenizer and chat template; other ones each time."""
     prompts, params = list[list[int]](), list[dict[str, Any]]()
+    shared = engine.encode_chat(_conversation("free", rng)) if kind == "group" else []
     for _ in range(count):
         more: dict[str, Any] = {"max_new_tokens": length, "temperature": 0.0, "sampling_seed": rng.randrange(1 << 30)}
         if kind == "random":
             vocabulary = engine.ready["vocab_size"]
             prompts.append([rng.randrange(100, vocabulary) for _ in range(64)])
             params.append({**more, "temperature": 2.0, "ignore_eos": True})
+            continue
+        if kind == "group":  # as reinforcement learning asks: samples of one prompt
+            prompts.append(shared)
+            params.append({**more, "temperature": 1.0, "ignore_eos": True})
             continue
         prompts.append(engine.encode_chat(_conversation(kind, rng)))
         if kind == "free":

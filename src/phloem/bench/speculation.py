@@ -3,12 +3,16 @@
 Two engines in this process answer the same requests in turns, one with drafts and one without. Prompts are in the
 prefix cache before the time is taken, so decoding is what is measured; every round has prompts of its own, so no answer
 was seen before. The table also has what a draft costs and how long steps of n rows took.
+
+With --llama-server, llama.cpp's own modes answer the same prompts beside ours instead: servers, each asked one request
+at a time at temperature 0.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import signal
 import statistics
 import subprocess
 from collections import defaultdict
@@ -18,8 +22,11 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import phloem
+from phloem.bench import _spec_peers
+from phloem.bench._peers import children, end_children, found_program
 from phloem.bench._report import context, write_line
-from phloem.bench._spec_texts import KINDS, Asked, draw
+from phloem.bench._spec_texts import KINDS, Asked, Writer, draw
+from phloem.checkpoint.describe import describe
 from phloem.cli._options import parse
 from phloem.core.config import opt
 from phloem.core.errors import BadRequest, PhloemError
@@ -42,6 +49,16 @@ class Options:
     seed: int = opt(1, "Seed of the prompts.")
     output: str | None = opt(None, "File to append JSON lines to.")
     plot: str | None = opt(None, "PNG to draw.")
+    llama_server: str | None = opt(None, "llama.cpp's llama-server: compare with its own drafting, at one request.")
+    llama_model: str | None = opt(None, "GGUF file for llama.cpp (default: the model's own).")
+    llama_modes: str = opt(
+        ",".join(_spec_peers.LLAMA_MODES), "Of llama.cpp, with commas; also NAME=ARGUMENTS of llama-server."
+    )
+    our_modes: str = opt(",".join(_spec_peers.OUR_MODES), "Ours beside them, with commas.")
+    llama_args: str = opt("", "Further arguments for llama-server, as one string.")
+    draft: str | None = opt(None, "GGUF file that drafts in both (default: each model for itself).")
+    prompts: int = opt(3, "Prompts of a round and workload where one is asked at a time.")
+    logs: str = opt("speculation-logs", "Folder for the logs of the servers beside llama.cpp.")
 
 
 @dataclass
@@ -65,6 +82,8 @@ def main(argv: list[str]) -> int:
     unknown = [name for name in names if name not in KINDS]
     if unknown:
         raise BadRequest(f"unknown workload {unknown[0]!r}; known here: {', '.join(KINDS)}")
+    if options.llama_server is not None:
+        return _beside_llama(config, options, names, argv)
     sizes = [int(size) for size in options.batch.split(",")]
     settings = {**config.flat(), "log_level": "warning"}
     off = {name: None for name in settings if name.startswith("speculative_") and "threshold" not in name}
@@ -79,20 +98,61 @@ def main(argv: list[str]) -> int:
     cost = draft_microseconds(config)
     _table(records)
     print(f"a draft: {cost:.1f} us; steps of n rows, ms: {json.dumps(steps.get('step_ms', {}))}")
-    command = "phloem bench speculation " + " ".join(argv)
-    head = {
-        **context(),
-        "commit": commit(),
-        "benchmark": "speculation",
-        "command": command,
-        "model": config.model.model_path,
-    }
+    head = _head(config, argv)
     for record in [*records, {"what": "steps", "draft_us": cost, **steps}]:
         if options.output:
             write_line(Path(options.output), {**head, **record})
     if options.plot:
         plot(records, Path(options.plot))
     return 0 if all(record["same"] for record in records) else 1
+
+
+def _head(config: Config, argv: list[str]) -> dict[str, Any]:
+    command = "phloem bench speculation " + " ".join(argv)
+    model = config.model.model_path
+    return {**context(), "commit": commit(), "benchmark": "speculation", "command": command, "model": model}
+
+
+def _beside_llama(config: Config, options: Options, names: Sequence[str], argv: list[str]) -> int:
+    """llama.cpp's modes and ours. Raises BadRequest where there is no file for llama.cpp, or what `sides` raises."""
+    model, binary = config.model.model_path, found_program(options.llama_server)
+    checkpoint = describe(model)
+    file = options.llama_model or (str(checkpoint.path) if checkpoint.format == "gguf" else None)
+    if file is None or binary is None:
+        raise BadRequest("llama.cpp serves GGUF files, and this model is none: name one by --llama-model")
+    modes = [mode for mode in options.llama_modes.split(",") if mode]
+    ours = [mode for mode in options.our_modes.split(",") if mode]
+    found = _spec_peers.sides(binary, file, model, ours, modes, options.draft, options.llama_args)
+    writer, rng = Writer(model), random.Random(options.seed)
+    rounds = [
+        {name: draw(name, options.prompts, writer, rng, options.output_len) for name in names}
+        for _ in range(options.rounds)
+    ]
+    others, before = children(), signal.signal(signal.SIGTERM, _leave)  # else the servers would outlive us
+    try:
+        records = _spec_peers.compare(found, rounds, Path(options.logs))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        end_children(others)
+    _spec_peers.table(records)
+    head = {**_head(config, argv), "beside": version_of(binary), "llama_model": Path(file).name}
+    for record in records:
+        if options.output:
+            write_line(Path(options.output), {**head, **record})
+    if options.plot:
+        _spec_peers.plot(records, Path(options.plot))
+    return 0
+
+
+def _leave(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)
+
+
+def version_of(binary: str) -> str:
+    """What a llama-server says of itself."""
+    done = subprocess.run([binary, "--version"], capture_output=True, text=True, check=False, timeout=60)
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("version")]
+    return lines[0] if lines else ""
 
 
 def commit() -> str:
@@ -118,7 +178,7 @@ def _measure(
     for number in range(options.rounds):
         for name in names:
             for size in sizes:
-                asked = draw(name, size if size > 1 else 2, plain, rng, options.output_len)
+                asked = draw(name, size if size > 1 else options.prompts, plain, rng, options.output_len)
                 sides = (plain, drafting) if number % 2 == 0 else (drafting, plain)
                 turns = {id(engine): _turn(engine, asked, size) for engine in sides}
                 found[name, size].append((turns[id(plain)], turns[id(drafting)]))

@@ -315,7 +315,7 @@ class SpeculativeConfig:
     speculative_algorithm: str | None = opt(
         None, "Where drafts come from: auto (default), none, suffix, ngram, standalone, eagle, eagle3 or nextn."
     )
-    speculative_num_steps: int | None = opt(None, "Drafts behind one token in one step, at most; default 7.")
+    speculative_num_steps: int | None = opt(None, "Drafts behind a token, at most; default 23, of models 5, else 7.")
     speculative_num_draft_tokens: int | None = opt(None, "The same with the token before them: one more.")
     speculative_eagle_topk: int | None = opt(None, "Drafts of a model that may follow one token: above 1, trees.")
     speculative_draft_model_path: str | None = opt(

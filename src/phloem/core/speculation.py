@@ -20,6 +20,7 @@ AUTO, NONE = "auto", "none"
 MODELS = ("draft_model", "eagle", "eagle3", "mtp")  # drafters that are models
 USUAL_CHAIN = 5  # drafts of a model, each of which takes a pass of it
 USUAL_DRAFTS = 7  # with the token before them eight rows: about as many as a step reads weights for at one cost
+LONG_DRAFTS = 23  # of texts, where measured times decide how many of them are verified: as many as keep a row's bits
 MOST_DRAFTS = 31
 MOST_WIDTH = 16  # drafts that may follow one token
 LONGEST_MATCH = 32  # tokens that are compared backwards from a candidate
@@ -96,8 +97,16 @@ def wanted(config: Config) -> Wanted:
     topk = flags.speculative_eagle_topk
     if topk is not None and topk != 1:
         values |= _tree(flags, values["algorithm"], topk, found.get("drafts", USUAL_CHAIN))
-    values.setdefault("drafts", USUAL_CHAIN if values["algorithm"] in MODELS else USUAL_DRAFTS)
-    return _checked(Wanted(**values, adaptive=not flags.disable_speculative_adaptive))
+    adaptive = not flags.disable_speculative_adaptive
+    values.setdefault("drafts", _usual(values["algorithm"], adaptive))
+    return _checked(Wanted(**values, adaptive=adaptive))
+
+
+def _usual(algorithm: str, adaptive: bool) -> int:
+    """Drafts where nobody says how many."""
+    if algorithm in MODELS:
+        return USUAL_CHAIN
+    return LONG_DRAFTS if adaptive and algorithm not in (AUTO, NONE) else USUAL_DRAFTS
 
 
 def _lossless(flags: SpeculativeConfig) -> None:

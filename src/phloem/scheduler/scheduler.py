@@ -361,6 +361,8 @@ class Scheduler:
         worked = launched or bool(self.inflight)
         while len(self.inflight) > keep:
             self._commit(self.inflight.popleft())
+        if worked and not self.inflight and self.settings.overlap and self.planner.pace.draft_room:
+            self._launch_next()  # behind what is known now: whoever is told of it works while that runs
         self.controls.poll()
         if self.further is not None:
             self.further.turn(self.inflight[0].plan.mark if self.inflight else None, self.live)
@@ -374,8 +376,7 @@ class Scheduler:
         self.flush_results()
         end = self.clock()
         self.meter.turn(begin, end, worked)
-        busy = bool(self.live)
-        if self.meter.due(end, busy):
+        if self.meter.due(end, busy := bool(self.live)):
             self.send(self._stats(end, busy))
         return worked
 
@@ -474,8 +475,7 @@ class Scheduler:
             return False
         now = self.clock()
         for request in plan.entered:
-            if request.admitted < 0:
-                request.admitted = now
+            request.admitted = now if request.admitted < 0 else request.admitted
         try:
             for slot, follower in plan.followers:
                 self.runner.constrain(slot, follower)

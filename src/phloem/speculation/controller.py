@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from phloem.speculation.texts import Tally
 
 MARGIN = 1.08  # times plain decoding: less is not worth the risk
+WARY = 1.4  # the same for a while after drafts have lost time: what is far better than plain decoding goes on
 QUIET = 2  # steps without a draft after which plain steps are planned ahead again
 ENOUGH = 3  # plain steps that are measured before anything is verified
 LEDGER = 12  # steps after which a gain is written off, so that it pays for no later loss
 LOSS = 1.5  # plain steps that verified ones may lose before they are stopped
+LATE = 1.25  # times the usual: what a step took beyond that the machine took, and it is not held against drafts
 BACKOFF, MOST_BACKOFF = 64, 2048  # steps
 PROBE = 64  # steps after which drafts that do not seem to pay are verified once
 FEW = 4  # rows whose texts are looked at after every plain step; of more, at every eighth
@@ -38,8 +40,8 @@ BESIDE = 24  # tokens that a grammar forced are rows like others; more are a pro
 
 # T(n) / T(1) of a step that reads quantised weights once, before it is measured.
 _SHAPE = ((1, 1.0), (2, 1.1), (4, 1.25), (8, 1.5), (16, 2.9), (32, 5.7), (64, 11.3))
-_MATCHES = (3, 5, 9, 17)  # borders between the classes of how many tokens agree
-_PRIORS = (0.15, 0.35, 0.6, 0.8, 0.9)  # acceptance in each, before it is measured
+_MATCHES = (3, 5, 9, 17, 33)  # borders between the classes of how many tokens agree
+_PRIORS = (0.15, 0.35, 0.6, 0.8, 0.9, 0.95)  # acceptance in each, before it is measured
 DEPTHS = 8  # places of a model's chain that are told apart
 MODEL_PRIOR = 0.6  # acceptance of a model's drafts, before it is measured
 _WEIGHT = 4.0  # drafts that a prior counts as
@@ -95,7 +97,16 @@ class Curve:
             share = (usual(rows) - usual(low)) / (usual(high) - usual(low))
             return self._medians[low] + share * (self._medians[high] - self._medians[low])
         nearest = sizes[0] if not place else sizes[-1]
+        if place and len(sizes) > 1:
+            # As if rows went on costing what they cost so far: where they cost more, one step tells.
+            slope = (self._medians[nearest] - self._medians[sizes[0]]) / (nearest - sizes[0])
+            return self._medians[nearest] + max(0.0, slope) * (rows - nearest)
         return self._medians[nearest] * usual(rows) / usual(nearest)
+
+    @property
+    def sizes(self) -> int:
+        """How many were measured."""
+        return len(self._medians)
 
     def near(self, rows: int) -> bool:
         """Whether a size within a quarter was measured."""
@@ -129,7 +140,7 @@ class Acceptance:
         found[1] = found[1] * _DECAY + 1
 
     def facts(self) -> dict[str, float]:
-        names = ("1-2", "3-4", "5-8", "9-16", "17+")
+        names = ("1-2", "3-4", "5-8", "9-16", "17-32", "33+")
         return {
             f"{source}{'' if sure else ' unsure'} {names[kind] if kind >= 0 else -kind}": round(found[0] / found[1], 3)
             for (source, sure, kind), found in sorted(self._seen.items())
@@ -196,6 +207,7 @@ class Controller:
         self._ledger = Ledger()
         self._since = 0  # plain steps since something was verified
         self._rest = 0  # of which so many are to pass
+        self._wary = 0  # plain steps for which drafts have to promise more
         self._backoff = BACKOFF
         self._quiet = 0
         self._probing = False
@@ -207,6 +219,7 @@ class Controller:
         """A step of `rows` decodes, planned ahead, has taken so long."""
         self.times[easy].plain.note(rows, seconds)
         self._since += 1
+        self._wary = max(0, self._wary - 1)
 
     def verified(
         self, rows: int, total: int, easy: bool, tokens: int, seconds: float, passes: int = 0, drafting: float = 0.0
@@ -221,8 +234,9 @@ class Controller:
         plain = kind.plain.at(rows)
         if plain is None or not self._adaptive:
             return
-        ledger = self._ledger
-        ledger.spent += seconds
+        ledger, alone = self._ledger, kind.verify.at(total)
+        assert alone is not None
+        ledger.spent += min(seconds - drafting, LATE * alone) + drafting
         ledger.saved += plain * tokens / rows
         ledger.steps += 1
         if ledger.spent - ledger.saved > LOSS * plain:
@@ -266,7 +280,7 @@ class Controller:
     def look(self, chains: Sequence[Chain | None], easy: bool) -> None:
         """These may be drafted next: verify from the next step on, if that pays, or if it has not been tried long."""
         rows = len(chains)
-        if any(self._best(chains, rows, easy, MARGIN)):
+        if any(self._best(chains, rows, easy, self._margin)):
             self._begin(False)
         elif self._since >= max(PROBE, self._rest) and any(
             (chain is not None and chain.modelled) or self._survival(chain)[:1] > [0.5] for chain in chains
@@ -279,7 +293,7 @@ class Controller:
             return self._all(chains, beside)
         if beside > BESIDE:
             return self._beside(chains, easy)
-        found = self._best(chains, len(chains), easy, 0.0 if self._probing else MARGIN, beside)
+        found = self._best(chains, len(chains), easy, 0.0 if self._probing else self._margin, beside)
         self._quiet = 0 if any(found) else self._quiet + 1
         if self._quiet >= QUIET:
             self._off(0)
@@ -298,6 +312,10 @@ class Controller:
 
     # how
 
+    @property
+    def _margin(self) -> float:
+        return WARY if self._wary else MARGIN
+
     def _begin(self, probing: bool) -> None:
         self.on, self._probing, self._quiet = True, probing, 0
 
@@ -306,7 +324,10 @@ class Controller:
 
     def _stop(self) -> None:
         self.stopped += 1
-        self._off(self._backoff)
+        # The first loss is no reason to leave what is nearly certain; a second one soon after it is, and so is any of a
+        # model, whose passes are lost too.
+        self._off(self._backoff if self._share or self._wary else 0)
+        self._wary = self._backoff
         # Drafts of a model cost most where they are wrong: they rest longer.
         self._backoff = min((4 if self._share else 2) * self._backoff, MOST_BACKOFF)
 
@@ -333,7 +354,7 @@ class Controller:
     def _verify(self, rows: int, easy: bool) -> float | None:
         """What a step of so many rows would take, not planned ahead."""
         kind = self.times[easy]
-        if kind.verify.near(rows):
+        if kind.verify.near(rows) or (kind.verify.sizes > 1 and not kind.plain.near(rows)):
             return kind.verify.at(rows)
         plain = kind.plain.at(rows)
         return plain if plain is None else 1.05 * plain

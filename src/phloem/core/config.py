@@ -100,7 +100,7 @@ class CacheConfig:
         "write_through", "When pages are copied: when they are computed, found again, or make room."
     )
     hicache_storage_backend: str | None = opt(
-        None, "Store behind host memory: file, which outlives the server, or dynamic; default: none."
+        None, "Store behind host memory: file or nixl, which outlive the server, mooncake, or dynamic; default: none."
     )
     hicache_storage_prefetch_policy: PrefetchPolicy = opt(
         "timeout", "How long a request waits for pages of the store: until it could run, for all, or a while."

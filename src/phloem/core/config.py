@@ -119,7 +119,7 @@ class ScheduleConfig:
     max_queue_seconds: float = opt(0.0, "Longest predicted wait for the first token; beyond, 503 at once. 0: any.")
     chunked_prefill_size: int | None = opt(None, "Token budget of one step: prompts are prefilled in such chunks.")
     enable_dynamic_chunking: bool = opt(
-        False, "With pp_size: chunks get the smaller the more of the prompt is before them, to take equal time."
+        False, "Chunks get the smaller the more of the prompt is before them, to take equal time."
     )
     schedule_policy: Policy = opt("lpm", "Who waits least: longest cached prefix, arrival, priority, or deadline.")
     slo: str | None = opt(None, 'What requests are promised, as JSON: {"ttft_ms": 500, "itl_ms": 50, "tiers": {...}}.')

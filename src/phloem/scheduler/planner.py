@@ -216,6 +216,11 @@ class Planner:
             **({} if self.chunks is None else {"attention_price": self.chunks.price.ratio}),
         }
 
+    def learn_price(self) -> None:
+        """From now on chunks are to take equal time. Prompts that are computed whole have none."""
+        if self.chunks is None and not self.pace.whole:
+            self.chunks = Chunks()
+
     # what a step may spend
 
     def _out_of_step(self) -> bool:

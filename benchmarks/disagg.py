@@ -4,7 +4,7 @@
 
 Streams decode all the time while a long prompt comes every `--every` seconds; told are the time to its first token and
 the gaps between the streams' tokens. `LAYOUTS` says which servers run where: the one engine has both cores, and once
-one; servers of the pair have a core each, or share both, as the system lets them or with prefill behind decode.
+one; servers of the pair have a core each, or share both, as the system lets them or with one behind the other.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ LAYOUTS: dict[str, list[tuple[str, str, int]]] = {
     "pair": [("prefill", "first", 0), ("decode", "last", 0)],
     "pair-shared": [("prefill", "both", 0), ("decode", "both", 0)],
     "pair-behind": [("prefill", "both", 10), ("decode", "both", 0)],
+    "pair-ahead": [("prefill", "both", 0), ("decode", "both", 10)],
     "pair-wide": [("prefill", "both", 10), ("decode", "last", 0)],
 }
 COMMON = ["--max-total-tokens", "24576", "--dtype", "float32", "--speculative-algorithm", "none"]

@@ -1,6 +1,6 @@
 """Streams beside long prompts on one real server: how far apart tokens come without them, with them, with a promise.
 
-    python benchmarks/beside_long.py [MODEL] [--streams 4] [--long-rate 1] [--try ""] [--try "OPTIONS OF THE SERVER"]
+    python benchmarks/beside_long.py [MODEL] [--streams 4] [--long-rate 1] [--try=""] [--try="OPTIONS OF THE SERVER"]
 
 The streams are those of the workload W3: 256 tokens in, 128 out. Phases of `--seconds` without and with long prompts
 take turns. Without `--long-rate` one long prompt is in work all the time: the next is asked for when it has its first

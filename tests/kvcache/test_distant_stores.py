@@ -19,10 +19,11 @@ from tier_support import Tiered, keys_of, rows_of
 from phloem.core.errors import ConfigError
 from phloem.kvcache.tiers import BLOCK, TIERS, Place, Tier
 from phloem.kvcache.tiers import _staged as staged
+from phloem.kvcache.tiers import mooncake
 from phloem.testing.driver import Driver, random_tokens
 
 NAMES = ("mooncake", "nixl")
-REAL = [pytest.param(name, "real", marks=pytest.mark.slow) for name in NAMES]
+REAL = [pytest.param((name, "real"), marks=pytest.mark.slow) for name in NAMES]
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +32,7 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(staged, "REST", 0.0)
 
 
-@pytest.fixture(params=[*((name, "stand-in") for name in NAMES), *REAL], ids=lambda found: "-".join(found))
+@pytest.fixture(params=[*((name, "stand-in") for name in NAMES), *REAL], ids="-".join)
 def stores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Stores]:
     name, kind = request.param
     yield from real(name, tmp_path) if kind == "real" else stand_in(name, monkeypatch, tmp_path)
@@ -162,21 +163,12 @@ def test_a_store_that_fails_is_left_alone_for_a_while(
     tier, keys, rows, fault = made(faulty), keys_of(4), rows_of(4), fault_of(faulty)
     assert tier.write(keys, rows) == 4
     monkeypatch.setattr(staged, "REST", 60.0)
-    monkeypatch.setattr(tier, "_distant", _rested(tier))
     fault.code = UNREACHABLE
     assert read(tier, keys)[0] == 0
     calls, fault.code = fault.calls, 0
     assert tier.exists(keys) == tier.write(keys, rows) == 0 and fault.calls == calls
     assert tier.stats()["failed"] == 1 and len(caplog.records) == 1
     tier.close()
-
-
-def _rested(tier: Any) -> staged.Distant:
-    """As it is, with the rest that the module now says."""
-    found: staged.Distant = tier._distant
-    usual = found.fault
-    found.fault = lambda reason, rest=staged.REST: usual(reason, rest)  # type: ignore[method-assign]
-    return found
 
 
 def test_tags_share_nothing_and_clearing_one_leaves_the_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -190,8 +182,6 @@ def test_tags_share_nothing_and_clearing_one_leaves_the_other(monkeypatch: pytes
 
 
 def test_a_full_store_is_read_though_not_written_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from phloem.kvcache.tiers import mooncake
-
     for stores in stand_in("mooncake", monkeypatch, tmp_path):
         tier, keys, rows = made(stores), keys_of(4), rows_of(4)
         assert tier.write(keys[:2], rows) == 2
@@ -309,6 +299,7 @@ def test_what_a_store_has_lost_is_sent_to_it_again(stores: Stores) -> None:
 def test_a_real_master_that_is_killed_is_a_miss_and_one_that_comes_again_is_used(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setattr(staged, "CALL_SECONDS", 2.0)
     master = Master()
     client = client_of(master)
     try:

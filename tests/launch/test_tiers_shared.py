@@ -24,7 +24,7 @@ KINDS = [("mooncake", "stand-in"), ("nixl", "stand-in"), ("mooncake", "real"), (
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(params=KINDS, ids=lambda found: "-".join(found))
+@pytest.fixture(params=KINDS, ids="-".join)
 def stores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Stores]:
     name, kind = request.param
     folder = tmp_path / "store"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
-import sys
 from collections.abc import Iterator
 from datetime import datetime
 
@@ -14,19 +12,21 @@ import pytest
 from phloem.core.errors import ConfigError
 from phloem.utils import log
 
+Capture = pytest.CaptureFixture[str]
 
-@pytest.fixture
-def written(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
-    """What goes to standard error; loggers are as before afterwards."""
-    root, stream = logging.getLogger("phloem"), io.StringIO()
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    root = logging.getLogger("phloem")
     before = root.handlers[:], root.level, root.propagate
-    monkeypatch.setattr(sys, "stderr", stream)
-    yield stream
+    yield
     root.handlers[:], root.propagate = before[0], before[2]
     root.setLevel(before[1])
 
 
-def test_a_line_of_json_has_what_a_request_was(written: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_of_json_has_what_a_request_was(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PHLOEM_LOG_FORMAT", "json")
     log.configure("info", "engine")
     log.get("router").info("request %s: done\nand over", "a", extra=log.fields(request_id="a", status=200, why=None))
@@ -35,7 +35,7 @@ def test_a_line_of_json_has_what_a_request_was(written: io.StringIO, monkeypatch
     except ValueError:
         log.get("tiers").exception("it failed")
     log.get("tiers").debug("not said")
-    first, second = [json.loads(line) for line in written.getvalue().splitlines()]
+    first, second = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert datetime.fromisoformat(first.pop("time")).utcoffset() is not None
     assert first == {
         "level": "info", "logger": "phloem.router", "process": "engine", "message": "request a: done\nand over",
@@ -44,11 +44,13 @@ def test_a_line_of_json_has_what_a_request_was(written: io.StringIO, monkeypatch
     assert second["level"] == "error" and "ValueError: odd" in second["exception"] and "request_id" not in second
 
 
-def test_lines_are_text_unless_asked_otherwise(written: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_are_text_unless_asked_otherwise(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("PHLOEM_LOG_FORMAT", raising=False)
     log.configure("warning")
     log.get("router").warning("a %s", "word", extra=log.fields(status=1))
-    assert written.getvalue().endswith("WARNING phloem.router: a word\n")
+    assert capsys.readouterr().err.endswith("WARNING phloem.router: a word\n")
     monkeypatch.setenv("PHLOEM_LOG_FORMAT", "xml")
     with pytest.raises(ConfigError, match="PHLOEM_LOG_FORMAT: 'xml' is not one of text, json"):
         log.configure("info")

@@ -139,11 +139,12 @@ class Distant:
                 with self._lock:
                     self._stages.append(stage)
 
-    def fault(self, reason: str, rest: float = REST) -> None:
-        """One line of the log for each kind of failure. `rest`: how long it is left alone."""
+    def fault(self, reason: str, rests: bool = True) -> None:
+        """One line of the log for each kind of failure. `rests`: it is left alone for a while."""
         with self._lock:
             self.failed += 1
-            self._rest_until = max(self._rest_until, monotonic() + rest)
+            if rests:
+                self._rest_until = monotonic() + REST
             fresh = reason not in self._told and len(self._told) < MOST_TOLD
             self._told.add(reason)
         if fresh:

@@ -128,14 +128,14 @@ class Tier:
         with self._distant.stage() as stage:
             if stage is None:
                 return 0
-            for at, (key, row) in enumerate(zip(keys, rows, strict=True)):
+            for at, (key, row) in enumerate(zip(keys, rows, strict=False)):
                 stage.put(at, key, row)
             names, places, sizes = self._names(keys), stage.addresses(len(keys)), [stage.nbytes] * len(keys)
             codes: list[int] = self._distant.ask(lambda: self._store.batch_put_from(names, places, sizes), [], stage)
             went = next((at for at, code in enumerate(codes) if code != 0), len(codes))
             if went < len(codes) and codes[went] == FULL:
                 self._full_until = monotonic() + REST
-                self._distant.fault("it is full", rest=0.0)
+                self._distant.fault("it is full", rests=False)
             elif went < len(codes):
                 self._distant.fault(f"writing fails: {codes[went]}")
             return went
@@ -196,10 +196,9 @@ def _given(extra: dict[str, Any]) -> Given:
 def _size(given: Given, name: str) -> int:
     """Raises ConfigError."""
     value = given.global_segment_size if name == "global_segment_size" else given.local_buffer_size
-    # Mooncake's own spelling of units has one letter or two, of powers of two.
+    # Units as Mooncake has them: one letter or two, of powers of two.
     if isinstance(value, str):
-        unit = re.sub(r"(?i)([kmgt])b?\s*$", r"\1iB", value) if not re.search(r"(?i)i?b\s*$", value) else value
-        value = parse_bytes(unit, f"{PARAM}: {name}")
+        value = parse_bytes(re.sub(r"(?i)([kmg])b?\s*$", r"\1iB", value), f"{PARAM}: {name}")
     if value < 0:
         raise ConfigError(f"{PARAM}: {name}: {value} must be 0 or above", param=PARAM)
     return value

@@ -156,7 +156,7 @@ class Tier:
         with self._distant.stage() as stage:
             if stage is None:
                 return 0
-            for at, (key, row) in enumerate(zip(keys, rows, strict=True)):
+            for at, (key, row) in enumerate(zip(keys, rows, strict=False)):
                 stage.put(at, key, row)
             if not self._distant.ask(lambda: self._keep(stage, keys), False, stage):
                 return 0

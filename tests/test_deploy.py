@@ -213,7 +213,8 @@ def test_pods_of_a_group_are_what_kubernetes_reads(tmp_path: Path) -> None:
     for part in ("leaderTemplate", "workerTemplate"):
         pod = group["spec"]["leaderWorkerTemplate"][part]
         path = tmp_path / f"{part}.yaml"
-        path.write_text(yaml.safe_dump({"apiVersion": "v1", "kind": "Pod", **pod}))
+        facts = {"name": part.lower(), **pod["metadata"]}
+        path.write_text(yaml.safe_dump({"apiVersion": "v1", "kind": "Pod", "metadata": facts, "spec": pod["spec"]}))
         done = subprocess.run([tool("kubernetes-validate"), "--strict", str(path)], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 

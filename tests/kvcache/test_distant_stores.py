@@ -17,9 +17,8 @@ from store_stand_ins import UNREACHABLE, Fault, Master, Stores, client_of, real,
 from tier_support import Tiered, keys_of, rows_of
 
 from phloem.core.errors import ConfigError
-from phloem.kvcache.tiers import BLOCK, TIERS, Place, Tier
+from phloem.kvcache.tiers import BLOCK, TIERS, Place, Tier, mooncake
 from phloem.kvcache.tiers import _staged as staged
-from phloem.kvcache.tiers import mooncake
 from phloem.testing.driver import Driver, random_tokens
 
 NAMES = ("mooncake", "nixl")

@@ -1,4 +1,4 @@
-"""Answers of a server, read in whatever pieces they come: whole chunks go on with their frames, all else is parsed."""
+"""Answers of a server, read in whatever pieces they come."""
 
 from __future__ import annotations
 
@@ -17,18 +17,11 @@ class Client:
 
     def __init__(self) -> None:
         self.sent: list[bytes] = []
-        self.framed = 0
         self.full = False
 
     def __call__(self, data: bytes) -> bool:
         if not self.full:
             self.sent.append(b"%x\r\n%b\r\n" % (len(data), data))
-        return not self.full
-
-    def chunk(self, data: bytes) -> bool:
-        self.framed += not self.full
-        if not self.full:
-            self.sent.append(data)
         return not self.full
 
 
@@ -95,7 +88,7 @@ async def test_whatever_the_pieces_the_client_gets_what_was_sent(seed: int) -> N
     connection.data_received(HEAD % b"chunked" + early)
     if exchange.stuffed and not exchange.done:
         client(exchange.taken())
-    exchange.sink, exchange.framed = client, client.chunk
+    exchange.sink = client
     assert exchange.status == 200
     for piece in pieces:
         client.full = rng.random() < 0.2
@@ -110,24 +103,12 @@ async def test_whatever_the_pieces_the_client_gets_what_was_sent(seed: int) -> N
     assert connection.usable
 
 
-async def test_events_that_come_whole_go_past_the_parser() -> None:
-    connection, exchange, _ = opened()
-    client = Client()
-    connection.data_received(HEAD % b"Chunked")
-    exchange.sink, exchange.framed = client, client.chunk
-    for at in range(5):
-        connection.data_received(b"9\r\ndata: %d\n\n\r\n" % at)
-    assert client.framed == 5 and exchange.received == 45
-    connection.data_received(b"9\r\ndata: 5\n\n\r\n0\r\n\r\n")
-    assert client.framed == 5 and exchange.done and exchange.taken() == b"data: 5\n\n"
-
-
 @pytest.mark.parametrize("piece", [b"0x2\r\nab\r\n", b"+2\r\nab\r\n", b"2_\r\nab\r\n", b"2\nab\r\n", b"g\r\n"])
 async def test_what_is_no_chunk_is_the_servers_fault(piece: bytes) -> None:
     connection, exchange, transport = opened()
     client = Client()
     connection.data_received(HEAD % b"chunked")
-    exchange.sink, exchange.framed = client, client.chunk
+    exchange.sink = client
     connection.data_received(b"2\r\nab\r\n")
     connection.data_received(piece)
     connection.data_received(b"2\r\nab\r\n0\r\n\r\n")
@@ -139,7 +120,7 @@ async def test_an_answer_with_a_length_is_never_taken_for_chunks() -> None:
     connection, exchange, _ = opened()
     client = Client()
     connection.data_received(b"HTTP/1.1 200 OK\r\ncontent-length: 14\r\n\r\n")
-    exchange.sink, exchange.framed = client, client.chunk
+    exchange.sink = client
     for _ in range(2):
         connection.data_received(b"2\r\nab\r\n")
-    assert client.framed == 0 and exchange.done
+    assert exchange.done and exchange.received == 14 and not client.sent[2:]

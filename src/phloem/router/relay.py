@@ -323,8 +323,8 @@ class Relay:
             await way.send({"type": "http.response.start", "status": way.status, "headers": headers})
             writer = ChunkWriter.of(way.send)
             exchange.hang_up = None if writer is None else writer.abort
-            if writer is not None and chunked and not exchange.done and way.scope["method"] != "HEAD":
-                exchange.sink, exchange.framed = writer, writer.chunk
+            if chunked and not exchange.done and way.scope["method"] != "HEAD":
+                exchange.sink = writer
             await self._body(way, exchange, chunked)
         except OSError:
             way.left = True  # the socket has gone

@@ -2,14 +2,12 @@
 
 A connection is an `asyncio.Protocol` around httptools' parser; an answer is an `Exchange`. Its bytes go to a `sink`
 where that takes them (the client's own connection), and wait in the exchange otherwise: never more than `MOST_HELD`,
-behind which the server's connection is read no further. What one read brings of a stream is mostly one whole chunk:
-that goes on with its frame, past the parser, which is then between two chunks before and after it.
+behind which the server's connection is read no further.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
 from collections import deque
 from typing import TYPE_CHECKING, cast
 
@@ -22,7 +20,6 @@ MOST_HELD = 256 << 10  # bytes of an answer that wait for a slow client
 MOST_HEADER_BYTES = 64 << 10
 IDLE_SECONDS = 50.0  # a kept connection is used no longer than this behind its last answer
 MOST_IDLE = 256
-_CHUNK = re.compile(rb"([0-9a-fA-F]{1,7})\r\n")  # its size, and no extension
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -39,8 +36,8 @@ class UpstreamError(Exception):
 class Exchange:
     """One request and its answer. One task waits for it."""
 
-    __slots__ = ("_buffered", "_connection", "_held", "_waiter", "began", "done", "error", "framed", "hang_up",
-                 "headers", "heard", "received", "sink", "status", "taken_at")  # fmt: skip
+    __slots__ = ("_buffered", "_connection", "_held", "_waiter", "began", "done", "error", "hang_up", "headers",
+                 "heard", "received", "sink", "status", "taken_at")  # fmt: skip
 
     def __init__(self, now: float) -> None:
         self.status = 0
@@ -50,7 +47,6 @@ class Exchange:
         self.began = self.heard = now  # by the loop's clock
         self.received = 0  # bytes of the body
         self.sink: Callable[[bytes], bool] | None = None
-        self.framed: Callable[[bytes], bool] | None = None  # a sink of whole chunks
         self.hang_up: Callable[[], None] | None = None  # on the client
         self.taken_at = now  # when something that waited was last taken for the client
         self._buffered: deque[bytes] = deque()
@@ -120,14 +116,6 @@ class Exchange:
         self._wake()
         return self._held < MOST_HELD
 
-    def chunk(self, data: bytes, size: int, now: float) -> bool:
-        """A whole chunk of `size` bytes with its frame; False: it was not taken so."""
-        if self.framed is None or self._buffered or not self.framed(data):
-            return False
-        self.heard = now
-        self.received += size
-        return True
-
     def end(self, rest: bytes = b"") -> None:
         """`rest`: its last bytes, which go out together with the end."""
         if rest:
@@ -160,7 +148,6 @@ class Connection(asyncio.Protocol):
         self._exchange: Exchange | None = None
         self._parts: list[bytes] = []  # of the body, from what is being read
         self._paused = False
-        self._between = False  # of two chunks of an answer
         self._header_bytes = 0
         self.used = 0  # requests it has carried
         self.idle_since = 0.0
@@ -172,7 +159,7 @@ class Connection(asyncio.Protocol):
 
     def begin(self, exchange: Exchange, head: bytes, body: bytes | bytearray) -> None:
         assert self._transport is not None
-        self._exchange, self._header_bytes, self._between = exchange, 0, False
+        self._exchange, self._header_bytes = exchange, 0
         self._parts.clear()
         self.used += 1
         exchange.attach(self)
@@ -202,14 +189,8 @@ class Connection(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
-        if self._between and self._exchange is not None and (found := _CHUNK.match(data)) is not None:
-            size = int(found[1], 16)
-            whole = size and found.end() + size + 2 == len(data) and data.endswith(b"\r\n")
-            if whole and self._exchange.chunk(data, size, self._loop.time()):
-                return
         try:
             self._parser.feed_data(data)
-            self._between = self._between and data.endswith(b"\n")  # else it has a piece of the next chunk's size
             self._pass_on()
         except (httptools.HttpParserError, ValueError) as error:
             self._fail(f"the server's answer is no HTTP: {error}")
@@ -257,14 +238,6 @@ class Connection(asyncio.Protocol):
             return
         exchange.status = status
         exchange.heard = self._loop.time()
-        coding = [value for name, value in exchange.headers if name == b"transfer-encoding"]
-        self._between = len(coding) == 1 and coding[0].lower() == b"chunked"
-
-    def on_chunk_header(self) -> None:
-        self._between = False
-
-    def on_chunk_complete(self) -> None:
-        self._between = True
 
     def on_body(self, body: bytes) -> None:
         self._parts.append(body)
@@ -273,7 +246,7 @@ class Connection(asyncio.Protocol):
         exchange = self._exchange
         if exchange is None or not exchange.status:
             return
-        self._exchange, self._between = None, False
+        self._exchange = None
         keeps = self._parser.should_keep_alive()
         self.go_on()
         exchange.end(self._taken())

@@ -121,14 +121,6 @@ class ChunkWriter:
         self._write(b"%x\r\n%b\r\n" % (len(data), data))
         return True
 
-    def chunk(self, data: bytes) -> bool:
-        """A chunk with its frame: as it came from another server."""
-        cycle = self._cycle
-        if self._flow.write_paused or cycle.disconnected or cycle.response_complete or not cycle.chunked_encoding:
-            return False
-        self._write(data)
-        return True
-
 
 def _with_body_send(app: ASGIApp) -> ASGIApp:
     """The app, told of the server's own `send`: a stream's events need not pass through every layer."""

@@ -1,9 +1,10 @@
 """Long prompts beside steady streams: one engine, against a prefill and a decode server on one machine.
 
-    python benchmarks/disagg.py MODEL [--seconds 20] [--prompt 1024]
+    python benchmarks/disagg.py MODEL [--seconds 20] [--prompt 1024] [--layouts one,one-core,pair,pair-shared,...]
 
 Streams decode all the time while a long prompt comes every `--every` seconds; told are the time to its first token and
-the gaps between the streams' tokens. Servers of the pair have one core each; the one engine has both, and once one.
+the gaps between the streams' tokens. `LAYOUTS` says which servers run where: the one engine has both cores, and once
+one; servers of the pair have a core each, or share both, as the system lets them or with one behind the other.
 """
 
 from __future__ import annotations
@@ -22,12 +23,25 @@ from typing import Any
 
 import httpx
 
+# Of each server: what it does, how many of the two cores it may run on, and how far it stands back (`nice`).
+LAYOUTS: dict[str, list[tuple[str, str, int]]] = {
+    "one": [("", "both", 0)],
+    "one-core": [("", "first", 0)],
+    "pair": [("prefill", "first", 0), ("decode", "last", 0)],
+    "pair-shared": [("prefill", "both", 0), ("decode", "both", 0)],
+    "pair-behind": [("prefill", "both", 10), ("decode", "both", 0)],
+    "pair-ahead": [("prefill", "both", 0), ("decode", "both", 10)],
+    "pair-wide": [("prefill", "both", 10), ("decode", "last", 0)],
+}
 COMMON = ["--max-total-tokens", "24576", "--dtype", "float32", "--speculative-algorithm", "none"]
 
 
-def start(model: str, cores: str, *more: str) -> tuple[subprocess.Popen[str], str]:
+def start(model: str, cores: str, behind: int, *more: str) -> tuple[subprocess.Popen[str], str]:
     threads = str(len(cores.split(",")))
     command = [
+        "nice",
+        "-n",
+        str(behind),
         "taskset",
         "-c",
         cores,
@@ -116,18 +130,18 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=3.0)
     parser.add_argument("--streams", type=int, default=2)
     parser.add_argument("--backend", default="shm")
+    parser.add_argument("--layouts", default="one,one-core,pair", help="some of " + ", ".join(LAYOUTS))
     args = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))[:2]
-    both, port = ",".join(map(str, cores)), 18998
+    where = {"both": ",".join(map(str, cores)), "first": str(cores[0]), "last": str(cores[-1])}
+    port = 18998
     split = ["--disaggregation-bootstrap-port", str(port), "--disaggregation-transfer-backend", args.backend]
     split.append("--disaggregation-mode")
-    layouts = {
-        "one engine, two cores": [(both, [])],
-        "one engine, one core": [(str(cores[0]), [])],
-        "prefill and decode, a core each": [(str(cores[0]), [*split, "prefill"]), (str(cores[-1]), [*split, "decode"])],
-    }
-    for name, servers in layouts.items():
-        running = [start(args.model, where, *more) for where, more in servers]
+    for name in args.layouts.split(","):
+        running = [
+            start(args.model, where[place], behind, *([*split, mode] if mode else []))
+            for mode, place, behind in LAYOUTS[name]
+        ]
         try:
             fleet = Fleet([url for _, url in running], port)
             found = asyncio.run(measure(fleet, args.seconds, args.prompt, args.every, args.streams))

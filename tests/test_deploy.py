@@ -101,17 +101,122 @@ def test_manifests_name_what_exists() -> None:
     for path in MANIFESTS:
         if path.name == "kustomization.yaml":
             (kustomization,) = documents(path)
-            assert all((path.parent / name).exists() for name in kustomization["resources"])
+            resources = [path.parent / name for name in kustomization["resources"]]
+            # A file must lie in the folder itself; of another folder all of it is taken.
+            assert all(one.is_file() if ".." not in str(one) else (one / path.name).exists() for one in resources)
+
+
+VARIABLES = {"LWS_GROUP_SIZE": "2", "LWS_WORKER_INDEX": "1", "LWS_LEADER_ADDRESS": "phloem-0.phloem"}
+
+
+def containers(item: dict[str, Any]) -> list[dict[str, Any]]:
+    spec = item.get("spec", {})
+    group = spec.get("leaderWorkerTemplate", {})
+    pods = [spec.get("template"), group.get("leaderTemplate"), group.get("workerTemplate")]
+    return [one for pod in pods if pod for one in pod["spec"]["containers"]]
 
 
 def test_what_containers_are_told_is_understood() -> None:
-    for item in everything():
-        if item["kind"] == "ConfigMap":
-            config = Config.from_flat(yaml.safe_load(item["data"]["server.yaml"]))
-            assert config.cache.kv_events_config and read_config(config.cache.kv_events_config).wanted
-        for container in item.get("spec", {}).get("template", {}).get("spec", {}).get("containers", []):
-            if container["args"][0] == "router":
-                assert len(parse(container["args"][1:]).worker_urls) == 3
+    items = everything()
+    files = {item["metadata"]["name"]: item["data"]["server.yaml"] for item in items if item["kind"] == "ConfigMap"}
+    settings = {name: yaml.safe_load(text) for name, text in files.items()}
+    for values in settings.values():
+        config = Config.from_flat(values)
+        events = config.cache.kv_events_config
+        assert read_config(events).wanted if events else config.runtime.tp_size > 1
+    parts: set[str] = set()
+    for container in (one for item in items for one in containers(item)):
+        if container["args"][0] == "router":
+            found = parse(container["args"][1:])
+            assert len(found.worker_urls) == 3 or (found.service_discovery and found.paired and found.decode_selector)
+            continue
+        told = dict(one.removeprefix("--").split("=", 1) for one in container["args"][1:] if "=" in one)
+        if told.pop("config", "") == "/etc/phloem/server.yaml" and told:
+            parts.add(told.get("disaggregation-mode", "node"))
+            name = "phloem-group" if "nnodes" in told else "phloem-pairs"
+            more = {key: re.sub(r"\$\((\w+)\)", lambda at: VARIABLES[at[1]], text) for key, text in told.items()}
+            config = Config.from_flat({**settings[name], **{k: int(v) if v.isdigit() else v for k, v in more.items()}})
+            assert "nnodes" not in told or (config.nodes.nnodes, config.nodes.node_rank) == (2, 1)
+    assert parts == {"prefill", "decode", "node"}
+
+
+def test_pods_are_found_by_the_labels_that_they_have() -> None:
+    items = everything()
+    labels = [
+        item["spec"]["template"]["metadata"]["labels"]
+        for item in items
+        if item["kind"] in ("Deployment", "StatefulSet")
+    ]
+    for container in (one for item in items for one in containers(item) if one["args"][0] == "router"):
+        found = parse(container["args"][1:])
+        for selector in (found.prefill_selector, found.decode_selector):
+            wanted = dict(one.split("=", 1) for one in selector)
+            assert not wanted or any(wanted.items() <= one.items() for one in labels)
+    named = {(item["kind"], item["metadata"]["name"]): item for item in items if "metadata" in item}
+    prefill, config = named["Deployment", "phloem-prefill"], named["ConfigMap", "phloem-pairs"]
+    pod = prefill["spec"]["template"]
+    port = yaml.safe_load(config["data"]["server.yaml"])["disaggregation-bootstrap-port"]
+    assert pod["metadata"]["annotations"]["sglang.ai/bootstrap-port"] == str(port)
+    assert port in [one["containerPort"] for one in pod["spec"]["containers"][0]["ports"]]
+
+
+# What LeaderWorkerSet demands of its objects, of the fields that stand here (its v1 API).
+GROUP = {
+    "type": "object",
+    "required": ["apiVersion", "kind", "metadata", "spec"],
+    "additionalProperties": False,
+    "properties": {
+        "apiVersion": {"const": "leaderworkerset.x-k8s.io/v1"},
+        "kind": {"const": "LeaderWorkerSet"},
+        "metadata": {"type": "object", "required": ["name"]},
+        "spec": {
+            "type": "object",
+            "required": ["leaderWorkerTemplate"],
+            "additionalProperties": False,
+            "properties": {
+                "replicas": {"type": "integer", "minimum": 0},
+                "startupPolicy": {"enum": ["LeaderCreated", "LeaderReady"]},
+                "leaderWorkerTemplate": {
+                    "type": "object",
+                    "required": ["workerTemplate", "size"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "size": {"type": "integer", "minimum": 1},
+                        "restartPolicy": {"enum": ["RecreateGroupOnPodRestart", "RecreateGroupAfterStart", "None"]},
+                        "leaderTemplate": {"type": "object", "required": ["spec"]},
+                        "workerTemplate": {"type": "object", "required": ["spec"]},
+                    },
+                },
+            },
+        },
+    },
+}
+
+
+def groups() -> list[dict[str, Any]]:
+    return [item for item in everything() if item["kind"] == "LeaderWorkerSet"]
+
+
+def test_a_group_of_nodes_is_what_its_controller_reads() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    (group,) = groups()
+    jsonschema.validate(group, GROUP)
+    wrong = json.loads(json.dumps(group))
+    wrong["spec"]["leaderWorkerTemplate"]["size"] = "two"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(wrong, GROUP)
+
+
+@pytest.mark.slow
+def test_pods_of_a_group_are_what_kubernetes_reads(tmp_path: Path) -> None:
+    (group,) = groups()
+    for part in ("leaderTemplate", "workerTemplate"):
+        pod = group["spec"]["leaderWorkerTemplate"][part]
+        path = tmp_path / f"{part}.yaml"
+        facts = {"name": part.lower(), **pod["metadata"]}
+        path.write_text(yaml.safe_dump({"apiVersion": "v1", "kind": "Pod", "metadata": facts, "spec": pod["spec"]}))
+        done = subprocess.run([tool("kubernetes-validate"), "--strict", str(path)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 async def test_probes_ask_for_routes_that_exist() -> None:
@@ -133,6 +238,8 @@ async def test_probes_ask_for_routes_that_exist() -> None:
 def test_manifests_are_what_kubernetes_reads(path: Path) -> None:
     if path.name == "kustomization.yaml":
         pytest.skip("kustomize's own file has no schema there")
+    if any(item["kind"] == "LeaderWorkerSet" for item in documents(path)):
+        pytest.skip("Kubernetes itself does not know groups: they have tests of their own")
     done = subprocess.run([tool("kubernetes-validate"), "--strict", str(path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

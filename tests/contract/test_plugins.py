@@ -21,6 +21,7 @@ from disagg_support import transport_of
 from fastapi import APIRouter
 from house import FILES, SRC, parse
 from linear_cases import Source
+from store_stand_ins import stand_in
 from tier_support import keys_of, rows_of
 from vision_support import picture, seeing, seeing_checkpoint
 
@@ -151,8 +152,12 @@ def test_transports(name: str) -> None:
 
 
 @each(TIERS)
-def test_tiers(name: str, tmp_path: Path) -> None:
+def test_tiers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A leading run of what was written comes back, and what was dropped ends it."""
+    if name in ("mooncake", "nixl"):
+        for stores in stand_in(name, monkeypatch, tmp_path):
+            keeps_leading_runs(name, tmp_path, stores.extra)
+        return
     module = tmp_path / "store.py"
     module.write_text(
         "class Store(dict):\n"
@@ -162,7 +167,12 @@ def test_tiers(name: str, tmp_path: Path) -> None:
         "    def set(self, key, value): self[key] = value.clone()\n"
         "    def delete(self, key): self.pop(key, None)\n"
     )
-    extra = {"module_path": str(module), "class_name": "Store"} if name == "dynamic" else {}
+    keeps_leading_runs(name, tmp_path, {"module_path": str(module), "class_name": "Store"} if name == "dynamic" else {})
+
+
+def keeps_leading_runs(name: str, tmp_path: Path, extra: dict[str, Any]) -> None:
+    settings = vars(TIERS.module(name)).get("SETTINGS", ())
+    assert settings is None or set(settings) >= set(extra)
     tier = TIERS.get(name)(Place(BLOCK, 1 << 20, tmp_path, extra))
     assert tier.name == name and isinstance(tier.instant, bool)
     keys, rows, found = keys_of(9), rows_of(9), rows_of(9, seed=2)

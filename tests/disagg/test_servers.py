@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -104,6 +107,60 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
             server.process.terminate()
         for process in (router, alone.process, prefill.process, decode.process):
             process.wait(20)
+
+
+# Gateways of others, as modules, that speak of pairs as SGLang does.
+FOREIGN = {"sglang_router": ("sglang_router.launch_router",), "smg": ("smg", "launch")}
+
+
+@contextlib.contextmanager
+def foreign_gateway(name: str, fleet: Fleet) -> Iterator[str]:
+    """In front of the pair; gives its address. Skips the test where it is not installed."""
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name.replace('_', '-')} is not installed")
+    with socket.create_server(("127.0.0.1", 0)) as sock, socket.create_server(("127.0.0.1", 0)) as other:
+        port, metrics = sock.getsockname()[1], other.getsockname()[1]
+    bootstrap = fleet.prefill.get("/server_info").json()["disaggregation"]["bootstrap_port"]
+    where = ["--prefill", fleet.prefill.url, str(bootstrap), "--decode", fleet.decode.url, "--pd-disaggregation"]
+    ports = ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(metrics)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", *FOREIGN[name], *ports, *where, "--policy", "round_robin"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+
+    def serves() -> bool:
+        try:
+            body = {"text": "a", "sampling_params": {"max_new_tokens": 1}}
+            return httpx.post(url + "/generate", json=body, timeout=10).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    try:
+        eventually(serves, 60)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_gateways_of_others_serve_from_a_pair_what_one_server_answers(name: str, fleet: Fleet) -> None:
+    with foreign_gateway(name, fleet) as url:
+        before = fleet.state(fleet.decode)["rooms_fetched"]
+        pair = Fleet(fleet.alone, fleet.prefill, fleet.decode, fleet.model, url)
+        sampling = {"temperature": 0, "max_new_tokens": 12}
+        for count in (3, 40, 100):
+            assert not pair.differs("/generate", {"input_ids": ids(count), "sampling_params": sampling})
+        chat = {"model": "tiny", "messages": [{"role": "user", "content": "hello " * 20}], "temperature": 0}
+        open_routes = [
+            ("/v1/completions", {"model": "tiny", "prompt": "one two " * 9, "max_tokens": 8, "temperature": 0}),
+            ("/v1/completions", {"model": "tiny", "prompt": "a b " * 9, "max_tokens": 8, "seed": 2, "stream": True}),
+            ("/v1/chat/completions", chat | {"max_tokens": 8}),
+        ]
+        for route, body in open_routes:
+            assert not pair.differs(route, body)
+        assert fleet.state(fleet.decode)["rooms_fetched"] >= before + 6
 
 
 def ids(count: int) -> list[int]:

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from phloem.core.batch import Batch
 from phloem.core.config import Config
-from phloem.core.errors import ConfigError
 from phloem.scheduler.chunks import ENOUGH, LEAST, Chunks, Price, Sample, ratio_of
 from phloem.testing.driver import Driver
 
@@ -223,11 +222,22 @@ def test_the_first_chunk_behind_a_long_cached_prefix_is_a_small_one() -> None:
     assert start == 160 and 16 < count == Price(1e-2).most(64, 160) < 30
 
 
-def test_the_option_needs_stages() -> None:
+def test_the_option_goes_with_any_number_of_stages() -> None:
     assert Config.from_flat({"pp": 2, "enable-dynamic-chunking": True}).schedule.enable_dynamic_chunking
+    assert Config.from_flat({"enable_dynamic_chunking": True}).schedule.enable_dynamic_chunking
     assert not Config.from_flat({"pp": 2}).schedule.enable_dynamic_chunking
-    with pytest.raises(ConfigError, match=r"enable_dynamic_chunking: one stage keeps no other .*pp_size above 1"):
-        Config.from_flat({"enable_dynamic_chunking": True})
+
+
+def test_chunks_are_worth_as_many_tokens_with_nothing_before_them_as_they_cost() -> None:
+    price = Price(1e-2)
+    for count, start in ((1, 0), (40, 0), (16, 900), (7, 12_345)):
+        whole = price.worth(np.array([float(count)]), np.array([float(start)]))
+        assert whole + 1e-2 * whole**2 == pytest.approx(cost(1e-2, count, start))
+        assert (whole == pytest.approx(count)) if not start else (whole > count)
+    both = price.worth(np.array([16.0, 5.0]), np.array([900.0, 0.0]))
+    assert both + 1e-2 * both**2 == pytest.approx(cost(1e-2, 16, 900) + cost(1e-2, 5, 0))
+    assert Price().worth(np.array([3.0, 4.0]), np.array([9.0, 0.0])) == 7.0
+    assert Price(1e-2).worth(np.array([]), np.array([])) == 0.0
 
 
 def test_a_price_of_nothing_is_a_price_of_tokens() -> None:

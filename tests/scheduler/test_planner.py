@@ -15,7 +15,7 @@ from phloem.kvcache import audit
 from phloem.kvcache.manager import CacheManager
 from phloem.scheduler.plan import Pace, Plan
 from phloem.scheduler.planner import Planner
-from phloem.scheduler.policies import MAX_PRIORITY, PATIENCE, POLICIES, PRIORITY_SECONDS, WINDOW, WaitingQueue
+from phloem.scheduler.policies import MAX_PRIORITY, PATIENCE, POLICIES, PRIORITY_SECONDS, WINDOW, YIELDS, WaitingQueue
 from phloem.scheduler.state import Request, Slots
 
 S = 4
@@ -301,6 +301,50 @@ def test_priority_goes_first_but_waiting_makes_up_for_it() -> None:
     assert desk.queue.everything() == [high, low, late]
     huge = desk.add([5], priority=10**9, at=MAX_PRIORITY * PRIORITY_SECONDS + 5.0)
     assert desk.queue.everything() == [high, low, late, huge]
+
+
+def test_who_is_far_more_important_takes_a_running_ones_place() -> None:
+    desk = Desk(policy="priority", slots=2)
+    low, lower = desk.add([11, 12, 13]), desk.add([14, 15, 16], priority=-1, at=0.5)
+    desk.land(desk.launch())
+    near = desk.add([21, 22], priority=YIELDS - 2, at=1.0)
+    desk.land(desk.launch())
+    assert near.slot < 0, "it is not so much more important"
+    high = desk.add([31, 32], priority=YIELDS + 3, at=1.0)
+    plan = desk.launch()
+    assert {request.id for request in plan.rows} == {low.id, high.id} and desk.planner.preemptions == 1
+    desk.land(plan)
+    assert desk.queue.everything() == [near, lower] and lower.output, "it goes on from what it has said"
+    desk.planner.release(high)
+    desk.planner.release(low)
+    plan = desk.launch()
+    assert {request.id for request in plan.rows} == {near.id, lower.id}
+    assert desk.planner.preemptions == 1
+
+
+def test_who_has_waited_for_long_is_not_driven_out() -> None:
+    desk = Desk(policy="priority", slots=1)
+    old = desk.add([11, 12], at=0.0)
+    desk.land(desk.launch())
+    high = desk.add([31, 32], priority=YIELDS, at=YIELDS * PRIORITY_SECONDS + 1.0)
+    assert desk.launch().rows == [old] and high.slot < 0
+
+
+def test_the_important_get_pages_of_the_others_too() -> None:
+    desk = Desk(policy="priority", slots=4, pages=10, budget=64)
+    low = desk.add(list(range(10, 38)), priority=0)
+    desk.land(desk.launch())
+    high = desk.add(list(range(50, 74)), priority=YIELDS, at=1.0)
+    plan = desk.launch()
+    assert plan.rows == [high] and low.slot < 0 and desk.planner.preemptions == 1
+
+
+def test_other_policies_drive_nobody_out() -> None:
+    desk = Desk(policy="fcfs", slots=1)
+    low = desk.add([11, 12])
+    desk.land(desk.launch())
+    desk.add([31, 32], priority=MAX_PRIORITY, at=1.0)
+    assert desk.launch().rows == [low] and not desk.planner.preemptions
 
 
 def test_longest_prefix_goes_first() -> None:

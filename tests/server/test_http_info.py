@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from door import CONTEXT, MODEL, make_info, on_loop, open_door, until
 from phloem.core.messages import ControlReply, Stats
 from phloem.protocol.body import Body
 from phloem.testing.fake_engine import FakeEngine
+from phloem.utils.log import Lines
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/ping"])
@@ -327,3 +329,7 @@ async def test_a_line_for_each_request_when_asked(caplog: pytest.LogCaptureFixtu
         await door.post("/generate", {"text": "private words", "rid": "logged"})
     (line,) = [record.getMessage() for record in caplog.records if "logged" in record.getMessage()]
     assert "14 prompt tokens (7 cached), 15 output tokens, stop" in line and "private" not in caplog.text
+    (told,) = [json.loads(Lines("").format(record)) for record in caplog.records if "logged" in record.getMessage()]
+    assert told["request_id"] == "logged" and told["message"] == line and told["level"] == "info"
+    assert (told["prompt_tokens"], told["cached_tokens"], told["output_tokens"]) == (14, 7, 15)
+    assert told["finish"] == "stop" and 0 <= told["first_token_seconds"] <= told["seconds"]

@@ -12,6 +12,7 @@ from phloem.client import traces
 from phloem.core.errors import EngineDead, PhloemError
 from phloem.core.messages import Abort, Chunk
 from phloem.core.request import FinishReason
+from phloem.utils.log import fields
 
 if TYPE_CHECKING:
     from phloem.client.continuation import Consumer, Continuation
@@ -192,16 +193,17 @@ class Flow:
 
 
 def _log_end(continuation: Continuation) -> None:
-    now = time.monotonic()
+    now, item = time.monotonic(), continuation
+    finish = item.finish.type if item.finish is not None else "?"
+    first, whole = (item.first_at or now) - item.arrival, now - item.arrival
     log.info(
         "request %s: %d prompt tokens (%d cached), %d output tokens, %s; queued %.3f s, first token %.3f s, "
         "whole %.3f s",
-        continuation.id,
-        continuation.prompt_tokens,
-        continuation.cached_tokens,
-        continuation.completion_tokens,
-        continuation.finish.type if continuation.finish is not None else "?",
-        continuation.queue_seconds,
-        (continuation.first_at or now) - continuation.arrival,
-        now - continuation.arrival,
-    )
+        item.id, item.prompt_tokens, item.cached_tokens, item.completion_tokens, finish, item.queue_seconds, first,
+        whole,
+        extra=fields(
+            request_id=item.id, prompt_tokens=item.prompt_tokens, cached_tokens=item.cached_tokens,
+            output_tokens=item.completion_tokens, finish=finish, queue_seconds=round(item.queue_seconds, 6),
+            first_token_seconds=round(first, 6), seconds=round(whole, 6),
+        ),
+    )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import uuid
+import os
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -30,7 +30,7 @@ FAKE_HOST = "2.2.2.2"  # of gateways that warm a server up: nobody is to be met
 
 
 def new_id(prefix: str = "") -> str:
-    return prefix + uuid.uuid4().hex
+    return prefix + os.urandom(16).hex()
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,7 +100,7 @@ class CacheConfig:
         "write_through", "When pages are copied: when they are computed, found again, or make room."
     )
     hicache_storage_backend: str | None = opt(
-        None, "Store behind host memory: file, which outlives the server, or dynamic; default: none."
+        None, "Store behind host memory: file or nixl, which outlive the server, mooncake, or dynamic; default: none."
     )
     hicache_storage_prefetch_policy: PrefetchPolicy = opt(
         "timeout", "How long a request waits for pages of the store: until it could run, for all, or a while."
@@ -119,7 +119,7 @@ class ScheduleConfig:
     max_queue_seconds: float = opt(0.0, "Longest predicted wait for the first token; beyond, 503 at once. 0: any.")
     chunked_prefill_size: int | None = opt(None, "Token budget of one step: prompts are prefilled in such chunks.")
     enable_dynamic_chunking: bool = opt(
-        False, "With pp_size: chunks get the smaller the more of the prompt is before them, to take equal time."
+        False, "Chunks get the smaller the more of the prompt is before them, to take equal time."
     )
     schedule_policy: Policy = opt("lpm", "Who waits least: longest cached prefix, arrival, priority, or deadline.")
     slo: str | None = opt(None, 'What requests are promised, as JSON: {"ttft_ms": 500, "itl_ms": 50, "tiers": {...}}.')

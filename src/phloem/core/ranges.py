@@ -87,9 +87,6 @@ def check_ranks(flat: dict[str, Any]) -> None:
         if name or flat["expert_distribution_recorder_mode"] is not None:
             name = name or "expert_distribution_recorder_mode"
             raise ConfigError(f"moe_a2a_backend: not with {name}: every rank must see all rows", param=name)
-    if flat["enable_dynamic_chunking"] and flat["pp_size"] == 1:
-        why = "one stage keeps no other waiting; pp_size above 1 must be given with it"
-        raise ConfigError(f"enable_dynamic_chunking: {why}", param="enable_dynamic_chunking")
     if flat["eplb_rebalance_num_iterations"] != EPLB_STEPS and not flat["enable_eplb"]:
         name = "eplb_rebalance_num_iterations"
         raise ConfigError(f"{name}: experts are not moved; enable_eplb must be given with it", param=name)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-VERSION = 1
+VERSION = 2
 MOST_BYTES = 64 << 20  # of a frame: log probabilities of a long prompt are the longest
 MOST_ASKED = 64 << 10  # of the frame that begins a connection
 _LENGTH = struct.Struct(">I")

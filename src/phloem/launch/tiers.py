@@ -42,6 +42,9 @@ _log = log.get("launch")
 NAME = "hierarchical_cache"
 EXTRA = "hicache_storage_backend_extra_config"
 NAMES = {"file": "disk"}  # of stores, as other engines call them
+# Of stores that keep files: their folder in the cache folder, and how files of earlier runs are called in it.
+FOLDERS = {"disk": ("hicache", "replica-*/segment-*"), "nixl": ("hicache-nixl", "??/*.page")}
+SHARED = ("mooncake", "nixl")  # stores that servers of other machines read, whose copies of a model have other times
 RATIO = 2.0  # of a pool on a device
 STAGING = 512 << 20  # bytes that pages pass through on their way to a store and back, where the pool is in host memory
 DISK_SHARE = 4  # of what is free, one part
@@ -81,11 +84,23 @@ def check(config: Config) -> None:
     elif cache.hicache_storage_backend_extra_config is not None:
         raise ConfigError(f"{EXTRA}: needs hicache_storage_backend", param=EXTRA)
     extra, own = read_extra(cache.hicache_storage_backend_extra_config)
-    if own and cache.hicache_storage_backend != "dynamic":
-        known = ", ".join(Extra.__struct_fields__)
-        raise ConfigError(f"{EXTRA}: unknown {', '.join(sorted(own))[:200]}; known: {known}", param=EXTRA)
+    _check_own(cache.hicache_storage_backend, extra, own)
     if extra.max_size is not None and parse_bytes(extra.max_size, f"{EXTRA}: max_size") < 1:
         raise ConfigError(f"{EXTRA}: max_size: {extra.max_size!r} is not above 0", param=EXTRA)
+
+
+def _check_own(backend: str | None, extra: Extra, own: dict[str, Any]) -> None:
+    """Raises ConfigError: the store has no such settings."""
+    name = "disk" if backend is None else _store_of(backend)
+    settings: tuple[str, ...] | None = vars(TIERS.module(name)).get("SETTINGS", ())
+    if settings is None:
+        return
+    if strange := sorted(own.keys() - set(settings)):
+        known = ", ".join([*settings, *Extra.__struct_fields__])
+        raise ConfigError(f"{EXTRA}: unknown {', '.join(strange)[:200]}; known: {known}", param=EXTRA)
+    for setting in ("path", "max_size"):
+        if name not in FOLDERS and getattr(extra, setting) is not None:
+            raise ConfigError(f"{EXTRA}: {setting}: {backend} has no folder", param=EXTRA)
 
 
 def read_extra(text: str | None) -> tuple[Extra, dict[str, Any]]:
@@ -184,8 +199,9 @@ def declines(config: Config, built: Built, scheduler: Scheduler, windows: bool =
     elif windows and kinds == ["pages", "state"]:
         if config.cache.hicache_write_policy == "write_back":
             return "states leave the pool before pages do (hicache_write_policy write_back)"
-        if config.cache.hicache_storage_backend == "dynamic":
-            return "recurrent states need a store that knows at once what it has (hicache_storage_backend dynamic)"
+        if config.cache.hicache_storage_backend not in (None, "file"):
+            backend = config.cache.hicache_storage_backend
+            return f"recurrent states need a store that knows at once what it has (hicache_storage_backend {backend})"
     elif kinds != ["pages"]:
         named = {"window": "sliding windows", "state": "recurrent states", "cross": "audio", "pages": "all tokens"}
         return f"its memory is of several kinds ({', '.join(named[kind] for kind in kinds)})"
@@ -234,16 +250,17 @@ def _storage(config: Config, extra: Extra, own: dict[str, Any], row: int, decisi
         return None
     name = _store_of(backend)
     folder, most, why = None, 0, "as its own settings say"
-    if name == "disk":
-        folder = Path(extra.path) if extra.path else cache_home() / "hicache"
-        most, why = _disk_room(folder, extra, row, config.runtime.dp_size)
+    if name in FOLDERS:
+        usual, files = FOLDERS[name]
+        folder = Path(extra.path) if extra.path else cache_home() / usual
+        most, why = _disk_room(folder, files, extra, row, config.runtime.dp_size)
     storage = TIERS.get(name)(Place(row, most, folder, own))
     decisions.append(Decision("hicache_storage_backend", backend, f"{folder}, at most {most >> 20} MiB: {why}"
                               if folder is not None else why))  # fmt: skip
     return storage
 
 
-def _disk_room(folder: Path, extra: Extra, row: int, replicas: int) -> tuple[int, str]:
+def _disk_room(folder: Path, files: str, extra: Extra, row: int, replicas: int) -> tuple[int, str]:
     """Bytes that a store may take, and why. Raises ConfigError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -251,7 +268,7 @@ def _disk_room(folder: Path, extra: Extra, row: int, replicas: int) -> tuple[int
     except OSError as error:
         raise ConfigError(f"{EXTRA}: path: {folder}: {error.strerror or error}", param=EXTRA) from None
     if extra.max_size is None:
-        most = (disk.free + sum(_sizes(folder))) // DISK_SHARE // replicas
+        most = (disk.free + sum(_sizes(folder, files))) // DISK_SHARE // replicas
         if most < row:
             raise ConfigError(f"{EXTRA}: path: {folder}: the disk is full", param=EXTRA)
         return most, f"a quarter of what is free, shared by {replicas}" if replicas > 1 else "a quarter of what is free"
@@ -267,10 +284,10 @@ def _disk_room(folder: Path, extra: Extra, row: int, replicas: int) -> tuple[int
     return most, "as asked"
 
 
-def _sizes(folder: Path) -> list[int]:
+def _sizes(folder: Path, files: str) -> list[int]:
     """Of what earlier runs have left."""
     found: list[int] = []
-    for path in folder.glob("replica-*/segment-*"):
+    for path in folder.glob(files):
         with contextlib.suppress(OSError):
             found.append(path.stat().st_size)
     return found
@@ -279,12 +296,13 @@ def _sizes(folder: Path) -> list[int]:
 def _facts(config: Config, checkpoint: Checkpoint, built: Built, pool: KVPool) -> list[str]:
     """What the content of a page depends on, beside its tokens and namespace."""
     files = weight_files(checkpoint)
+    timed = () if config.cache.hicache_storage_backend in SHARED else files
     facts = [
         f"phloem {_version()}",
         checkpoint.model_type,
         json.dumps(checkpoint.config, sort_keys=True, default=str),
         fingerprint(checkpoint),
-        *(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files),
+        *(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in timed),
         *(f"{one.name} {one.value}" for one in built.decisions if one.name in FACTS),
         f"{config.model.quantization} {built.context_length} {pool.dtype} {pool.device} {pool.memory!r}",
         repr(sorted((layer, scales.k_values, scales.v_values) for layer, scales in pool.scales.items())),

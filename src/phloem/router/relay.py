@@ -384,11 +384,17 @@ class Relay:
 
     def _log(self, way: Way, now: float) -> None:
         chosen, exchange = way.chosen, way.exchange
+        worker, why = (chosen.worker.url, chosen.why) if chosen else ("nobody", "-")
+        seconds, sent = now - way.arrived, exchange.received if exchange else 0
         _log.info(
             "request %s: %s %s, %.0f tokens, to %s (%s), status %d, %d attempts, %.3f s, %d bytes%s",
-            way.key, way.ask.path, way.ask.model or "-", way.ask.tokens, chosen.worker.url if chosen else "nobody",
-            chosen.why if chosen else "-", way.status, len(way.tried), now - way.arrived,
-            exchange.received if exchange else 0, ", client left" if way.left else "",
+            way.key, way.ask.path, way.ask.model or "-", way.ask.tokens, worker, why, way.status, len(way.tried),
+            seconds, sent, ", client left" if way.left else "",
+            extra=log.fields(
+                request_id=way.key, path=way.ask.path, model=way.ask.model, predicted_tokens=round(way.ask.tokens),
+                worker=worker, why=why, status=way.status, attempts=len(way.tried), seconds=round(seconds, 6),
+                bytes=sent, client_left=way.left,
+            ),
         )  # fmt: skip
 
 

@@ -1,5 +1,5 @@
 """Chunks of a prompt that take equal time as what is before them grows: stages of a pipeline then wait for each other
-as little behind a long prompt's last chunk as behind its first.
+as little behind a long prompt's last chunk as behind its first, and so do rows that decode beside it.
 
 A chunk of x tokens behind L others takes a (x^2 + 2 L x) + b x + c seconds: each new token attends to all before it,
 everything else goes by tokens, and c by steps. What a step may take is what its budget of tokens would, had they
@@ -48,6 +48,11 @@ class Price:
         half, whole = self.ratio * start + 0.5, (self.ratio * left + 1.0) * left
         found = int(whole / (half + math.sqrt(half * half + self.ratio * whole)) + 1e-9)
         return min(left, max(found, left // LEAST, 1))
+
+    def worth(self, counts: Floats, starts: Floats) -> float:
+        """What chunks of `counts` tokens behind `starts` others cost, in tokens with nothing before them."""
+        cost = float((self.ratio * counts * (counts + 2 * starts) + counts).sum())
+        return 2.0 * cost / (1.0 + math.sqrt(1.0 + 4.0 * self.ratio * cost))
 
     def left(self, left: int, start: int, count: int) -> int:
         """Of `left` what remains when `count` tokens behind `start` others are paid."""

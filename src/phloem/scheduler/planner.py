@@ -28,6 +28,7 @@ from phloem.scheduler.batches import Steady, assemble, entry
 from phloem.scheduler.blocks import cover, from_cached, reach, spend_blocks
 from phloem.scheduler.chunks import Chunks
 from phloem.scheduler.plan import HORIZON, Chunk, Headroom, Means, Refusal, spend
+from phloem.scheduler.policies import level_of
 from phloem.scheduler.recovery import Throttle
 from phloem.scheduler.state import STEP
 
@@ -93,6 +94,8 @@ class Planner:
             return self._counted(plan)
         if (self.pace.draft_room or self.slots.block) and self._out_of_step():
             return None
+        if self.policy.yields and len(self.queue):
+            self._give_way()
         choose = spend_blocks if self.slots.block else spend
         resting: set[int] = set()
         preemptions = self.preemptions
@@ -120,7 +123,7 @@ class Planner:
         slots, steady, active = self.slots, self._steady, self.slots.active()
         if steady is None or steady.active is not active or steady.left <= 0 or len(active) > self.throttle.budget:
             return None
-        if slots.readmit or (len(self.queue) and slots.num_free):
+        if slots.readmit or (len(self.queue) and (slots.num_free or self.policy.yields)):
             return None
         return steady.next(slots, self.cache, self._step + 1, self.epoch)
 
@@ -215,6 +218,11 @@ class Planner:
             "schedule_policy": self.policy.name,
             **({} if self.chunks is None else {"attention_price": self.chunks.price.ratio}),
         }
+
+    def learn_price(self) -> None:
+        """From now on chunks are to take equal time. Prompts that are computed whole have none."""
+        if self.chunks is None and not self.pace.whole:
+            self.chunks = Chunks()
 
     # what a step may spend
 
@@ -361,6 +369,21 @@ class Planner:
             resting.add(first.slot)  # others run; its prompt goes on when one of them has ended
         else:
             self._evict_request(victim)
+
+    def _give_way(self) -> None:
+        """Who is far less important than the first that waits, and in its way, waits in its place: one in a step."""
+        slots, first = self.slots, self.queue.front(1)[0]
+        if first.inflight or (self.mixture is not None and self.mixture.full_for(first)):
+            return  # it could not enter either way
+        known = len(first.all_known())
+        if slots.num_free and (not slots.paged[0] or self.cache.pages_for(known) <= self.cache.available_pages):
+            return
+        last = max(slots.active_requests(), key=_place, default=None)
+        if last is None or slots.num_ending:
+            return  # room comes with the step that runs
+        if first.key < last.key and level_of(first) - level_of(last) >= self.policy.yields:
+            log.debug("request %s is preempted: request %s is more important", last.id, first.id)
+            self.preempt(last)
 
     def _evict_request(self, victim: Request) -> None:
         log.debug("request %s is preempted: out of pages", victim.id)

@@ -6,7 +6,8 @@ reorder the front window of the queue in each step. So a step costs the same wit
 No policy starves a request:
 * `fcfs` is by arrival.
 * `priority` ages: one level of priority is worth `PRIORITY_SECONDS` of waiting. As all age alike, the order of two
-  requests never changes, so the key is fixed: arrival - priority * PRIORITY_SECONDS.
+  requests never changes, so the key is fixed: arrival - priority * PRIORITY_SECONDS. Where there is no room for the
+  first that waits, a running request that is `YIELDS` levels below it, and behind it by its key, waits in its place.
 * `lpm` (longest cached prefix first) ranks the oldest `WINDOW` requests; whoever has been in the window while
   `PATIENCE` others were admitted goes first.
 * `deadline` is by when the first token is due; whoever cannot make it any more stands back once (`tempo.py`).
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 PRIORITY_SECONDS = 20.0
 MAX_PRIORITY = 100  # levels beyond this count as this many
+YIELDS = 10  # levels above a running request from which on one that waits takes its place
 WINDOW = 128
 PATIENCE = 2 * WINDOW
 PROBES = 32  # prefix lookups that ranking may cost in one step
@@ -102,21 +104,27 @@ class WaitingQueue:
 class Policy:
     """`key(request)` at arrival; `order(queue, count, cache)`: at least the first `count` candidates of this step.
 
-    `due`: it goes by what requests are promised, and those that are late stand back.
+    `due`: it goes by what requests are promised, and those that are late stand back. `yields`: levels of priority from
+    which on one that waits takes a running one's place; 0: none does.
     """
 
     name: str
     key: Callable[[Request], float]
     order: Callable[[WaitingQueue, int, CacheManager], list[Request]]
     due: bool = False
+    yields: int = 0
 
 
 def _by_arrival(request: Request) -> float:
     return request.received
 
 
+def level_of(request: Request) -> int:
+    return max(-MAX_PRIORITY, min(MAX_PRIORITY, request.submit.priority))
+
+
 def _by_priority(request: Request) -> float:
-    level = max(-MAX_PRIORITY, min(MAX_PRIORITY, request.submit.priority))
+    level = level_of(request)
     return request.received - level * PRIORITY_SECONDS
 
 
@@ -151,7 +159,7 @@ POLICIES: dict[str, Policy] = {
     for policy in (
         Policy("fcfs", _by_arrival, _as_queued),
         Policy("lpm", _by_arrival, _longest_prefix),
-        Policy("priority", _by_priority, _as_queued),
+        Policy("priority", _by_priority, _as_queued, yields=YIELDS),
         Policy("deadline", _by_due, _as_queued, due=True),
     )
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from phloem.scheduler.chunks import Price
 from phloem.scheduler.tempo import STEPS, Tempo, promise, stand_back
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Service:
-    """`planner` has a `Tempo` from the first request on that needs one."""
+    """`planner` has a `Tempo` from the first request on that needs one, and learns what tokens of long prompts cost."""
 
     def __init__(self, planner: Planner, meter: Meter, targets: Targets) -> None:
         self._planner, self._meter, self._targets = planner, meter, targets
@@ -26,6 +27,7 @@ class Service:
         promise(request, self._targets.of(submit.tier, submit.ttft, submit.itl), self._seconds())
         if request.itl and self._planner.tempo is None:
             self._planner.tempo = Tempo()
+            self._planner.learn_price()
 
     def turn(self, now: float) -> None:
         """Before a step is planned."""
@@ -35,8 +37,9 @@ class Service:
             stand_back(self._planner.queue, now + STEPS * step, self._seconds())
 
     def saw(self, batch: Batch, seconds: float) -> None:
-        if self._planner.tempo is not None:
-            self._planner.tempo.saw(batch, seconds)
+        planner = self._planner
+        if planner.tempo is not None:
+            planner.tempo.saw(batch, seconds, Price() if planner.chunks is None else planner.chunks.price)
 
     def _seconds(self) -> float:
         """That a token of a prompt takes, whether or not the cache has it."""

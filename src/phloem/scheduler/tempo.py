@@ -5,6 +5,7 @@ that still can: of more prompts than can be computed in time, those that are los
 
 Between tokens a request waits for the prompts of the steps that it shares. How many prompt tokens fit the promise is
 found from the last steps themselves: how long they were for how many prompt tokens, beyond what steps without any take.
+Tokens far inside a long prompt take longer than those of a short one: they count as many as they cost (`chunks.Price`).
 No model of the machine is needed.
 """
 
@@ -18,6 +19,7 @@ import numpy as np
 if TYPE_CHECKING:
     from phloem.core.batch import Batch
     from phloem.core.targets import Target
+    from phloem.scheduler.chunks import Price
     from phloem.scheduler.policies import WaitingQueue
     from phloem.scheduler.state import Request, Slots
 
@@ -55,8 +57,9 @@ def stand_back(queue: WaitingQueue, soonest: float, seconds_a_token: float) -> N
 
 @dataclass(slots=True)
 class Tempo:
-    """Prompt tokens that a step with decoding rows may take. `decode`: seconds of a step without prompts. The others:
-    weight, tokens, seconds beyond `decode`, and products of these, summed over the last steps with prompts."""
+    """Prompt tokens that a step with decoding rows may take, had they nothing before them. `decode`: seconds of a step
+    without prompts. The others: weight, tokens, seconds beyond `decode`, and products of these, summed over the last
+    steps with prompts."""
 
     decode: float = 0.0
     mixed: bool = False  # whether a step that also decodes was seen
@@ -67,14 +70,15 @@ class Tempo:
     squares: float = 0.0
     products: float = 0.0
 
-    def saw(self, batch: Batch, seconds: float) -> None:
-        """A batch has run for so long."""
+    def saw(self, batch: Batch, seconds: float, price: Price) -> None:
+        """A batch has run for so long. `price`: of tokens that have others before them."""
         decodes = batch.query_lens == 1
         if batch.drafts is not None:
             decodes |= batch.drafts > 0
-        self.took(int(batch.query_lens[~decodes].sum()), int(decodes.sum()), seconds)
+        counts, starts = batch.query_lens[~decodes].astype(np.float64), batch.prefix_lens[~decodes].astype(np.float64)
+        self.took(price.worth(counts, starts), int(decodes.sum()), seconds)
 
-    def took(self, prompts: int, decodes: int, seconds: float) -> None:
+    def took(self, prompts: float, decodes: int, seconds: float) -> None:
         """A step is done: prompt tokens, rows that decode, and how long it ran."""
         if seconds <= 0:
             return
@@ -87,7 +91,7 @@ class Tempo:
             self.mixed, self.weight, self.tokens, self.seconds = True, 0.0, 0.0, 0.0
             self.squares = self.products = 0.0
         more = max(0.0, seconds - self.decode) if decodes else seconds
-        self.largest = max(float(prompts), self.largest * KEEPS)
+        self.largest = max(prompts, self.largest * KEEPS)
         self.weight = self.weight * KEEPS + 1
         self.tokens = self.tokens * KEEPS + prompts
         self.seconds = self.seconds * KEEPS + more

@@ -1,14 +1,59 @@
-"""Log lines: time, level, where, what. One format for every process of a server."""
+"""Log lines: time, level, where, what. One format for every process of a server: text, or JSON for those that collect
+lines (`PHLOEM_LOG_FORMAT=json`)."""
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from time import perf_counter
+from typing import Any
+
+from phloem.core.config import environment_of
+from phloem.core.errors import ConfigError
 
 FORMAT = "%(asctime)s.%(msecs)03d %(levelname)-7s %(name)s: %(message)s"
+
+
+FORMATS = ("text", "json")
+_FIELDS = "phloem_fields"  # of a record that has some
+
+
+def fields(**values: Any) -> dict[str, Any]:
+    """For `extra` of a log call: what a line of JSON has beside its message. Texts of clients are none of it."""
+    return {_FIELDS: values}
+
+
+class Lines(logging.Formatter):
+    """An object of JSON in each line."""
+
+    def __init__(self, role: str) -> None:
+        super().__init__()
+        self._role = role
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        found: dict[str, Any] = {"time": time, "level": record.levelname.lower(), "logger": record.name}
+        if self._role:
+            found["process"] = self._role
+        found["message"] = record.getMessage()
+        found |= vars(record).get(_FIELDS, {})
+        if record.exc_info:
+            found["exception"] = self.formatException(record.exc_info)
+        return json.dumps(found, default=str)
+
+
+def _formatter(role: str) -> logging.Formatter:
+    """Raises ConfigError: the environment asks for a format that there is not."""
+    asked = environment_of("PHLOEM_LOG_FORMAT") or "text"
+    if asked not in FORMATS:
+        raise ConfigError(f"PHLOEM_LOG_FORMAT: {asked!r:.40} is not one of {', '.join(FORMATS)}")
+    if asked == "json":
+        return Lines(role)
+    return logging.Formatter(f"{role + ' ' if role else ''}{FORMAT}", datefmt="%H:%M:%S")
 
 
 def get(name: str) -> logging.Logger:
@@ -17,9 +62,9 @@ def get(name: str) -> logging.Logger:
 
 
 def configure(level: str, role: str = "") -> None:
-    """Send our log lines to standard error; `role` marks the lines of a child process."""
+    """Send our log lines to standard error; `role` marks the lines of a child process. Raises ConfigError."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"{role + ' ' if role else ''}{FORMAT}", datefmt="%H:%M:%S"))
+    handler.setFormatter(_formatter(role))
     root = logging.getLogger("phloem")
     root.handlers[:] = [handler]
     root.setLevel(level.upper())

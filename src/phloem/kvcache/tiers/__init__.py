@@ -1,6 +1,7 @@
 """Where computed pages go beyond the pool, to be read instead of computed again: a file for each kind of store.
 
-Each has `Tier`, made of a `Place`. A page is a row of bytes, found by a key of `KEY_BYTES` that stands for all tokens
+Each has `Tier`, made of a `Place`, and may have `SETTINGS`: what the extra configuration may say to it alone, by name
+(None: anything). A page is a row of bytes, found by a key of `KEY_BYTES` that stands for all tokens
 up to its end and for everything else that its content depends on (`_keys.py`). Keys are given in the order of their
 pages, and every answer is a *leading run*: how many of them, from the first on, are there, were read, or were written.
 A page that fails ends the run, never a request: what is behind it is computed.

@@ -182,6 +182,7 @@ class Tiers:
         self.host.drop(keys)
         if self.storage is not None:
             self._writer.submit(self.storage.drop, keys)
+            self._not_there(keys)
 
     # in: from the store to rows
 
@@ -228,13 +229,23 @@ class Tiers:
             before.let_go(self.host)
 
     def _read(self, fetch: Fetch, storage: Tier) -> None:
-        begun = perf_counter()
+        begun, asked = perf_counter(), fetch.keys
         try:
             fetch.run(self.host, storage)
         except Exception:
             _log.exception("pages could not be fetched: they are computed")
         missing = len(fetch.keys) - fetch.start - fetch.read
         self.counts.add(prefetched=fetch.read, fetch_seconds=perf_counter() - begun, unfulfilled=max(0, missing))
+        self._not_there(asked[len(fetch.keys) :])
+
+    def _not_there(self, keys: Sequence[bytes]) -> None:
+        """A distant store says so, or nothing. What was sent to it is sent again when it is computed again."""
+        with self._sending:
+            lost = [key for key in keys if key in self._sent]
+            for key in lost:
+                del self._sent[key]
+        if lost:
+            self._stale = True
 
     def _worth(self, pages: int) -> bool:
         """Whether so many pages are read sooner than they are computed."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _log = log.get("tiers")
 
 PARAM = "hicache_storage_backend_extra_config"
+SETTINGS = None
 
 
 class Tier:

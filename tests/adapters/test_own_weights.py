@@ -135,9 +135,11 @@ def test_rows_of_all_kinds_in_one_batch_give_what_each_gives_alone(
         together = ids(engine.generate(input_ids=PROMPTS, sampling_params=GREEDY, lora_path=names))
         assert together == alone and together[1] == plain[1]
         # One prompt with each: pages of one are never another's.
-        same: Any = engine.generate(input_ids=[PROMPTS[0]] * 5, sampling_params=GREEDY, lora_path=names)
-        assert len({tuple(one) for one in ids(same)}) == 5 and ids(same)[1] == plain[0]
-        again: Any = engine.generate(input_ids=PROMPTS[0], sampling_params=GREEDY, lora_path="s")
+        long = list(range(20, 120))
+        same: Any = engine.generate(input_ids=[long] * 5, sampling_params=GREEDY, lora_path=names)
+        assert len({tuple(one) for one in ids(same)}) == 5
+        assert [one["meta_info"]["cached_tokens"] for one in same] == [0] * 5
+        again: Any = engine.generate(input_ids=long, sampling_params=GREEDY, lora_path="s")
         assert again["output_ids"] == ids(same)[2] and again["meta_info"]["cached_tokens"] > 0
         # Sampled rows, penalties and log probabilities go by whole rows of each one's own head.
         drawn = {"temperature": 0.9, "top_p": 0.8, "sampling_seed": 5, "max_new_tokens": 6, "repetition_penalty": 1.2}
@@ -155,7 +157,7 @@ def test_other_rows_have_the_bits_that_they_have_without(bases: dict[str, Path],
         found: Any = engine.generate(sampling_params=GREEDY, return_logprob=True, **fields)
         return [one["meta_info"]["output_token_logprobs"] for one in (found if isinstance(found, list) else [found])]
 
-    with engine_of(bases["llama"], ops="native", dtype="auto", disable_radix_cache=True) as engine:
+    with engine_of(bases["llama"], ops="invariant", dtype="auto", disable_radix_cache=True) as engine:
         for name, folder in folders.items():
             engine.load_lora_adapter(name, str(folder))
         (base,), (plain,) = (values(engine, input_ids=PROMPTS[0], lora_path=name) for name in (None, "p"))
@@ -183,8 +185,16 @@ def resized(base: Path, out: Path, more: int, **config: Any) -> torch.Tensor:
         return made.eval()(torch.tensor([[*TOKENS, *range(VOCAB, VOCAB + more)]])).logits[0].float().log_softmax(-1)
 
 
-@pytest.mark.parametrize("family", ["llama", "tied"])
-@pytest.mark.parametrize("config", [{}, {"target_modules": ["q_proj", "embed_tokens"]}], ids=["plain", "embedding"])
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("llama", {}),
+        ("tied", {}),
+        ("llama", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
+        ("tied", {"target_modules": ["q_proj", "embed_tokens"]}),
+    ],
+    ids=["llama", "tied", "targets", "tied target"],
+)
 def test_added_tokens_are_the_adapters_alone(
     family: str, config: dict[str, Any], bases: dict[str, Path], engines: dict[str, Engine], tmp_path: Path
 ) -> None:
@@ -219,6 +229,20 @@ def test_added_tokens_are_the_adapters_alone(
         lora_path=["longer", None],
     )  # fmt: skip
     assert all(max(one["output_ids"]) < VOCAB and one["text"].isalpha() for one in masked)
+
+
+def test_a_head_may_have_fewer_tokens_than_the_embedding(
+    bases: dict[str, Path], engines: dict[str, Engine], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    rows = {f"{_AT}model.embed_tokens.weight": torch.randn(VOCAB + 3, 32)}
+    engines["llama"].load_lora_adapter("narrow", _with(folders["p"], tmp_path / "narrow", rows))
+    answer: Any = engines["llama"].generate(
+        input_ids=[7, VOCAB + 1, 9], sampling_params={**GREEDY, "repetition_penalty": 1.3}, lora_path="narrow",
+        return_logprob=True, logprob_start_len=0,
+    )  # fmt: skip
+    said, unsaid = (answer["meta_info"][key] for key in ("output_token_logprobs", "input_token_logprobs"))
+    assert all(-100 < value <= 0 for value, *_ in said) and max(answer["output_ids"]) < VOCAB
+    assert unsaid[1][0] < -1000 and -100 < unsaid[2][0] <= 0  # nobody says it; what follows it, they do
 
 
 def test_tokens_of_others_are_refused(bases: dict[str, Path], engines: dict[str, Engine], tmp_path: Path) -> None:

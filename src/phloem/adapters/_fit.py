@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from phloem.adapters._fits import Fit
 from phloem.adapters._peft import refuse, some
-from phloem.adapters._sites import Fit
 
 if TYPE_CHECKING:
     from collections.abc import Callable

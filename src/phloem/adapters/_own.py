@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from phloem.adapters._peft import refuse
+from phloem.adapters._peft import refuse, some
 from phloem.adapters._sites import block_key
 from phloem.adapters._worn import Own
 from phloem.layers.worn import LowRank, TokenRows, WornEmbedding, WornExperts, WornHead
@@ -45,6 +45,11 @@ def split(file: AdapterFile, sites: Sites, base: Base, between: Between) -> tupl
     found = _Split(file, sites, base, between)
     for name, module in file.modules.items():
         found.take(name, module)
+    if sites.tell is not None and found.names:
+        why = (
+            f"{some(found.names)}: what is no addition to a linear layer of a decoder block is served by one rank alone"
+        )
+        raise refuse(file.path, why)
     with torch.inference_mode():
         own = found.made()
     return replace(file, modules=found.rest), None if own.empty else own
@@ -67,6 +72,13 @@ class _Split:
             self.head = name, module
         elif not self._of_experts(name, module):
             self._of_layers(name, module)
+
+    @property
+    def names(self) -> list[str]:
+        """Of what was taken."""
+        edges = [part[0] for part in (self.embedding, self.head) if part is not None]
+        stands = [name for _, tensors in self._stands.values() for name in tensors]
+        return edges + stands + [block.name for block, _ in self._experts.values()]
 
     # whole modules
 
@@ -255,11 +267,11 @@ class _Split:
             found.added = self._low(module.down, module.up.float() * module.scale)
         device, bias = self.sites.device, torch.zeros(rows)
         if self.sites.head_bias and (module.bias is not None or module.magnitude is not None):
-            own = self.base(self.sites.head_bias).float()
+            own = self.base(self.sites.head_bias).float().cpu()
             bias[: len(own)] = own
         factor = torch.ones(rows)
         if module.magnitude is not None and module.down is not None and module.up is not None:
-            weight = (module.whole if module.whole is not None else self.base(stored)).float()
+            weight = (module.whole if module.whole is not None else self.base(stored).cpu()).float()
             weight = weight + module.scale * (module.up.float() @ module.down.float())
             factor = module.magnitude.float() / weight.norm(dim=1)
             found.factor = factor.to(device)
@@ -295,7 +307,7 @@ class _Split:
             return False
         if whole.shape[0] != self.sites.table[0]:
             return False
-        base = self.base(stored)
+        base = self.base(stored).cpu()
         return torch.equal(base, whole.to(base.dtype))
 
     def _prepared(self, name: str, whole: Tensor) -> Any:

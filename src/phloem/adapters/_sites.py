@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 import torch
 
+from phloem.adapters._shares import Share, packed
 from phloem.core.errors import ConfigError
 from phloem.kernels.calls import Adapters
 from phloem.layers.context import Adapted
@@ -23,11 +24,12 @@ from phloem.layers.moe import SparseMLP
 from phloem.layers.weight import Layer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from phloem.adapters._fits import Fit
     from phloem.adapters._worn import Own
     from phloem.kernels.ops import Ops
     from phloem.layers.embed import Head
@@ -73,21 +75,6 @@ class Place:
     rows: Part | None  # which of the module's outputs they are; None: all, in order
 
 
-@dataclass(slots=True)
-class Fit:
-    """What one site keeps of an adapter."""
-
-    rank: int
-    down: Tensor  # [P, r, N]
-    up: Tensor  # [r, M]
-    factor: Tensor | None = None  # [M] float32, both or neither
-    shift: Tensor | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.down, self.up, self.factor, self.shift) if t is not None)
-
-
 class Site:
     """What adapters add to one layer (`layers.linear.Additions`)."""
 
@@ -95,14 +82,16 @@ class Site:
         weight = layer.weight
         self.sizes = [shape[0] for shape in weight.shapes]
         self.inputs, self.outputs = weight.shapes[0][1], sum(self.sizes)
-        self._adapted = adapted
-        device = _device(weight.value)
+        self._adapted, self._share = adapted, Share.of(layer)
+        device, (_, inputs) = _device(weight.value), weight.local(0)
+        sizes = [weight.local(part)[0] for part in range(len(self.sizes))]  # on this rank
+        outputs = sum(sizes)
         self.facts = _zeros((entries, 2), torch.int32, device)
-        self.down = _zeros((entries, len(self.sizes), rank, self.inputs), dtype, device)
-        self.up = _zeros((entries, rank, self.outputs), dtype, device)
-        self.factor = _zeros((entries, self.outputs), torch.float32, device)
-        self.shift = _zeros((entries, self.outputs), torch.float32, device)
-        self.ends = torch.tensor(np.cumsum(self.sizes), dtype=torch.int64)
+        self.down = _zeros((entries, len(sizes), rank, inputs), dtype, device)
+        self.up = _zeros((entries, rank, outputs), dtype, device)
+        self.factor = _zeros((entries, outputs), torch.float32, device)
+        self.shift = _zeros((entries, outputs), torch.float32, device)
+        self.ends = torch.tensor(np.cumsum(sizes), dtype=torch.int64)
         self._high = [0] * entries  # rows of an entry that are not zero
 
     def now(self) -> Adapters | None:
@@ -121,6 +110,7 @@ class Site:
         self._high[entry] = rank
         if fit is None:
             return
+        fit = fit if self._share is None else self._share.cut(fit)
         self.down[entry, :, :rank] = fit.down
         self.up[entry, :rank] = fit.up
         if fit.factor is not None and fit.shift is not None:
@@ -147,8 +137,6 @@ class Sites:
         layers = list(_linears(model)) if isinstance(model, Layer) else []
         if not layers or not isinstance(model, Layer) or "adapted" not in dir(model):
             raise ConfigError("enable_lora: the layers of this model take no adapters", param="enable_lora")
-        if any(layer.weight.cuts for layer in layers):
-            raise ConfigError("enable_lora: adapters are not served by several ranks", param="enable_lora")
         self.model: Adaptable = model  # pyright: ignore[reportAttributeAccessIssue] - as was just asked
         self.entries, self.rank = entries, rank
         self.dtype = ops.adapter_dtype or dtype
@@ -166,6 +154,7 @@ class Sites:
                 start += size
         self._bare = {bare(name): name for name in self.places}
         self.own: dict[int, Own] = {}  # by entry: what is computed in passes of their own
+        self.tell: Callable[[int, bytes], None] | None = None  # the other ranks, of what is put; None: there are none
         self._stored = {bare(name): name for name in self.model.index.slots}
         found = list(_layers(model, SparseMLP))
         self.blocks = {block_key(block.name): block for block in found}
@@ -230,7 +219,9 @@ class Sites:
         return sum(1 for _ in _layers(model, Embedding)) > 1
 
     def put(self, entry: int, fits: Mapping[int, Fit], own: Own | None = None) -> None:
-        """An adapter into the stacks, between two steps."""
+        """An adapter into the stacks, between two steps; of all ranks, each of which keeps its share."""
+        if self.tell is not None:
+            self.tell(entry, packed(fits))
         with torch.inference_mode():
             for number, site in enumerate(self.sites):
                 site.put(entry, fits.get(number))

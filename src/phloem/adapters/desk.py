@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from phloem.adapters._sites import Fit, Sites
+    from phloem.adapters._fits import Fit
+    from phloem.adapters._sites import Sites
     from phloem.adapters._worn import Own
     from phloem.core.adapters import Lent
     from phloem.core.batch import Pending

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from phloem.engine.inputs import Step
+from phloem.engine.sampler import EXCLUDED
 from phloem.engine.wanted import Wanted
 
 if TYPE_CHECKING:
@@ -87,6 +88,8 @@ class Passes:
             whole_LN[index.to(found_LN.device)] = found_LN[: len(index)]
         assert whole_LN is not None
         self._last.at = None  # of the last pass alone
+        if self._pool.routes is not None:
+            self._pool.routes.kept()
         return whole_LN
 
     def _pass(self, entry: int, step: Step, rows: NDArray[np.int64]) -> Tensor:
@@ -164,8 +167,14 @@ class Ends:
         return self._model.best(hidden_LN, k, scale_LJ, norms)
 
     def of_row(self, hidden_LN: Tensor, entry: int) -> Tensor:
-        """float32 logits of positions of one row."""
-        return self.logits(hidden_LN, np.full(len(hidden_LN), entry, np.int32) if entry else None)
+        """float32 logits of positions of one row, of all tokens that it may have: those that its head does not give are
+        `EXCLUDED` below the best."""
+        logits_LV = self.logits(hidden_LN, np.full(len(hidden_LN), entry, np.int32) if entry else None)
+        width = logits_LV.shape[1] if self._wardrobe is None else self._wardrobe.tokens(entry)
+        if width <= logits_LV.shape[1]:
+            return logits_LV
+        rest_LW = (logits_LV.amax(-1, keepdim=True) - EXCLUDED).expand(-1, width - logits_LV.shape[1])
+        return torch.cat([logits_LV, rest_LW], 1)
 
     def _of(self, entry: int, hidden_LN: Tensor, places: NDArray[np.int64]) -> Tensor:
         some_LN = hidden_LN if len(places) == len(hidden_LN) else hidden_LN[torch.from_numpy(places)]

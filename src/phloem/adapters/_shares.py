@@ -61,7 +61,8 @@ def packed(fits: Mapping[int, Fit]) -> bytes:
     found: dict[str, Tensor] = {}
     for number, fit in fits.items():
         parts = {field.name: getattr(fit, field.name) for field in fields(fit)}
-        found |= {f"{number}.{name}": part.contiguous() for name, part in parts.items() if torch.is_tensor(part)}
+        # Copies: the format refuses tensors that share memory.
+        found |= {f"{number}.{name}": part.clone() for name, part in parts.items() if torch.is_tensor(part)}
     return save(found)
 
 

@@ -106,9 +106,11 @@ class Passes:
         return found_LN
 
     def _part(self, step: Step, rows: NDArray[np.int64]) -> Step:
-        batch, pictures = picked(step.batch, rows), step.pictures
-        dressed = None if pictures is None else _of_tokens(pictures, tokens_of(step.batch, rows), step.batch.num_tokens)
-        return Step(batch, Wanted.of(batch), self._pool, self._last, self._sharing, dressed)
+        whole, pictures = step.batch, step.pictures
+        batch = picked(whole, rows)
+        if pictures is not None:
+            pictures = pictures_of(pictures, tokens_of(whole, rows), whole.num_tokens)
+        return Step(batch, Wanted.of(batch), self._pool, self._last, self._sharing, pictures)
 
 
 class Ends:
@@ -215,7 +217,7 @@ def picked(batch: Batch, rows: NDArray[np.int64]) -> Batch:
     )
 
 
-def _of_tokens(pictures: Pictures, at: NDArray[np.int64], count: int) -> Pictures | None:
+def pictures_of(pictures: Pictures, at: NDArray[np.int64], count: int) -> Pictures | None:
     """What of a step's pictures is of these of its `count` tokens."""
     device = pictures.index.device
     place = torch.full((count,), -1, dtype=torch.int64, device=device)

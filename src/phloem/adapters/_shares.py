@@ -7,7 +7,7 @@ outputs, one rank adds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -60,9 +60,10 @@ def packed(fits: Mapping[int, Fit]) -> bytes:
 
     found: dict[str, Tensor] = {}
     for number, fit in fits.items():
-        parts = {field.name: getattr(fit, field.name) for field in fields(fit)}
-        # Copies: the format refuses tensors that share memory.
-        found |= {f"{number}.{name}": part.clone() for name, part in parts.items() if torch.is_tensor(part)}
+        parts = {"down": fit.down, "up": fit.up, "factor": fit.factor, "shift": fit.shift}
+        for name, part in parts.items():
+            if part is not None:  # a copy: the format refuses tensors that share memory
+                found[f"{number}.{name}"] = part.clone(memory_format=torch.contiguous_format)
     return save(found)
 
 

@@ -17,6 +17,7 @@ from native_support import built
 from safetensors.torch import load_file, save_file
 
 from phloem import Engine
+from phloem.cli import main
 from phloem.core.errors import BadRequest, PhloemError
 from phloem.testing.checkpoints import VOCAB, tiny_checkpoint
 
@@ -80,6 +81,16 @@ def test_logits_are_those_of_peft(
     torch.testing.assert_close(ours(engine, TOKENS, VOCAB, lora_path="one"), want, rtol=1e-4, atol=1e-4)
     assert (want - base).abs().max() > 0.05  # an adapter that does nothing would prove nothing
     torch.testing.assert_close(ours(engine, TOKENS, VOCAB), base, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "tied"])
+def test_trained_tokens_are_merged(family: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter, out = write_adapter(bases[family], tmp_path / "adapter", **KINDS["tokens"]), tmp_path / "merged"
+    assert main(["merge", str(bases[family]), str(adapter), str(out)]) == 0
+    want = logprobs(bases[family], adapter, TOKENS)
+    torch.testing.assert_close(logprobs(out, None, TOKENS), want, rtol=1e-4, atol=1e-4)
+    wrong = _with(adapter, tmp_path / "wrong", {}, trainable_token_indices=[5])
+    assert main(["merge", str(bases[family]), wrong, str(tmp_path / "none")]) == 1
 
 
 @pytest.mark.parametrize("target", [["embed_tokens"], ["q_proj"]])

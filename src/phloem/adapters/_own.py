@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from phloem.adapters._peft import refuse, some
+from phloem.adapters._peft import refuse, some, token_ids
 from phloem.adapters._sites import block_key
 from phloem.adapters._worn import Own
 from phloem.layers.worn import LowRank, TokenRows, WornEmbedding, WornExperts, WornHead
@@ -128,7 +129,7 @@ class _Split:
             raise refuse(self.file.path, f"{name}: experts take low-rank additions alone, no DoRA and no biases")
         worn = self._experts.setdefault(id(block), (block, WornExperts()))[1]
         if one is None:
-            self._stacked(name, module.down, module.up * module.scale, block, worn)
+            self._stacked(name, module.down, module.up.float() * module.scale, block, worn)
             return True
         which, expert = _PARTS.get(one["part"]), int(one["number"])
         if which is None or expert >= block.config.count or (which == 0 and not block.spec.gated):
@@ -138,7 +139,7 @@ class _Split:
         sizes, expected = (module.down.shape[1], module.up.shape[0]), self._sizes(block, which)
         if sizes != expected:
             raise self._other(f"{name} is of {sizes[0]} inputs and {sizes[1]} outputs, an expert's here {expected}")
-        worn.add(expert, which, self._low(module.down, module.up * module.scale))
+        worn.add(expert, which, self._low(module.down, module.up.float() * module.scale))
         return True
 
     def _stacked(self, name: str, down: Tensor, up: Tensor, block: SparseMLP, worn: WornExperts) -> None:
@@ -207,16 +208,9 @@ class _Split:
 
     def _tokens(self, name: str, delta: Tensor, rows: int) -> TokenRows:
         """Rows that PEFT trained by themselves: they stand in place of the base's."""
-        told = self.file.config.get("trainable_token_indices")
-        if isinstance(told, dict):
-            keys = [key for key in told if name == key or name.endswith(f".{key}")]
-            told = told[keys[0]] if keys else None
-        ids: list[int] = told or []
-        if len(ids) != delta.shape[0] or len(set(ids)) != len(ids) or not all(0 <= one < rows for one in ids):
-            why = f"{delta.shape[0]} rows of {name}, but trainable_token_indices has not as many tokens below {rows}"
-            raise refuse(self.file.path, why)
-        if delta.ndim != 2 or delta.shape[1] != self.sites.table[1]:
-            raise self._other(f"{name}: rows of {delta.shape[-1]} values, here {self.sites.table[1]}")
+        ids = token_ids(self.file, name, delta, rows)
+        if delta.shape[1] != self.sites.table[1]:
+            raise self._other(f"{name}: rows of {delta.shape[1]} values, here {self.sites.table[1]}")
         device = self.sites.device
         index = torch.tensor(ids, dtype=torch.int64, device=device)
         places = torch.full((rows,), -1, dtype=torch.int64, device=device)
@@ -243,7 +237,7 @@ class _Split:
         model = self.sites.model
         for weight, tensors in self._stands.values():
             whole = {name: tensors[name] if name in tensors else self.base(name) for name in weight.names}
-            own.slots.append((weight, self.between(lambda w=weight, t=whole: model.index.stand_in(w, t))))
+            own.slots.append((weight, self.between(partial(model.index.stand_in, weight, whole))))
         own.nbytes = self._size(own)
         return own
 

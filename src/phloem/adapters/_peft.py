@@ -277,6 +277,23 @@ def _pattern(patterns: Any, name: str, default: Any) -> Any:
     return default
 
 
+def token_ids(file: AdapterFile, name: str, rows: Tensor, most: int) -> list[int]:
+    """The tokens whose rows of a vocabulary of `most` an adapter has trained by themselves (`trainable_token_indices`).
+
+    Raises:
+        BadRequest: they are not as many as there are rows, or not of the vocabulary.
+    """
+    told = file.config.get("trainable_token_indices")
+    if isinstance(told, dict):
+        keys = [key for key in told if name == key or name.endswith(f".{key}")]
+        told = told[keys[0]] if keys else None
+    ids: list[int] = told or []
+    if rows.ndim != 2 or len(ids) != rows.shape[0] or len(set(ids)) != len(ids) or not all(0 <= n < most for n in ids):
+        why = f"{rows.shape[0]} rows of {name}, but trainable_token_indices has not as many tokens below {most}"
+        raise refuse(file.path, why)
+    return ids
+
+
 def some(items: list[str], limit: int = 8) -> str:
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more

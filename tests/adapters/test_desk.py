@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from phloem.adapters import desk as room
-from phloem.adapters.desk import Desk, Loan, Version
+from phloem.adapters.desk import Desk, Loan, Read, Version
 from phloem.core.errors import BadRequest
 
 
@@ -35,7 +35,7 @@ class Sites:
         self.entries = entries
         self.puts: list[int] = []
 
-    def put(self, entry: int, fits: Any) -> None:
+    def put(self, entry: int, fits: Any, own: Any = None) -> None:
         self.puts.append(entry)
 
 
@@ -54,7 +54,7 @@ class Counter(Desk):
         if version.path in self.missing:
             found.set_exception(BadRequest("it has gone"))
         else:
-            found.set_result({0: One()})
+            found.set_result(Read({0: One()}, None))  # type: ignore[dict-item]
         return found
 
     def have(self, *names: str, pinned: bool = False) -> None:

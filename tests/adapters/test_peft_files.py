@@ -62,8 +62,10 @@ def altered(good: Path, out: Path, tensors: Callable[[Tensors], Any] | None = No
         ({"use_qalora": True}, "use_qalora"),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
-        ({"trainable_token_indices": [5]}, "trainable_token_indices"),
-        ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters"),
+        ({"trainable_token_indices": [-5]}, "trainable_token_indices must be"),
+        ({"trainable_token_indices": {"embed_tokens": 5}}, "trainable_token_indices must be"),
+        ({"target_parameters": [3]}, "target_parameters must be"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save must be"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
         ({"r": 5}, "says rank 5"),
         ({"r": 0}, "r must be"),
@@ -160,7 +162,7 @@ def test_a_broken_file_is_refused(good: Path, tmp_path: Path, content: bytes) ->
 @pytest.mark.parametrize(
     ("change", "config", "names"),
     [
-        (_add("base_model.model.lm_head.weight", 384, 32), {}, "lm_head"),
+        (_add("base_model.model.lm_head.weight", 383, 32), {}, r"lm_head\.weight is \[383, 32\]"),
         (_add("base_model.model.vision.layers.0.self_attn.q_proj.bias", 64), {}, "vision.layers.0"),
         (_add("base_model.model.model.embed_tokens.lora_embedding_A", 4, 384), {}, "but one of lora_embedding"),
         (None, {"r": 16}, "says rank 16"),

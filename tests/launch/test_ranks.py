@@ -131,7 +131,7 @@ def test_a_step_without_memory_on_rank_0_ends_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "why"),
     [
-        ({"lora_paths": ["/nowhere"]}, "adapters"),
+        ({"attn_dp_size": 2, "lora_paths": ["/nowhere"]}, "adapters"),
         ({"ops": "invariant"}, "same bits"),
         ({"enable_deterministic_inference": True}, "same bits"),
         ({"load_format": "dummy"}, "random weights"),

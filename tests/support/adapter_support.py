@@ -25,6 +25,8 @@ def write_adapter(base: Path, out: Path, seed: int = 1, strong: float = 1.0, **c
                 parameter.mul_(strong)
             elif "magnitude" in name:
                 parameter.mul_(torch.rand_like(parameter) + 0.5)
+            elif "modules_to_save" in name or "trainable_tokens_delta" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
             elif name.endswith(".bias") and settings.get("bias", "none") != "none":
                 parameter.normal_(0.0, 0.3)
     made.save_pretrained(out)

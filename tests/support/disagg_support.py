@@ -67,6 +67,9 @@ class FakeLender:
     def lend(self, name: str) -> FakeLent:
         return FakeLent(f"{name}@1", self._content)
 
+    def tokens(self, name: str) -> int:
+        return 0
+
     def give_back(self, lent: Any) -> None: ...
 
     def load(self, name: str, path: str, pinned: bool) -> Any: ...

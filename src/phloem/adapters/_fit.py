@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from phloem.adapters._fits import Fit
 from phloem.adapters._peft import refuse, some
-from phloem.adapters._sites import Fit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,15 +64,15 @@ def _checked(file: AdapterFile, sites: Sites) -> dict[str, list[Place]]:
     found: dict[str, list[Place]] = {}
     for name, module in file.modules.items():
         own = sites.resolve(name)
-        if own is None or module.embedding or module.whole is not None:
+        if own is None or module.embedding or module.whole is not None or module.tokens is not None:
             nowhere.append(f"{name} (whole)" if module.whole is not None else name)
         else:
             found[name] = sites.places[own]
     if nowhere:
         raise refuse(
             file.path,
-            f"{len(nowhere)} modules are not adapted here: {some(nowhere)}; the linear layers of decoder blocks are, "
-            "embeddings, heads, experts and whole modules are not (phloem merge takes those)",
+            f"{len(nowhere)} modules are not adapted here: {some(nowhere)}; this model has no embedding, head, norm, "
+            "linear layer or expert of that name",
         )
     if file.rank > sites.rank:
         raise refuse(file.path, f"its rank is {file.rank}, at most {sites.rank} is served (max_lora_rank)")

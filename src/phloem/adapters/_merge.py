@@ -10,7 +10,9 @@ import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from phloem.adapters._peft import AdapterFile, Module, read, refuse, some
+import torch
+
+from phloem.adapters._peft import AdapterFile, Module, read, refuse, some, token_ids
 from phloem.adapters._sites import bare
 from phloem.core.errors import ModelLoadError
 
@@ -83,7 +85,11 @@ class _Merger:
                 nowhere.append(name)
         if nowhere:
             raise refuse(file.path, f"{len(nowhere)} modules are not in the base: {some(nowhere)}")
-        self.untie = self.head is not None or (self.tied and not self.has_head and self.embedding in self.changes)
+        # Tokens that were trained by themselves are a tied head's too.
+        along = self.embedding in self.changes and only_tokens(self.changes[self.embedding])
+        along = along or bool(file.config.get("ensure_weight_tying"))
+        alone = self.tied and not self.has_head and self.embedding in self.changes and not along
+        self.untie = self.head is not None or alone
         self.changed = 0
 
     def write(self, out: Path) -> int:
@@ -119,6 +125,9 @@ class _Merger:
         whole = weight.float()
         if module.whole is not None:
             whole = self._same(key, module.whole.float(), weight)
+        if module.tokens is not None:
+            ids = token_ids(self.file, key.removesuffix(".weight"), module.tokens, len(whole))
+            whole = whole.index_copy(0, torch.tensor(ids), self._same(key, module.tokens.float(), whole[: len(ids)]))
         if module.embedding:
             whole = whole + self._same(key, (module.scale * module.embedding["B"] @ module.embedding["A"]).T, weight)
         if module.down is not None and module.up is not None:
@@ -165,6 +174,10 @@ class _Merger:
             index: dict[str, Any] = json.loads((out / INDEX).read_text())
             index["weight_map"][f"{HEAD}.weight"] = index["weight_map"][self.embedding]
             (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def only_tokens(module: Module) -> bool:
+    return module.tokens is not None and module.whole is None and not module.embedding
 
 
 def _keys(path: Path) -> list[str]:

@@ -35,8 +35,6 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "use_bdlora": (False, {}),
     "alora_invocation_tokens": ([],),
     "layer_replication": ([],),
-    "trainable_token_indices": ([], {}),
-    "target_parameters": ([],),
     "arrow_config": ({},),
 }
 # Ways to begin a training that take something out of the base's weights: what is left belongs to that base alone.
@@ -47,6 +45,7 @@ _KINDS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("up", re.compile(rf"\.lora_B{_NAME}\.weight$")),
     ("up_bias", re.compile(rf"\.lora_B{_NAME}\.bias$")),
     ("magnitude", re.compile(r"\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?$")),
+    ("tokens", re.compile(r"(?:\.token_adapter)?\.trainable_tokens_delta(?:\.[^.]+)?$")),
     ("embedding", re.compile(r"\.lora_embedding_[AB](?:\.[^.]+)?$")),
     ("bias", re.compile(r"(?:\.base_layer)?\.bias$")),
     ("whole", re.compile(r"(?:\.modules_to_save(?:\.[^.]+)?)?\.weight$")),
@@ -64,7 +63,14 @@ class Module:
     bias: Tensor | None = None  # [M] in place of the base's
     embedding: dict[str, Tensor] = field(default_factory=dict)  # A [r, V], B [H, r]
     whole: Tensor | None = None  # in place of the base's weight
+    tokens: Tensor | None = None  # [n, H] in place of the rows of `trainable_token_indices`
     scale: float = 1.0
+
+    @property
+    def empty(self) -> bool:
+        """Nothing is left of it."""
+        parts = self.down, self.up, self.up_bias, self.magnitude, self.bias, self.whole, self.tokens
+        return all(part is None for part in parts) and not self.embedding
 
 
 @dataclass(slots=True)
@@ -75,6 +81,7 @@ class AdapterFile:
     base: str  # the base that it says it was trained on; "": it does not
     modules: dict[str, Module]
     fan_in_fan_out: bool = False
+    config: dict[str, Any] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -136,6 +143,19 @@ def check_config(path: Path, config: dict[str, Any]) -> None:
                 re.compile(key)
             except (re.error, RecursionError, OverflowError) as error:
                 raise refuse(path, f"{name}: {key!r:.80} is no regular expression: {error}") from None
+    _check_names(path, config)
+
+
+def _check_names(path: Path, config: dict[str, Any]) -> None:
+    """Lists of modules, parameters and tokens."""
+    for name in ("modules_to_save", "target_parameters"):
+        value = config.get(name) or []
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            raise refuse(path, f"{name} must be a list of names, got {value!r:.80}")
+    tokens = config.get("trainable_token_indices") or []
+    lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
+    if not all(isinstance(ids, list) and all(type(one) is int and one >= 0 for one in ids) for ids in lists):
+        raise refuse(path, f"trainable_token_indices must be token ids, or map names to them, got {tokens!r:.80}")
 
 
 def _whole(value: Any) -> bool:
@@ -184,7 +204,8 @@ def assembled(path: Path, config: dict[str, Any], tensors: Iterable[tuple[str, T
     if config.get("use_dora") and not any(m.magnitude is not None for m in modules.values()):
         raise refuse(path, "use_dora is set, and no lora_magnitude_vector is there")
     base = config.get("base_model_name_or_path")
-    return AdapterFile(path, base if isinstance(base, str) else "", modules, bool(config.get("fan_in_fan_out")))
+    named = base if isinstance(base, str) else ""
+    return AdapterFile(path, named, modules, bool(config.get("fan_in_fan_out")), config)
 
 
 def _stored(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -247,7 +268,9 @@ def _kind(key: str) -> tuple[str | None, str]:
     for kind, pattern in _KINDS:
         match = pattern.search(name)
         if match and ".lora_" not in name[: match.start()]:
-            return kind, name[: match.start()].removesuffix(".base_layer")
+            module = name[: match.start()]
+            # Additions to several parameters of one module are nested: each has a name of its own.
+            return kind, module if kind in ("down", "up") else module.removesuffix(".base_layer")
     return None, name
 
 
@@ -258,7 +281,8 @@ def _scale(path: Path, config: dict[str, Any], name: str, down: Tensor, up: Tens
     shapes = f"lora_A {list(down.shape)}, lora_B {list(up.shape)}"
     if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or not down.is_floating_point():
         raise refuse(path, f"{name}: {shapes} do not fit together")
-    if down.shape[0] != rank:
+    stacked = bool(config.get("target_parameters")) and down.shape[0] % rank == 0  # a rank for each expert
+    if down.shape[0] != rank and not stacked:
         raise refuse(path, f"{name}: {shapes}, but {CONFIG} says rank {rank}")
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
@@ -269,6 +293,23 @@ def _pattern(patterns: Any, name: str, default: Any) -> Any:
         if re.match(rf"(?:.*\.)?(?:{key})$", name):
             return value
     return default
+
+
+def token_ids(file: AdapterFile, name: str, rows: Tensor, most: int) -> list[int]:
+    """The tokens whose rows of a vocabulary of `most` an adapter has trained by themselves (`trainable_token_indices`).
+
+    Raises:
+        BadRequest: they are not as many as there are rows, or not of the vocabulary.
+    """
+    told = file.config.get("trainable_token_indices")
+    if isinstance(told, dict):
+        keys = [key for key in told if name == key or name.endswith(f".{key}")]
+        told = told[keys[0]] if keys else None
+    ids: list[int] = told or []
+    if rows.ndim != 2 or len(ids) != rows.shape[0] or len(set(ids)) != len(ids) or not all(0 <= n < most for n in ids):
+        why = f"{rows.shape[0]} rows of {name}, but trainable_token_indices has not as many tokens below {most}"
+        raise refuse(file.path, why)
+    return ids
 
 
 def some(items: list[str], limit: int = 8) -> str:

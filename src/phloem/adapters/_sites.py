@@ -6,35 +6,59 @@ Legend: A entries, P parts of a fused layer, r rank of the stacks, N inputs, M o
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 
+from phloem.adapters._shares import Share, packed
 from phloem.core.errors import ConfigError
 from phloem.kernels.calls import Adapters
 from phloem.layers.context import Adapted
+from phloem.layers.embed import Embedding
 from phloem.layers.linear import Linear
+from phloem.layers.moe import SparseMLP
 from phloem.layers.weight import Layer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
+    from phloem.adapters._fits import Fit
+    from phloem.adapters._worn import Own
     from phloem.kernels.ops import Ops
-    from phloem.layers.weight import Part
+    from phloem.layers.embed import Head
+    from phloem.layers.weight import Part, Weight
 
+L = TypeVar("L", bound=Layer)
 # What checkpoints of one model put in front of its modules' names, and other tools leave out.
 _AROUND = ("base_model", "model", "language_model", "text_model")
+
+
+class Index(Protocol):
+    """As `models._index.WeightIndex`."""
+
+    slots: dict[str, list[tuple[Weight, int]]]
+
+    def stored_shape(self, name: str) -> tuple[int, ...]: ...
+    def stand_in(self, weight: Weight, tensors: Mapping[str, Tensor]) -> Any: ...
+    def prepared(self, name: str, matrix: Tensor) -> Any: ...
 
 
 class Adaptable(Protocol):
     """A model whose layers take adapters (`models._common.Decoder`)."""
 
     adapted: Adapted | None
+    embed: Embedding
+    head: Head
+
+    @property
+    def index(self) -> Index: ...
 
     def checkpoint_name(self, name: str, /) -> str | None: ...
     def get_weight(self, name: str, rows: int | None = None) -> Tensor: ...
@@ -51,21 +75,6 @@ class Place:
     rows: Part | None  # which of the module's outputs they are; None: all, in order
 
 
-@dataclass(slots=True)
-class Fit:
-    """What one site keeps of an adapter."""
-
-    rank: int
-    down: Tensor  # [P, r, N]
-    up: Tensor  # [r, M]
-    factor: Tensor | None = None  # [M] float32, both or neither
-    shift: Tensor | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.down, self.up, self.factor, self.shift) if t is not None)
-
-
 class Site:
     """What adapters add to one layer (`layers.linear.Additions`)."""
 
@@ -73,14 +82,16 @@ class Site:
         weight = layer.weight
         self.sizes = [shape[0] for shape in weight.shapes]
         self.inputs, self.outputs = weight.shapes[0][1], sum(self.sizes)
-        self._adapted = adapted
-        device = _device(weight.value)
+        self._adapted, self._share = adapted, Share.of(layer)
+        device, (_, inputs) = _device(weight.value), weight.local(0)
+        sizes = [weight.local(part)[0] for part in range(len(self.sizes))]  # on this rank
+        outputs = sum(sizes)
         self.facts = _zeros((entries, 2), torch.int32, device)
-        self.down = _zeros((entries, len(self.sizes), rank, self.inputs), dtype, device)
-        self.up = _zeros((entries, rank, self.outputs), dtype, device)
-        self.factor = _zeros((entries, self.outputs), torch.float32, device)
-        self.shift = _zeros((entries, self.outputs), torch.float32, device)
-        self.ends = torch.tensor(np.cumsum(self.sizes), dtype=torch.int64)
+        self.down = _zeros((entries, len(sizes), rank, inputs), dtype, device)
+        self.up = _zeros((entries, rank, outputs), dtype, device)
+        self.factor = _zeros((entries, outputs), torch.float32, device)
+        self.shift = _zeros((entries, outputs), torch.float32, device)
+        self.ends = torch.tensor(np.cumsum(sizes), dtype=torch.int64)
         self._high = [0] * entries  # rows of an entry that are not zero
 
     def now(self) -> Adapters | None:
@@ -100,6 +111,7 @@ class Site:
         self._high[entry] = rank
         if fit is None:
             return
+        fit = fit if self._share is None else self._share.cut(fit)
         self.down[entry, :, :rank] = fit.down
         self.up[entry, :rank] = fit.up
         if fit.factor is not None and fit.shift is not None:
@@ -126,8 +138,6 @@ class Sites:
         layers = list(_linears(model)) if isinstance(model, Layer) else []
         if not layers or not isinstance(model, Layer) or "adapted" not in dir(model):
             raise ConfigError("enable_lora: the layers of this model take no adapters", param="enable_lora")
-        if any(layer.weight.cuts for layer in layers):
-            raise ConfigError("enable_lora: adapters are not served by several ranks", param="enable_lora")
         self.model: Adaptable = model  # pyright: ignore[reportAttributeAccessIssue] - as was just asked
         self.entries, self.rank = entries, rank
         self.dtype = ops.adapter_dtype or dtype
@@ -144,6 +154,11 @@ class Sites:
                 self.places.setdefault(module, []).append(Place(number, part, start, size, layer.weight.part(part)))
                 start += size
         self._bare = {bare(name): name for name in self.places}
+        self.own: dict[int, Own] = {}  # by entry: what is computed in passes of their own
+        self.tell: Callable[[int, bytes], None] | None = None  # the other ranks, of what is put; None: there are none
+        self._stored = {bare(name): name for name in self.model.index.slots}
+        found = list(_layers(model, SparseMLP))
+        self.blocks = {block_key(block.name): block for block in found}
         model.adapted = adapted  # pyright: ignore[reportAttributeAccessIssue]
 
     def resolve(self, module: str) -> str | None:
@@ -158,11 +173,99 @@ class Sites:
                 return self._bare[bare(name)]
         return None
 
-    def put(self, entry: int, fits: Mapping[int, Fit]) -> None:
-        """An adapter into the stacks, between two steps."""
+    def vocabulary(self, module: str) -> str:
+        """Whether a module in a PEFT file is our "embedding" or "head"; "": neither."""
+        renamed = self.model.checkpoint_name(f"{module}.weight")
+        names = {bare(name) for name in (renamed, f"{module}.weight") if name}
+        embedding, head = (bare(name) for name in self.names)
+        if embedding in names:
+            return "embedding"
+        return "head" if head in names or "lm_head.weight" in names else ""
+
+    def slot(self, module: str, what: str) -> str | None:
+        """Our name of a tensor, "weight" or "bias", of a module in a PEFT file; None: there is none."""
+        renamed = self.model.checkpoint_name(f"{module}.{what}")
+        names = (name for name in (renamed, f"{module}.{what}") if name)
+        return next((self._stored[bare(name)] for name in names if bare(name) in self._stored), None)
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Of the matrices of embedding and head, which may be one."""
+        return self.model.embed.weight.names[0], self.model.head.weight.names[0]
+
+    @property
+    def tied(self) -> bool:
+        return self.model.head.weight is self.model.embed.weight
+
+    @property
+    def head_bias(self) -> str:
+        """The name of the head's bias; "": it has none."""
+        bias = self.model.head.bias
+        return "" if bias is None else bias.names[0]
+
+    @property
+    def table(self) -> tuple[int, int]:
+        """(Rows of the vocabulary, hidden size)."""
+        rows, hidden = self.model.embed.weight.shapes[0]
+        return rows, hidden
+
+    @property
+    def device(self) -> torch.device:
+        return self.sites[0].facts.device
+
+    @property
+    def looks_up_elsewhere(self) -> bool:
+        """Whether tokens are looked up in tables beside the embedding's, which no adapter makes longer."""
+        model: Any = self.model
+        return sum(1 for _ in _layers(model, Embedding)) > 1
+
+    def put(self, entry: int, fits: Mapping[int, Fit], own: Own | None = None) -> None:
+        """An adapter into the stacks, between two steps; of all ranks, each of which keeps its share."""
+        if self.tell is not None:
+            self.tell(entry, packed(fits))
         with torch.inference_mode():
             for number, site in enumerate(self.sites):
                 site.put(entry, fits.get(number))
+        self.own.pop(entry, None)
+        if own is not None:
+            self.own[entry] = own
+
+    def clear(self, entry: int) -> None:
+        """Forget what an adapter has of its own, between two steps: nobody computes with it any more."""
+        self.own.pop(entry, None)
+
+    def tokens(self, entry: int) -> int:
+        """How many tokens an adapter's embedding and head know, the larger."""
+        rows, own = self.table[0], self.own.get(entry)
+        if own is None:
+            return rows
+        return max([rows, *(one.rows for one in (own.embedding, own.head) if one is not None)])
+
+    def owners(self, entries: NDArray[np.int32] | None) -> list[int]:
+        """Those of the entries, each once, whose rows are computed in passes of their own."""
+        if entries is None or not self.own:
+            return []
+        return [entry for entry in sorted(set(entries.tolist())) if entry in self.own]
+
+    @contextmanager
+    def wearing(self, entry: int) -> Iterator[None]:
+        """While the rows of this adapter are computed, and no others: its own weights are in their places. For the
+        thread that runs the steps."""
+        own, model = self.own[entry], self.model
+        before = [slot.value for slot, _ in own.slots]
+        try:
+            for slot, value in own.slots:
+                slot.value = value
+            model.embed.worn, model.head.worn = own.embedding, own.head
+            for block, worn in own.experts:
+                block.worn = worn
+            yield
+        finally:
+            for (slot, _), value in zip(own.slots, before, strict=True):
+                slot.value = value
+            model.embed.worn = model.head.worn = None
+            for block, _ in own.experts:
+                block.worn = None
 
     @property
     def nbytes(self) -> int:
@@ -171,14 +274,18 @@ class Sites:
 
 
 def _linears(layer: Layer) -> Iterator[Linear]:
-    """Every linear layer below, each once."""
+    """Every linear layer below, each once; not those of a tower, which computes other tokens than those that adapters
+    are told of."""
+    return (one for one in _layers(layer, Linear) if not one.weight.plain)
+
+
+def _layers(layer: Layer, kind: type[L]) -> Iterator[L]:
+    """Every layer of a kind below, each once; nothing below those."""
     seen: set[int] = set()
     waiting: list[Any] = list(vars(layer).values())
     while waiting:
         value = waiting.pop(0)
-        if isinstance(value, Linear) and value.weight.plain:
-            continue  # of a tower, which computes other tokens than those that adapters are told of
-        if isinstance(value, Linear):
+        if isinstance(value, kind):
             if id(value) not in seen:
                 seen.add(id(value))
                 yield value
@@ -195,6 +302,11 @@ def bare(name: str) -> str:
     while parts and parts[0] in _AROUND:
         parts.pop(0)
     return ".".join(parts)
+
+
+def block_key(block: str) -> str:
+    """Of a sparse block, whichever of its ages named it."""
+    return bare(block).replace("block_sparse_moe", "mlp")
 
 
 def _device(value: Any) -> torch.device:

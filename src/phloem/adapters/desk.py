@@ -13,10 +13,12 @@ from __future__ import annotations
 import secrets
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phloem.adapters._fit import fit
+from phloem.adapters._own import split
 from phloem.adapters._peft import AdapterFile, assembled, check_config, content, read
 from phloem.core.adapters import Lender, Sent
 from phloem.core.errors import BadRequest, PhloemError
@@ -27,7 +29,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from phloem.adapters._sites import Fit, Sites
+    from phloem.adapters._fits import Fit
+    from phloem.adapters._sites import Sites
+    from phloem.adapters._worn import Own
     from phloem.core.adapters import Lent
     from phloem.core.batch import Pending
 
@@ -39,6 +43,18 @@ _log = log.get("adapters")
 LONGEST_NAME = 500  # characters
 SLACK = 64 << 20  # bytes
 PATIENCE = 5.0  # seconds that an adapter waits for a place until requests of others wait for it
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """An adapter as it was read: what each site keeps of it, and what it has of its own."""
+
+    fits: dict[int, Fit]
+    own: Own | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(one.nbytes for one in self.fits.values()) + (0 if self.own is None else self.own.nbytes)
 
 
 class Version:
@@ -53,6 +69,8 @@ class Version:
         self.users = 0  # requests that compute with it
         self.waiters = 0  # requests that wait for it
         self.nbytes = 0
+        self.tokens = 0  # token ids that it knows, once it was read; 0: those of the base
+        self.owns = False  # some of its weights are computed in passes of their own
         self.used = 0  # when it was lent last, by the desk's count
         self.retired = False  # its name has gone
         self.error: PhloemError | None = None
@@ -60,7 +78,7 @@ class Version:
         # Of tensors that came without a folder nobody else can know: they are like no others.
         self._content = "" if sent is None else secrets.token_hex(16)
         self._desk = desk
-        self._reading: Future[dict[int, Fit]] | None = None
+        self._reading: Future[Read] | None = None
         self._placing: tuple[int, Pending[Any]] | None = None
 
     def advance(self) -> bool:
@@ -90,19 +108,20 @@ class Version:
             return False
         if not self._reading.done():
             return False
-        fits = self._reading.result()
-        self.nbytes = sum(one.nbytes for one in fits.values())
+        read = self._reading.result()
+        self.nbytes, self.owns = read.nbytes, read.own is not None
+        self.tokens = 0 if read.own is None else read.own.tokens
         entry = desk.place_for(self)
         if not entry:
             self.crowded_since = self.crowded_since or time.monotonic()
             return False
         self._reading, self.crowded_since = None, 0.0
-        self._placing = entry, desk.between(lambda: desk.sites.put(entry, fits))
+        self._placing = entry, desk.between(lambda: desk.sites.put(entry, read.fits, read.own))
         return False
 
     def _fail(self, error: PhloemError) -> None:
         if self._placing is not None:
-            self._desk.free(self._placing[0])
+            self._desk.free(self._placing[0], self.owns)
         self._reading, self._placing, self.error, self.crowded_since = None, None, error, 0.0
 
     def content(self) -> str:
@@ -138,7 +157,7 @@ class Version:
         """Give back its place, or what was read for it."""
         place = self.entry or (0 if self._placing is None else self._placing[0])
         if place:
-            self._desk.free(place)  # whoever gets it is placed behind what is under way
+            self._desk.free(place, self.owns)  # whoever gets it is placed behind what is under way
         self.entry, self._reading, self._placing, self.crowded_since = 0, None, None, 0.0
 
 
@@ -245,6 +264,10 @@ class Desk(Lender):
         version.used = self._count
         return Loan(version, self._starving(version))
 
+    def tokens(self, name: str) -> int:
+        version = self._names.get(name)
+        return 0 if version is None else version.tokens
+
     def give_back(self, lent: Lent) -> None:
         assert isinstance(lent, Loan)
         version = lent.version
@@ -284,7 +307,8 @@ class Desk(Lender):
         for name, old in list(self._names.items()):
             if old.follows_base:
                 self._count += 1
-                self._names[name] = Version(self, name, old.path, f"{name}@{self._count}", old.pinned, old.sent)
+                new = Version(self, name, old.path, f"{name}@{self._count}", old.pinned, old.sent)
+                new.tokens, self._names[name] = old.tokens, new
                 self._retire(old)
 
     def state(self) -> dict[str, Any]:
@@ -305,7 +329,7 @@ class Desk(Lender):
         """Whether something of the base's weights is in what was read for it."""
         return _source(version) in self._based
 
-    def read(self, version: Version) -> Future[dict[int, Fit]]:
+    def read(self, version: Version) -> Future[Read]:
         return self._worker.submit(self._fitted, version)
 
     def place_for(self, version: Version) -> int:
@@ -341,8 +365,11 @@ class Desk(Lender):
         self._held[entry] = version
         return entry
 
-    def free(self, entry: int) -> None:
+    def free(self, entry: int, owns: bool) -> None:
+        """`owns`: it has weights of its own, whose memory is given back behind what is under way."""
         self._held[entry] = None
+        if owns:
+            self.between(lambda: self.sites.clear(entry))
 
     def register(self, version: Version) -> None:
         """It can be asked for by its name from now on."""
@@ -352,6 +379,8 @@ class Desk(Lender):
             self._retire(old)
         where = f"in place {version.entry}" if version.entry else "to be read when it is asked for: no place is free"
         _log.info("adapter %s is loaded from %s, %s", version.name, version.path, where)
+        if version.owns:
+            _log.info("adapter %s has weights of its own: its rows are passes of their own, op by op", version.name)
         if not version.entry:
             version.forget()
         self._count += 1
@@ -391,7 +420,7 @@ class Desk(Lender):
             _log.info("adapter %s, which came as tensors, is forgotten for %s", going.name, new.name)
             self.unload(going.name)
 
-    def _fitted(self, version: Version) -> dict[int, Fit]:
+    def _fitted(self, version: Version) -> Read:
         def base(name: str) -> Tensor:
             found = self.between(lambda: self._base(name)).result()
             self._based.add(_source(version))
@@ -400,10 +429,12 @@ class Desk(Lender):
         if isinstance(version.sent, Sent):
             version.sent = self._taken(Path(version.path), version.sent)
         if version.sent is not None:
-            return fit(version.sent, self.sites, base)
-        found = read(Path(version.path))
-        version.confirm()
-        return fit(found, self.sites, base)
+            found = version.sent
+        else:
+            found = read(Path(version.path))
+            version.confirm()
+        rest, own = split(found, self.sites, base, lambda work: self.between(work).result())
+        return Read(fit(rest, self.sites, base), own)
 
     def _taken(self, path: Path, sent: Sent) -> AdapterFile:
         """Copies of the tensors that were sent: whoever sent them may write over them."""
@@ -415,9 +446,12 @@ class Desk(Lender):
         return assembled(path, sent.config, ((name, tensor.detach().cpu().clone()) for name, tensor in tensors))
 
     def _largest(self) -> int:
-        """Bytes that the tensors of one adapter may take: twice those of the highest rank in float32."""
+        """Bytes that the tensors of one adapter may take: twice those of the highest rank and of two matrices of the
+        vocabulary, in float32."""
+        rows, hidden = self.sites.table
         values = sum(len(site.sizes) * site.inputs + site.outputs for site in self.sites.sites)
-        return 8 * values * self.sites.rank + SLACK
+        values += sum(block.config.count * 3 * sum(block.down.shapes[0]) for block in self.sites.blocks.values())
+        return 8 * (values * self.sites.rank + 2 * rows * hidden) + SLACK
 
 
 def _source(version: Version) -> str:

@@ -128,9 +128,10 @@ class Admission:
         context = self.info.context_length
         if item.ids is not None:
             ids = item.ids
-            if ids and not (min(ids) >= 0 and max(ids) < self.info.vocab_size):
-                bad = next(token for token in ids if not 0 <= token < self.info.vocab_size)
-                raise BadRequest(f"input_ids: token id {bad} is not in [0, {self.info.vocab_size})", param="input_ids")
+            most = self._most(item)
+            if ids and not (min(ids) >= 0 and max(ids) < most):
+                bad = next(token for token in ids if not 0 <= token < most)
+                raise BadRequest(f"input_ids: token id {bad} is not in [0, {most})", param="input_ids")
         else:
             text = item.text or ""
             if len(text) > PROBE_CHARACTERS * context:
@@ -146,6 +147,10 @@ class Admission:
             if not ids and self.tokenizer is not None and self.tokenizer.bos_id is not None:
                 ids = [self.tokenizer.bos_id]
         return ids
+
+    def _most(self, item: Item) -> int:
+        """Token ids that it may name. How many its adapter knows, the scheduler does."""
+        return 1 << 30 if item.adapter else self.info.vocab_size
 
     def _check_length(self, item: Item, ids: list[int]) -> None:
         context = self.info.context_length
@@ -166,7 +171,7 @@ class Admission:
 
     def _check_item(self, item: Item) -> None:
         params = item.sampling
-        params.validate(self.info.vocab_size)
+        params.validate(self._most(item))
         processors.make(params.processors, self.info.vocab_size)
         if self.tokenizer is None:
             for name in ("stop", "stop_regex"):

@@ -42,6 +42,10 @@ class Lender(Protocol):
         """Raises BadRequest: no adapter has this name."""
         ...
 
+    def tokens(self, name: str) -> int:
+        """How many token ids the adapter of this name knows, [0, tokens); 0: those of the base, or there is none."""
+        ...
+
     def give_back(self, lent: Lent) -> None:
         """The request has ended: no later step has a row with it."""
         ...

@@ -51,7 +51,7 @@ def adjust_(logits_LV: Tensor, slots: Sequence[Slot], wanted: Wanted, masks: Mas
         if slot.params.processors and start not in wanted.errors:
             before = wanted.before(start, position)
             try:
-                slot.process_(logits_LV[position], before)
+                slot.process_(logits_LV[position][: slot.vocab], before)
             except Exception as error:
                 if is_out_of_memory(error):
                     raise

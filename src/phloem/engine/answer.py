@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from phloem.core.batch import Batch
     from phloem.engine.slots import Slot, Slots
     from phloem.engine.transfer import Coming, LastTokens
+    from phloem.engine.wearing import Ends
     from phloem.kernels.ops import Ops
-    from phloem.models import Model
 
     Down = Callable[[Sequence[Tensor]], Coming]
 
@@ -105,7 +105,7 @@ def keep_hidden(
 
 
 def prompt_logprobs(
-    output: StepOutput, batch: Batch, slots: Slots, hidden_LN: Tensor, model: Model, ops: Ops, last: LastTokens
+    output: StepOutput, batch: Batch, slots: Slots, hidden_LN: Tensor, ends: Ends, ops: Ops, last: LastTokens
 ) -> list[Later]:
     """Of the prompt positions that the batch wants, on their way to the host; `hidden_LN` are theirs, in the order of
     `prompt_positions`."""
@@ -115,11 +115,12 @@ def prompt_logprobs(
         targets = batch.prompt_targets[row]
         slot = slots[int(batch.slots[row])]
         ids = slot.token_ids_logprob
+        entry = 0 if batch.adapters is None else int(batch.adapters[row])
         (wanted, *chosen) = last.up([targets[targets >= 0], *([np.array([ids], np.int64)] if ids else [])])
         found: list[PositionLogprobs] = []
         for piece in range(0, len(wanted), HEAD_ROWS):
             tokens_L = wanted[piece : piece + HEAD_ROWS]
-            logits_LV = model.head(hidden_LN[start + piece : start + piece + len(tokens_L)])
+            logits_LV = ends.of_row(hidden_LN[start + piece : start + piece + len(tokens_L)], entry)
             top = min(slot.top_logprobs, logits_LV.shape[1])
             ids_LC = chosen[0].expand(len(tokens_L), -1) if chosen else None
             tensors = logprob_tensors(logits_LV, tokens_L, top, ids_LC, ops)

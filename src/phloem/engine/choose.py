@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from phloem.engine.slots import Slot, Slots
     from phloem.engine.transfer import Coming, LastTokens
     from phloem.engine.wanted import Wanted
+    from phloem.engine.wearing import Ends
     from phloem.kernels.ops import Ops
-    from phloem.models import Model
 
 # Up to so many rows are sampled from the head's best tokens alone. With more, writing whole rows and looking through
 # them costs less than picking the candidates while they are made: `phloem bench kernels` shows both.
@@ -49,6 +49,7 @@ class Choice:
     hidden_LN: Tensor
     output: StepOutput
     began: float  # perf_counter
+    entries: NDArray[np.int32] | None = None  # [L] adapters, where some have heads of their own
     late: list[Later] = field(default_factory=list)  # what comes beside the tokens
 
     def forward_ends(self) -> None:
@@ -79,9 +80,9 @@ class Way(Protocol):
 class Chooser:
     """The ways in their order."""
 
-    def __init__(self, model: Model, ops: Ops, slots: Slots, last: LastTokens, masks: Masks) -> None:
-        self._ways: tuple[Way, ...] = (MostLikely(model, slots, last), FewCandidates(model, ops, slots, last))
-        self._whole = WholeRows(model, ops, slots, last, masks)
+    def __init__(self, ends: Ends, ops: Ops, slots: Slots, last: LastTokens, masks: Masks) -> None:
+        self._ways: tuple[Way, ...] = (MostLikely(ends, slots, last), FewCandidates(ends, ops, slots, last))
+        self._whole = WholeRows(ends, ops, slots, last, masks)
 
     def run(self, choice: Choice) -> Coming:
         for way in self._ways:
@@ -100,14 +101,14 @@ def most_likely(slots: Slots, wanted: Wanted, easy: bool) -> bool:
 class MostLikely:
     """Every row wants its most likely token alone: no logits are kept."""
 
-    def __init__(self, model: Model, slots: Slots, last: LastTokens) -> None:
-        self._model, self._slots, self._last = model, slots, last
+    def __init__(self, ends: Ends, slots: Slots, last: LastTokens) -> None:
+        self._ends, self._slots, self._last = ends, slots, last
 
     def run(self, choice: Choice) -> Coming | None:
         wanted = choice.wanted
         if not most_likely(self._slots, wanted, choice.easy):
             return None
-        tokens_L = self._model.greedy(choice.hidden_LN)
+        tokens_L = self._ends.greedy(choice.hidden_LN, choice.entries)
         choice.forward_ends()
         return self._last.keep(wanted, tokens_L, choice.hidden_LN.sum(-1))
 
@@ -115,13 +116,13 @@ class MostLikely:
 class FewCandidates:
     """A few rows, each of which can be drawn from its best tokens, without whole rows of logits."""
 
-    def __init__(self, model: Model, ops: Ops, slots: Slots, last: LastTokens) -> None:
-        self._model, self._ops, self._slots, self._last = model, ops, slots, last
+    def __init__(self, ends: Ends, ops: Ops, slots: Slots, last: LastTokens) -> None:
+        self._ends, self._ops, self._slots, self._last = ends, ops, slots, last
 
     def run(self, choice: Choice) -> Coming | None:
         wanted, hidden_LN = choice.wanted, choice.hidden_LN
-        many, vocab = self._slots.candidates[wanted.slots], self._model.vocab_size
-        if len(many) > FEW_ROWS or not many.all():
+        many, vocab = self._slots.candidates[wanted.slots], self._ends.vocab_size
+        if len(many) > FEW_ROWS or not many.all() or choice.entries is not None:
             return None
         rows = self._ops.whole_logprobs or self._slots.processed
         if any(slot.return_logprob and (rows or slot.heat != 1.0) for slot in choice.slots):
@@ -129,7 +130,7 @@ class FewCandidates:
         settings = self._slots.columns.rows(wanted.slots, wanted.known)
         scale_LJ = Candidates.scales(settings, any(slot.return_logprob for slot in choice.slots))
         norms = scale_LJ.shape[1]
-        best = self._model.best(hidden_LN, min(int(many.max()), vocab), scale_LJ if norms else None, norms)
+        best = self._ends.best(hidden_LN, min(int(many.max()), vocab), scale_LJ if norms else None, norms)
         if best is None:
             return None
         few = Candidates(*best)
@@ -138,7 +139,7 @@ class FewCandidates:
         logits_WV: Tensor | None = None
         if len(whole):
             index = torch.from_numpy(whole)
-            logits_WV = self._model.head(hidden_LN[index])
+            logits_WV = self._ends.logits(hidden_LN[index], None)
             tokens_L[index] = sample(logits_WV, settings.of_rows(whole), self._ops, self._last.up)
         choice.forward_ends()
         coming = self._last.keep(wanted, tokens_L, few.sums_LJ[:, 0] if norms else hidden_LN.sum(-1))
@@ -164,18 +165,18 @@ class FewCandidates:
 class WholeRows:
     """All logits of every row: serves every step."""
 
-    def __init__(self, model: Model, ops: Ops, slots: Slots, last: LastTokens, masks: Masks) -> None:
-        self._model, self._ops, self._slots, self._last, self._masks = model, ops, slots, last, masks
+    def __init__(self, ends: Ends, ops: Ops, slots: Slots, last: LastTokens, masks: Masks) -> None:
+        self._ends, self._ops, self._slots, self._last, self._masks = ends, ops, slots, last, masks
 
     def run(self, choice: Choice) -> Coming:
         """What fails for one row is noted for it alone."""
         wanted, slots = choice.wanted, choice.slots
-        logits_LV = self._model.head(choice.hidden_LN)
+        logits_LV = self._ends.logits(choice.hidden_LN, choice.entries)
         choice.forward_ends()
         asked = self._asked(slots, logits_LV)
         if not all(slot.plain for slot in slots):
             adjust_(logits_LV, slots, wanted, self._masks)
-        settings = self._slots.columns.rows(wanted.slots, wanted.known)
+        settings = self._slots.columns.rows(wanted.slots, wanted.known).over(self._ends.vocab_size, logits_LV.shape[1])
         if asked is not None and self._slots.processed:
             asked.logits_LV = processed(logits_LV[asked.index], settings.of_rows(np.array(asked.places)))
         tokens_L = sample(logits_LV, settings, self._ops, self._last.up)
@@ -196,7 +197,7 @@ class WholeRows:
         for row, of_row in zip(ids, chosen, strict=True):
             row[: len(of_row)] = of_row
         index, *ids_LC = self._last.up([np.array(places, np.int64), *([ids] if width else [])])
-        tops = [min(slots[i].top_logprobs, self._model.vocab_size) for i in places]
+        tops = [min(slots[i].top_logprobs, self._ends.vocab_size) for i in places]
         wanted_LV, heats = logits_LV[index], [slots[i].heat for i in places]
         if any(heat != 1.0 for heat in heats):
             wanted_LV = wanted_LV / torch.tensor(heats, device=wanted_LV.device).unsqueeze(1)

@@ -256,7 +256,7 @@ class Step:
         self.batch, self._echoes = batch, echoes
         self.wanted = wanted
         self._sharing = sharing
-        self._pictures = pictures
+        self.pictures = pictures
         self._shared: dict[int, Shared] | None = None
         self._pool, self.last = pool, last
         self._arrays: Sequence[Any] | None = None
@@ -272,7 +272,7 @@ class Step:
         """Its tokens are all of the vocabulary, at one position each, in one place of memory."""
         batch = self.batch
         turned = batch.positions is not None and batch.positions.ndim > 1
-        return not batch.embeds and not turned and self._pictures is None and self._echoes is None
+        return not batch.embeds and not turned and self.pictures is None and self._echoes is None
 
     @property
     def known(self) -> Batch:
@@ -378,12 +378,12 @@ class Step:
             index = [np.arange(one.start, one.start + len(one.values)) for one in batch.embeds]
             rows, values = up([np.concatenate(index), np.concatenate([one.values for one in batch.embeds])])
             inputs.embeds = rows, values
-        if self._pictures is not None:
-            values_nN, *more = self._pictures.values.split(self._pictures.hidden_size, -1)
-            inputs.embeds = self._pictures.index, values_nN
+        if self.pictures is not None:
+            values_nN, *more = self.pictures.values.split(self.pictures.hidden_size, -1)
+            inputs.embeds = self.pictures.index, values_nN
             inputs.deep = torch.stack(more) if more else None
-            spans = self._pictures.spans
-            inputs.spans = self._spans(spans, self._pictures.canvases) if spans else None
+            spans = self.pictures.spans
+            inputs.spans = self._spans(spans, self.pictures.canvases) if spans else None
         return inputs
 
     def _echoed(self, echoes: Echoes) -> StepInputs:

@@ -44,7 +44,7 @@ class Masks:
     def __init__(self, vocab: int, device: torch.device, ops: Ops, ahead: bool, up: Up | None = None) -> None:
         self._up = up or plain_up(device)
         self._ops = ops
-        self._words = (vocab + 31) // 32
+        self._vocab, self._words = vocab, (vocab + 31) // 32
         self._buffer = np.zeros((0, self._words), np.int32)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="phloem-masks") if ahead else None
         self._started: Future[dict[int, Exception]] | None = None
@@ -73,8 +73,14 @@ class Masks:
         positions = [position for one in self._asked for position in range(one.start, one.end)]
         kept = [place for place, position in enumerate(positions) if position not in failed]
         if kept:
-            rows = np.array([positions[place] for place in kept], np.int32)
-            self._ops.mask_tokens_(logits_LV, *self._up([rows, self._buffer[kept]]))
+            rows, mask = self._up([np.array([positions[place] for place in kept], np.int32), self._buffer[kept]])
+            if logits_LV.shape[1] > self._vocab:  # an adapter's own tokens, which no grammar knows
+                known_LV = logits_LV[:, : self._vocab].contiguous()
+                self._ops.mask_tokens_(known_LV, rows, mask)
+                logits_LV[:, : self._vocab] = known_LV
+                logits_LV[rows.long(), self._vocab :] = float("-inf")
+            else:
+                self._ops.mask_tokens_(logits_LV, rows, mask)
         return failed
 
     def drop(self) -> None:

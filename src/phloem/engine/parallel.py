@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from phloem import platforms
+from phloem.adapters._shares import unpacked
 from phloem.core.batch import Batch
 from phloem.core.errors import BadRequest, ConfigError, EngineDead
 from phloem.core.nodes import Nodes
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from phloem.adapters._sites import Sites
     from phloem.attention import AttentionBackend
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.batch import Pending, Runner, StepOutput
@@ -93,6 +95,13 @@ class Moved(msgspec.Struct, frozen=True, tag=True):
     ranks: list[list[int]]
 
 
+class Placed(msgspec.Struct, frozen=True, tag=True):
+    """An adapter that batches know by its entry from now on: `adapters._shares.packed`, whole."""
+
+    entry: int
+    fits: bytes
+
+
 class Busy(msgspec.Struct, frozen=True, tag=True):
     """How long a rank's stage has computed so far is wanted, once it has done what it was told before."""
 
@@ -101,7 +110,7 @@ class End(msgspec.Struct, frozen=True, tag=True):
     """No more steps."""
 
 
-Told = Pages | Plan | Go | Chosen | Moved | Busy | End
+Told = Pages | Plan | Go | Chosen | Moved | Placed | Busy | End
 encode_told = msgspec.msgpack.Encoder().encode
 _DECODER: msgspec.msgpack.Decoder[Told] = msgspec.msgpack.Decoder(Told)
 decode_told = _DECODER.decode
@@ -311,6 +320,13 @@ class Leading:
             return run_forward(self._whole, self._backend, self._pool, inputs, inputs.logit_index)
 
 
+def told_by(sites: Sites | None, team: Team | None) -> Sites | None:
+    """Rank 0's places for adapters, so that the other ranks hear of each that is put there."""
+    if sites is not None and team is not None:
+        sites.tell = lambda entry, fits: team.tell(Placed(entry, fits))
+    return sites
+
+
 class ParallelRunner(RunnerAround):
     """Rank 0's own runner, with the others: they are sent each batch before it is launched here.
 
@@ -347,8 +363,11 @@ class Executor:
         slots: int,
         shift: Callable[[Moved], object],
         busy: Callable[[float], None] = lambda _: None,
+        sites: Sites | None = None,
     ) -> None:
-        """`shift`: what is to be done when experts move. `busy`: says how long this stage has computed."""
+        """`shift`: what is to be done when experts move. `busy`: says how long this stage has computed. `sites`: where
+        adapters go, if any are served."""
+        self._sites = sites
         self._shift, self._busy = shift, busy
         self._whole, self._backend, self._pool = whole, backend, pool
         self._last = LastTokens(slots, pool.device, True, None, ops)
@@ -368,6 +387,9 @@ class Executor:
                     self._choose(told)
                 elif isinstance(told, Moved):
                     self._shift(told)
+                elif isinstance(told, Placed):
+                    assert self._sites is not None
+                    self._sites.put(told.entry, unpacked(told.fits))
                 elif isinstance(told, Busy):
                     self._busy(self._whole.busy)
 

@@ -48,14 +48,16 @@ class Penalties:
         self._count_V.index_add_(0, tokens_L.long(), ones)
 
     def apply_(self, logits_V: Tensor, drafts: Sequence[int] = ()) -> None:
-        """Change the logits of the token behind `drafts`, which are taken as output."""
-        count_V = self._count_V
+        """Change the logits of the token behind `drafts`, which are taken as output. Tokens that have none are left
+        out, and so are logits of none: vocabularies of adapters differ."""
+        width = min(len(logits_V), len(self._count_V))
+        logits_V, count_V, prompt_V = logits_V[:width], self._count_V[:width], self._prompt_V[:width]
         if drafts:
             more = index_tensor(drafts, count_V.device)
             count_V = count_V.index_add(0, more, torch.ones(len(drafts), device=count_V.device))
         if self._repetition != 1:
             scaled_V = torch.where(logits_V > 0, logits_V / self._repetition, logits_V * self._repetition)
-            logits_V.copy_(torch.where(self._prompt_V | (count_V > 0), scaled_V, logits_V))
+            logits_V.copy_(torch.where(prompt_V | (count_V > 0), scaled_V, logits_V))
         if self._frequency or self._presence:
             logits_V.sub_(self._frequency * count_V + self._presence * (count_V > 0))
 

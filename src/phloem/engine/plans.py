@@ -41,6 +41,7 @@ class Plan(msgspec.Struct, frozen=True, tag=True):
     outputs: bytes
     tables: list[bytes | Cells]  # [R, P] each
     targets: dict[int, bytes]
+    adapters: bytes | None = None
 
 
 @dataclass(slots=True)
@@ -51,8 +52,8 @@ class Packing:
 
     def pack(self, batch: Batch) -> Plan:
         """What the other ranks need of a batch. Raises ValueError for one that they cannot execute."""
-        if batch.embeds or batch.positions is not None or batch.adapters is not None or (batch.outputs > 1).any():
-            raise ValueError("a batch with pictures, adapters or drafts runs on one rank alone")
+        if batch.embeds or batch.positions is not None or (batch.outputs > 1).any():
+            raise ValueError("a batch with pictures or drafts runs on one rank alone")
         return Plan(
             step=batch.step,
             epoch=batch.epoch,
@@ -63,6 +64,7 @@ class Packing:
             outputs=raw(batch.outputs),
             tables=self._told(batch.tables),
             targets={row: raw(targets) for row, targets in batch.prompt_targets.items()},
+            adapters=None if batch.adapters is None else raw(batch.adapters),
         )
 
     def _told(self, tables: tuple[Table, ...]) -> list[bytes | Cells]:
@@ -103,6 +105,7 @@ class Unpacking:
             ints(plan.outputs),
             prompt_targets={row: ints(targets) for row, targets in plan.targets.items()},
             epoch=plan.epoch,
+            adapters=None if plan.adapters is None else ints(plan.adapters),
         )
 
     def _table(self, number: int, told: bytes | Cells, rows: int) -> Table:

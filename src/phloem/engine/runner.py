@@ -32,6 +32,7 @@ from phloem.engine.thread import Launched, Order, StepThread
 from phloem.engine.transfer import LastTokens
 from phloem.engine.wanted import Wanted
 from phloem.engine.waves import Starts, Waves
+from phloem.engine.wearing import Ends, Passes
 from phloem.models import Conditioned
 from phloem.platforms._facts import StepFacts
 
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from phloem.engine.pipeline import Settle
     from phloem.engine.recorded.choice import RecordedWay
     from phloem.engine.transfer import Coming
+    from phloem.engine.wearing import Wardrobe
     from phloem.kernels.ops import Ops
     from phloem.kvcache.pool import KVPool
     from phloem.models import Model
@@ -82,6 +84,7 @@ class StepWork:
         desk: Callable[[LastTokens], Desk] | None = None,
         leading: Way | None = None,
         drafting: Prepared | None = None,
+        wardrobe: Wardrobe | None = None,
     ) -> None:
         self.model, self.ops, self._sharing = model, ops, sharing
         self.slots = Slots(max_slots, model.vocab_size, pool.device, logprobs)
@@ -98,8 +101,12 @@ class StepWork:
         self._replays, self.cuts_back = not forwards, forwards or facts.on_host
         self._pool, self._ears = pool, ears_of(model, pool, backend.ops, max_slots)
         self.desk = None if desk is None else desk(self.last)
-        self._forward = Forward(recorded if leading is None else [leading], Eager(model, backend, pool))
-        self.chooser = Chooser(model, ops, self.slots, self.last, self.masks)
+        eager = Eager(model, backend, pool)
+        self._forward: Forward | Passes = Forward(recorded if leading is None else [leading], eager)
+        if wardrobe is not None:
+            self._forward = Passes(wardrobe, self._forward, eager, pool, self.last, sharing)
+        self._ends = Ends(model, wardrobe)
+        self.chooser = Chooser(self._ends, ops, self.slots, self.last, self.masks)
         self.waves = self._in_waves(leading)
         self._filler = Filler(model, ops, self.slots, self.last)
         self._refiller = Refiller(model, ops, self.slots, self.last) if isinstance(model, Conditioned) else None
@@ -150,8 +157,9 @@ class StepWork:
         for slot, follower in followers.items():
             if follower is None:
                 self.slots.unfollow(slot)
+        tokens = self._ends.tokens(order.batch) if order.batch.admissions else {}
         for admission in order.batch.admissions:
-            self.slots.admit(admission, followers.get(admission.slot))
+            self.slots.admit(admission, followers.get(admission.slot), tokens.get(admission.slot, 0))
         if self._ears is not None and order.batch.admissions:
             self._ears.admit(order.batch.admissions)
 
@@ -194,14 +202,15 @@ class StepWork:
             self.masks.begin(slots, wanted)
         count, beside, coming = len(ids), list[Later](), None
         if count:
-            choice = Choice(wanted, slots, easy, hidden_LN[:count], output, before)
+            entries = self._ends.entries(batch, wanted)
+            choice = Choice(wanted, slots, easy, hidden_LN[:count], output, before, entries)
             coming = self.chooser.run(choice)
             beside = [*choice.late, *keep_hidden(output, wanted, slots, hidden_LN, self.last.down)]
             after(coming)
         else:
             output.forward_seconds = perf_counter() - before
         if batch.prompt_targets:
-            beside += prompt_logprobs(output, batch, self.slots, hidden_LN[count:], self.model, self.ops, self.last)
+            beside += prompt_logprobs(output, batch, self.slots, hidden_LN[count:], self._ends, self.ops, self.last)
 
         def land() -> StepOutput:
             for one in beside:
@@ -308,6 +317,7 @@ class ModelRunner:
         leading: how steps run with other ranks, where there are any.
         drafting: a model that drafts, where there is one.
         mover: what changes the places of experts, where they have several.
+        wardrobe: adapters with weights of their own, where any are served.
     """
 
     def __init__(
@@ -330,6 +340,7 @@ class ModelRunner:
         leading: Way | None = None,
         drafting: Prepared | None = None,
         mover: Mover | None = None,
+        wardrobe: Wardrobe | None = None,
     ) -> None:
         self.model, self.pool, self._mover = model, pool, mover
         own = sum(group.kind != "cross" for group in pool.groups)  # cross memory goes by slot: it needs no manager
@@ -343,8 +354,9 @@ class ModelRunner:
         self._handed: dict[int, Follower | None] = {}
         self._handing = threading.Lock()
         self._work = work = StepWork(
-            model, backend, pool, ops, max_slots, facts, recorded, streams, sharing, logprobs, desk, leading, drafting
-        )
+            model, backend, pool, ops, max_slots, facts, recorded, streams, sharing, logprobs, desk, leading, drafting,
+            wardrobe,
+        )  # fmt: skip
         self.cuts_back = work.cuts_back  # drafts may be refused
         self.waves = 1 if work.waves is None else work.waves.most  # steps that may be on their way at a time
         self.row_bits = ops.row_bits and work.stands_apart  # of a token, whether decoded, drafted or forced

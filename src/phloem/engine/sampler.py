@@ -9,7 +9,7 @@ Legend: L rows, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -94,6 +94,10 @@ class SamplingRows:
     def of_rows(self, index: NDArray[np.int64]) -> SamplingRows:
         """What the rows `index` ask for."""
         return SamplingRows(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    def over(self, vocab: int, width: int) -> SamplingRows:
+        """The same for logits of `width` tokens, where those of the model are `vocab`."""
+        return self if width == vocab else replace(self, top_k=np.where(self.top_k >= vocab, width, self.top_k))
 
     @staticmethod
     def of(

@@ -91,8 +91,10 @@ class Slots:
         # How many of a row's best tokens are enough to choose one; 0: the whole row is wanted.
         self.candidates = np.zeros(count, np.int32)
 
-    def admit(self, admission: Admission, follower: Follower | None = None) -> None:
-        """Give the slot to a request. Raises ValueError if its constraint was not handed over."""
+    def admit(self, admission: Admission, follower: Follower | None = None, tokens: int = 0) -> None:
+        """Give the slot to a request, whose adapter may know more `tokens` than the model. Raises ValueError if its
+        constraint was not handed over."""
+        vocab = max(self._vocab, tokens)
         if admission.constrained and follower is None:
             raise ValueError(f"request {admission.request_id}: nothing was given that follows its constraint")
         params = admission.params
@@ -109,11 +111,11 @@ class Slots:
             token_ids_logprob=admission.token_ids_logprob,
             return_hidden=admission.return_hidden,
             follower=follower if admission.constrained else None,
-            penalties=Penalties(params, admission.tokens, admission.num_prompt, self._vocab, self._device)
+            penalties=Penalties(params, admission.tokens, admission.num_prompt, vocab, self._device)
             if penalised
             else None,
             bias=bias_tensors(params, self._device),
-            vocab=self._vocab,
+            vocab=vocab,
             eos=index_tensor(admission.eos_ids, self._device) if params.min_new_tokens else None,
             output=admission.tokens[admission.num_prompt :].tolist() if params.processors else [],
         )

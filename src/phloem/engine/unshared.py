@@ -23,12 +23,13 @@ def option_of(config: Config) -> tuple[str, int]:
 def refuse_unshared(config: Config, checkpoint: Checkpoint) -> None:
     """Raises ConfigError for something that one rank alone does."""
     name, size = option_of(config)
+    runtime, adapted = config.runtime, config.lora.enable_lora or bool(config.lora.lora_paths)
+    others = runtime.pp_size * runtime.ep_size * runtime.attn_dp_size * runtime.attn_cp_size * config.nodes.nnodes
     reasons = {
         "diffusion pipelines run on one rank": checkpoint.pictures is not None,
         "models that do not generate run on one rank": checkpoint.pooling is not None,
         "transformers' own code runs on one rank (model_impl)": checkpoint.chosen.impl != "phloem",
-        "adapters are served on one rank (enable_lora, lora_paths)": config.lora.enable_lora
-        or bool(config.lora.lora_paths),
+        "adapters are served with tp_size alone, on one machine (enable_lora, lora_paths)": adapted and others > 1,
         "sums over ranks are not the same bits for every tp_size (ops invariant, enable_deterministic_inference)": (
             config.runtime.tp_size > 1
             and (config.runtime.enable_deterministic_inference or config.runtime.ops == "invariant")

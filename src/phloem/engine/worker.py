@@ -36,7 +36,7 @@ from phloem.engine.dtypes import (
 )
 from phloem.engine.encoding import load_seeing
 from phloem.engine.media import Desk
-from phloem.engine.parallel import Executor, Leading, LeadingModel, Pages, ranks_here, ranks_of, shared
+from phloem.engine.parallel import Executor, Leading, LeadingModel, Pages, ranks_here, ranks_of, shared, told_by
 from phloem.engine.pooled import PooledRunner
 from phloem.engine.recorded import choice
 from phloem.engine.routes import chosen_of, keep_beside
@@ -267,6 +267,7 @@ def _build(
         streams=platform.streams, give_back=platform.empty_cache, begin=platform.begin_steps, sharing=sharing,
         kernels=warming.told if warming is not None else None, logprobs=config.model.logprobs_mode,
         desk=_desk(config, model, ops, running), leading=leading, drafting=drafting, mover=mover,
+        wardrobe=sites,
     )  # fmt: skip
     sizes = running, chunk, machine.mixed, min(chunk, platform.worthwhile_chunk), sizing.tokens
     info = _info(machine, runner, kv_dtype, sizing.facts.bytes_per_token)
@@ -324,7 +325,7 @@ def _weights(
     """The model, where adapters go in it, and what drafts for it."""
     model = _loaded(config, checkpoint, machine, decisions, team, chosen)
     ops, dtype, platform = machine.ops, machine.dtype, machine.platform
-    sites = served.sites(config.lora, model, ops, dtype, platform.facts.on_host, decisions)
+    sites = told_by(served.sites(config.lora, model, ops, dtype, platform.facts.on_host, decisions), team)
     if team is not None:
         team.loaded(_read(model))
     if beside is None:
@@ -409,11 +410,13 @@ def build_executor(config: Config, checkpoint: Checkpoint, team: Team, receive: 
     other = [f"{what} {mine[what]}, rank 0 has {value}" for what, value in told.facts.items() if mine[what] != value]
     if other:
         raise ConfigError(f"rank {team.groups.rank}: {'; '.join(other)}", param="tp_size")
-    device = machine.platform.device
+    device, facts = machine.platform.device, machine.platform.facts
+    sites = served.sites(config.lora, model, machine.ops, machine.dtype, facts.on_host, decisions)
     own = model.stage.own if isinstance(model, Decoder) and model.stage is not None else None
     pool = KVPool(model.memory, told.num_pages, kept.page, kept.dtype, device, kept.scales, own)
     shift = balancing.shifter_of(model, checkpoint, machine.spread, team)
-    return Executor(Together(model, team.groups), kept.backend, pool, machine.ops, machine.running, shift, team.busy)
+    steps = Together(model, team.groups), kept.backend, pool, machine.ops, machine.running
+    return Executor(*steps, shift, team.busy, sites)
 
 
 def _desk(config: Config, model: Model, ops: Ops, running: int) -> Callable[[LastTokens], Desk] | None:

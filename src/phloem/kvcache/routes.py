@@ -46,6 +46,7 @@ class Routes:
         self._notes, self._page = notes, page_size
         self._group, self._lasting = group
         self._shown: Mapping[int, Tensor] | None = None
+        self._kept = False
         self.values_SEk: NDArray[np.int16] = np.zeros((pages * page_size, layers, k), np.int16)
 
     def noted(self) -> dict[int, Tensor]:
@@ -58,6 +59,9 @@ class Routes:
 
     def keep(self, batch: Batch) -> None:
         """Take over the choices of a step that has run."""
+        if self._kept:
+            self._kept = False
+            return
         notes, self._shown = self._notes if self._shown is None else self._shown, None
         rows = np.repeat(np.arange(batch.num_rows), batch.query_lens)
         starts = np.cumsum(batch.query_lens) - batch.query_lens
@@ -65,6 +69,10 @@ class Routes:
         places_T = self._places(batch, rows, positions)
         for layer, ids_Tk in notes.items():
             self.values_SEk[places_T, layer, : ids_Tk.shape[1]] = ids_Tk[: batch.num_tokens].cpu().numpy()
+
+    def kept(self) -> None:
+        """The step that ran last ran in parts, of each of which the choices were taken over: nothing is left of it."""
+        self._kept = True
 
     def of(self, batch: Batch, wanted: NDArray[np.bool_]) -> dict[int, tuple[int, NDArray[np.int16]]]:
         """Row -> (first position, [tokens, E, k]) of the rows of these slots: of their new tokens, and of those before

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from phloem.distributed.comm import Comm
     from phloem.layers.context import BuildContext
+    from phloem.layers.worn import WornEmbedding, WornHead
 
 
 class Embedding(Layer):
@@ -21,6 +22,8 @@ class Embedding(Layer):
 
     Ranks share the vocabulary out: this one keeps the ids `[first, first + len(weight))` (`span`).
     """
+
+    worn: WornEmbedding | None = None  # of the adapter whose rows are computed now, where it has one
 
     def __init__(self, ctx: BuildContext, vocab_size: int, hidden_size: int, scale: float = 1.0) -> None:
         self.ops = ctx.ops
@@ -31,6 +34,8 @@ class Embedding(Layer):
 
     def __call__(self, ids_T: Tensor) -> Tensor:
         """[T] -> [T, hidden_size]."""
+        if self.worn is not None:
+            return self.worn(self.ops, ids_T, self.weight.value, self.scale)
         if self.comm is None:
             return self.ops.embedding(ids_T, self.weight.value, self.scale)
         if self.rows is not None and self.rows.begun:
@@ -63,6 +68,8 @@ class Head(Layer):
     back is whole on rank 0 alone: tokens are chosen there.
     """
 
+    worn: WornHead | None = None  # of the adapter whose rows are computed now, where it has one
+
     def __init__(
         self,
         ctx: BuildContext,
@@ -88,7 +95,7 @@ class Head(Layer):
         return None if self.bias is None else self.bias.value
 
     def __call__(self, hidden_LD: Tensor) -> Tensor:
-        """[L, hidden_size] -> float32 logits [L, vocab_size]."""
+        """[L, hidden_size] -> float32 logits [L, vocab_size], or of a worn head as many as it has."""
         logits_LV = self._own(hidden_LD)
         if self.comm is None:
             return logits_LV
@@ -98,7 +105,10 @@ class Head(Layer):
         return logits_LV if parts is None else torch.cat(parts, 1)[:, : self.vocab_size].contiguous()
 
     def _own(self, hidden_LD: Tensor) -> Tensor:
-        logits_LV, _ = self.ops.linear(hidden_LD, self.weight.value, self._bias)
+        if self.worn is not None:
+            logits_LV = self.worn(self.ops, hidden_LD, self.weight.value, self._bias)
+        else:
+            logits_LV, _ = self.ops.linear(hidden_LD, self.weight.value, self._bias)
         if logits_LV.dtype != torch.float32:
             logits_LV = logits_LV.float()
         if self.scale != 1.0:

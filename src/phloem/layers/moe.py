@@ -12,6 +12,7 @@ from phloem.kernels.specs import ExpertSpec, RouterSpec
 from phloem.layers.linear import Linear
 from phloem.layers.placed import PlacedExperts, fits_plain
 from phloem.layers.weight import Cut, Layer, Part, Weight, check_divides, cut_of
+from phloem.layers.worn import Reader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from phloem.layers.context import BuildContext
     from phloem.layers.mlp import GatedMLP, PlainMLP
     from phloem.layers.norm import AnyNorm
+    from phloem.layers.worn import WornExperts
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu2"}
 
@@ -84,7 +86,10 @@ class SparseMLP(Layer):
     router are those of `route` and `chosen_experts` where the table says so (`Ops.chooses_apart`); otherwise `route`
     and `experts` do."""
 
+    worn: WornExperts | None = None  # of the adapter whose rows are computed now, where it has additions to experts
+
     def __init__(self, ctx: BuildContext, hidden_size: int, config: ExpertsConfig) -> None:
+        self.name = ctx.name
         if not 0 < config.router.top_k <= config.count:
             raise ModelLoadError(f"num_experts_per_tok: {config.router.top_k} of {config.count} experts")
         groups, keep = config.router.groups, config.router.keep
@@ -216,6 +221,8 @@ class SparseMLP(Layer):
     def _chosen(self, x_TN: Tensor, logits_TE: Tensor) -> Tensor:
         """What the experts that the logits choose make of x."""
         spec = self.config.router
+        if self.worn is not None:
+            return self._worn(self.worn, x_TN, logits_TE)
         if self.fused:
             weights = self.gate_up.value, self.down.value
             return self.ops.moe(x_TN, logits_TE, *weights, spec.top_k, spec.renormalise)
@@ -228,6 +235,31 @@ class SparseMLP(Layer):
             biases = biases[0], torch.zeros_like(biases[1])
         weights, at_Tk = (self.gate_up.value, self.down.value), self.placed_at(ids_Tk)
         out_TN = self.ops.experts(x_TN, at_Tk, weights_Tk, *weights, self.spec, biases)
+        return self._with_identities(out_TN, x_TN, ids_Tk, weights_Tk)
+
+    @property
+    def adaptable(self) -> str:
+        """Why experts here take no additions; "": they do."""
+        if self.placed is not None or self.spread is not None:
+            return "experts here lie apart from the model, or have several places"
+        if self.comm is not None:
+            return "ranks share the experts out"
+        return "experts with biases take no additions" if self.biases is not None else ""
+
+    def _worn(self, worn: WornExperts, x_TN: Tensor, logits_TE: Tensor) -> Tensor:
+        """Experts with additions one after another, the others as ever."""
+        ids_Tk, weights_Tk = self._routed(logits_TE)
+        own_Tk = torch.isin(ids_Tk, torch.tensor(sorted(worn.added), dtype=ids_Tk.dtype, device=ids_Tk.device))
+        pair = Reader(self.ops, self.gate_up), Reader(self.ops, self.down)
+        out_TN = worn(x_TN, ids_Tk, weights_Tk, self.spec, pair).to(x_TN.dtype)
+        if not bool(own_Tk.all()):
+            rest_Tk = ids_Tk.masked_fill(own_Tk, -1)
+            weights = self.gate_up.value, self.down.value
+            if self.fused or self.apart:
+                others_TN = self.ops.chosen_experts(x_TN, rest_Tk, weights_Tk, *weights)
+            else:
+                others_TN = self.ops.experts(x_TN, rest_Tk, weights_Tk, *weights, self.spec, None)
+            out_TN = self.ops.add(out_TN, others_TN)
         return self._with_identities(out_TN, x_TN, ids_Tk, weights_Tk)
 
     def _with_identities(self, out_TN: Tensor, x_TN: Tensor, ids_Tk: Tensor, weights_Tk: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from phloem.models._stored import WHOLE, as_base, may_stand_for, some, unused_pa
 from phloem.quant._source import View
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -330,6 +330,22 @@ class WeightIndex:
             return prepare(parts, dtype, device, weight.experts)
         values = torch.cat([self.vector(weight, view) for view in views])
         return values.to(device, self.ctx.dtype if weight.in_own_type else None)
+
+    def stand_in(self, weight: Weight, tensors: Mapping[str, Tensor]) -> Any:
+        """A value that can take a slot's place for a while, dense whatever the slot's own is: of its stored tensors by
+        their names, whole."""
+        sources = {name: TensorSource(name, tuple(one.shape), tensor=one) for name, one in tensors.items()}
+        views = [self.view(weight, number, sources[name]) for number, name in enumerate(weight.names)]
+        if weight.role == "matrix":
+            return self.table(weight).prepare_linear(views, self.ctx.dtype, self.device(weight))
+        values = torch.cat([self.vector(weight, view) for view in views])
+        like = weight.value
+        return values.to(like.device, like.dtype) if isinstance(like, torch.Tensor) else values.to(self.device(weight))
+
+    def prepared(self, name: str, matrix: Tensor) -> Any:
+        """A matrix of any size as a linear layer's, dense."""
+        view = View(name, tuple(matrix.shape), TensorSource(name, tuple(matrix.shape), tensor=matrix))
+        return self.ctx.ops.prepare_linear([view], self.ctx.dtype, self.ctx.device)
 
     def _ahead(self, views: Sequence[View], sources: dict[str, Source]) -> Sequence[Any]:
         """Of many small matrices (experts) several are read at a time, where they go to the device unchanged."""

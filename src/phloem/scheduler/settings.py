@@ -65,22 +65,26 @@ class ScheduleSettings:
         return Pace(budget, mixed, worthwhile, draft_room, self.whole_prompts, self.forced_tokens, waves, price)
 
 
-def check(request: Request, settings: ScheduleSettings, cache: CacheManager, most_tokens: int) -> None:
-    """Raise BadRequest for what can never be served; `most_tokens`: of a text, prompt and answer."""
+def check(
+    request: Request, settings: ScheduleSettings, cache: CacheManager, most_tokens: int, adapter_tokens: int = 0
+) -> None:
+    """Raise BadRequest for what can never be served; `most_tokens`: of a text, prompt and answer; `adapter_tokens`:
+    token ids that its adapter knows."""
     count, params = request.num_prompt, request.params
+    vocab_size = max(settings.vocab_size, adapter_tokens)
     if count == 0:
         raise BadRequest("the prompt is empty", param="input_ids")
     media = request.submit.media
     known = request.prompt[request.prompt < FIRST] if media else request.prompt
     low, high = int(known.min(initial=0)), int(known.max(initial=0))
-    if low < 0 or high >= settings.vocab_size:
+    if low < 0 or high >= vocab_size:
         wrong = low if low < 0 else high
-        raise BadRequest(f"token id {wrong} is not in [0, {settings.vocab_size})", param="input_ids")
+        raise BadRequest(f"token id {wrong} is not in [0, {vocab_size})", param="input_ids")
     if media and (why := misfit(media, request.prompt, settings.vocab_size)):
         raise BadRequest(f"the request has {why}", param="image_data")
     if media and not settings.sees:
         raise BadRequest("this model takes no pictures", param="image_data")
-    params.validate(settings.vocab_size)
+    params.validate(vocab_size)
     if settings.block:
         denoising.check(request.submit)
     needed = reach(media, count) + (not request.scores_only)

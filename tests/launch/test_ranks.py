@@ -139,8 +139,9 @@ def test_a_step_without_memory_on_rank_0_ends_all(tmp_path: Path) -> None:
 )
 def test_what_several_ranks_do_not_serve_is_refused(values: dict[str, Any], why: str, tmp_path: Path) -> None:
     path = tiny_checkpoint("llama", tmp_path)
-    with pytest.raises(ConfigError, match=f"tp_size 2: .*{why}"):
+    with pytest.raises(ConfigError, match=f"tp_size 2: .*{why}") as refused:
         Engine(model_path=str(path), tp_size=2, **{**SMALL, **values})
+    assert refused.value.param == "tp_size"  # from the engine's thread, which tells by messages alone
 
 
 @pytest.mark.parametrize(

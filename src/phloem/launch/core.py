@@ -14,7 +14,7 @@ from phloem.adapters.desk import Desk
 from phloem.checkpoint.families import audio_of
 from phloem.core import speculation
 from phloem.core.errors import BadRequest, ConfigError, EngineDead, PhloemError
-from phloem.core.messages import Failed, FromEngine, Progress, Ready, Stats, Submit, ToEngine
+from phloem.core.messages import Failed, FromEngine, Ready, Stats, Submit, ToEngine
 from phloem.core.ranges import parse_bytes
 from phloem.core.renoising import Renoising
 from phloem.core.targets import Targets
@@ -39,6 +39,7 @@ from phloem.launch.nodes import dismiss
 from phloem.launch.pictures import PictureCore, refuse_ranks
 from phloem.launch.ranks import RankProcesses
 from phloem.launch.rest import Resting
+from phloem.launch.starting import Starting
 from phloem.launch.tiers import check as check_tiers
 from phloem.launch.tiers import tiers_of
 from phloem.models._common import Decoder
@@ -101,18 +102,13 @@ class EngineCore:
             raise
 
     def _build(self, config: Config, checkpoint: Checkpoint, send: Send) -> None:
-        phases: dict[str, float] = {}
-
-        def report(phase: str, seconds: float) -> None:
-            phases[phase] = seconds
-            send(Progress(phase=phase, seconds=seconds))
-
+        starting = Starting(send)
         self._closing = threading.Event()
         drafts = speculation.wanted(config)
         assemble.check(drafts)
         team = None if self._ranks is None else self._ranks.team
         beside = assemble.beside(drafts, checkpoint) if team is None else None
-        built = worker.build(config, checkpoint, report, team, beside)
+        built = worker.build(config, checkpoint, starting.took, team, beside)
         self.runner = built.runner
         runner, speculates = _drafting(drafts, built, config)
         if isinstance(built.denoising, Renoising):
@@ -128,7 +124,7 @@ class EngineCore:
         prepare = _hearing(checkpoint, _no_grammar if self._grammars is None else self._grammars.prepare)
         self._encoders = encoders_of(config, checkpoint, built)
         self._sends = send
-        self._desk, self._keeper = _desk(config, built, report), _keeper(config, checkpoint, built)
+        self._desk, self._keeper = _desk(config, built, starting.took), _keeper(config, checkpoint, built)
         self.scheduler = Scheduler(
             runner,
             settings,
@@ -143,7 +139,7 @@ class EngineCore:
         self._publisher = _publisher(config, cache, self.scheduler)
         self._tiers = tiers_of(config, checkpoint, built, self.scheduler)
         self._disagg = disaggregated(config, checkpoint, built, self.scheduler)
-        self.info = self._facts(built, checkpoint, phases)
+        self.info = self._facts(built, checkpoint, starting.seconds)
 
     def _facts(self, built: Built, checkpoint: Checkpoint, phases: dict[str, float]) -> dict[str, Any]:
         """What the door and `/server_info` are told."""
@@ -406,9 +402,6 @@ def serve(
         finally:
             core.close()
     except Exception as error:
-        send(
-            Failed(
-                error=machine.exhausted(error) or str(error), kind=type(error).__name__, trace=traceback.format_exc()
-            )
-        )
+        reason, param = machine.exhausted(error) or str(error), error.param if isinstance(error, PhloemError) else None
+        send(Failed(error=reason, kind=type(error).__name__, trace=traceback.format_exc(), param=param))
         raise

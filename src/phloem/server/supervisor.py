@@ -120,7 +120,7 @@ class _Supervisor:
             sock.close()
             if self._stop.is_set():
                 return 130
-            raise PhloemError(error.message) from None
+            raise client.connection.failure or PhloemError(error.message) from None
         tracer = Tracer(server.otlp_traces_endpoint, "phloem") if server.otlp_traces_endpoint else None
         app = create_app(client, self._config, self._info, tracer, self._films)
         minders = [asyncio.create_task(self._mind()), asyncio.create_task(self._end_hung())]

@@ -22,7 +22,8 @@ from phloem.cli._options import parse
 from phloem.core.config import opt
 from phloem.core.errors import BadRequest
 from phloem.engine import worker
-from phloem.engine.parallel import LeadingModel, ParallelRunner, ranks_of, refuse
+from phloem.engine.parallel import LeadingModel, ParallelRunner, encode_told, ranks_of, refuse
+from phloem.engine.plans import Packing
 from phloem.engine.runner import ModelRunner
 from phloem.launch.ranks import RankProcesses
 
@@ -239,16 +240,37 @@ class Telling(ParallelRunner):
         self.words.of("plan", 0, lambda: super(Telling, self).send(batch))
 
     def alone(self) -> dict[str, float]:
-        """Microseconds of it while no step runs, the median: of the rows of the last step, whose tables are known, and
-        of rows that are new. Those batches are never run."""
+        """Microseconds of it while no step runs, medians: of the rows of the last step, of those where a row has a new
+        page, and of other rows; and of `..._encoded` to make the bytes alone. The rest of it is sending, which wakes
+        ranks that sleep after `PAUSE`. Those batches are never run."""
         last = self._last
         assert last is not None
-        new = replace(last, tables=tuple(table[::-1] for table in last.tables))
-        found: dict[str, list[float]] = {"steady": [], "new": []}
-        for turn in range(4 * TOLD):
-            batch = new if turn % 8 > 3 else last  # what is new stays for three more
-            begun = perf_counter()
-            super().send(batch)
-            found["new" if turn % 4 == 0 else "steady"].append(perf_counter() - begun)
-            sleep(PAUSE)
+        found: dict[str, list[float]] = {}
+        for send, what in ((super().send, ""), (_encoder(), "_encoded")):
+            for turn in range(3 * TOLD):
+                kind = ("steady", "page", "new")[turn % 3]
+                last = _next(last, kind)
+                begun = perf_counter()
+                send(last)
+                found.setdefault(kind + what, []).append(perf_counter() - begun)
+                sleep(PAUSE)
         return {name: sorted(values)[len(values) // 2] * 1e6 for name, values in found.items()}
+
+
+def _encoder() -> Callable[[Batch], object]:
+    """What makes bytes of batches, and sends them nowhere."""
+    packing = Packing()
+    return lambda batch: encode_told(packing.pack(batch))
+
+
+def _next(batch: Batch, kind: str) -> Batch:
+    """The step after: of the same rows, where one of them has another page, or of other rows."""
+    lens = batch.prefix_lens + 1
+    if kind == "steady":
+        return replace(batch, prefix_lens=lens)
+    tables = tuple(table.copy() for table in batch.tables)
+    if kind == "page":
+        tables[0][0, -1] += 1
+        return replace(batch, prefix_lens=lens, tables=tables)
+    arrays = {name: getattr(batch, name)[::-1].copy() for name in ("slots", "query_lens", "outputs")}
+    return replace(batch, prefix_lens=lens[::-1], tables=tuple(table[::-1] for table in tables), **arrays)

@@ -60,14 +60,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Pages(msgspec.Struct, frozen=True, tag=True):
+class Pages(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """How large each group's memory is, on every rank: rank 0 has measured. `facts`: what must agree."""
 
     num_pages: tuple[int, ...]
     facts: dict[str, str]
 
 
-class Go(msgspec.Struct, frozen=True, tag=True):
+class Go(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Run the planned batch of this step; `ids` int64 [T] are its tokens, those of the last step included, and `lens`
     int32 the rows that rank 0 has cut it into: others would add in another order. `head`: what the last stage makes of
     the wanted states at once; "": `Chosen` asks for it, if anybody does."""
@@ -79,25 +79,25 @@ class Go(msgspec.Struct, frozen=True, tag=True):
     head: Kind | Literal[""] = ""
 
 
-class Chosen(msgspec.Struct, frozen=True, tag=True):
+class Chosen(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Hidden states of `rows` positions come by the comm: their logits, or their most likely tokens, are wanted."""
 
     rows: int
     kind: Kind
 
 
-class Moved(msgspec.Struct, frozen=True, tag=True):
+class Moved(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Where the experts of one sparse layer lie from the next step on: those in each of `ep_size` ranks' slots."""
 
     layer: int
     ranks: list[list[int]]
 
 
-class Busy(msgspec.Struct, frozen=True, tag=True):
+class Busy(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """How long a rank's stage has computed so far is wanted, once it has done what it was told before."""
 
 
-class End(msgspec.Struct, frozen=True, tag=True):
+class End(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """No more steps."""
 
 

@@ -105,7 +105,7 @@ def test_who_sleeps_is_woken_and_who_is_awake_is_not(make: Callable[..., Ends]) 
             time.sleep(0.001)
         ends.writer.write(b"%d" % turn, nobody_has_gone)
     assert ends.woken[0] >= 19  # one may have slept its while, and just look again
-    for turn in range(500):
+    for _ in range(500):
         ends.writer.write(b"more", nobody_has_gone)
     ends.hang_up()
     thread.join(20)

@@ -13,6 +13,8 @@ from pathlib import Path
 from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+
 from phloem.bench._report import context as machine_context
 from phloem.bench._report import write_line
 from phloem.bench.step import WARM, DecodeSteps
@@ -21,6 +23,7 @@ from phloem.checkpoint.describe import describe
 from phloem.cli._options import parse
 from phloem.core.config import opt
 from phloem.core.errors import BadRequest
+from phloem.distributed.shm import SharedMemory
 from phloem.engine import worker
 from phloem.engine.parallel import LeadingModel, ParallelRunner, encode_told, ranks_of, refuse
 from phloem.engine.plans import Packing
@@ -38,9 +41,11 @@ if TYPE_CHECKING:
     from phloem.distributed.comm import Comm
     from phloem.distributed.groups import Groups
     from phloem.engine.parallel import Told
+    from phloem.kernels.native_meeting import Spent
 
 T = TypeVar("T")
 
+SUMS = "tp all_reduce"
 BATCHES = (1, 2, 4)  # that the rows are dealt out in, where there are stages
 TOLD, PAUSE = 50, 0.001  # batches of each kind that are sent without a step, and seconds between two
 
@@ -73,18 +78,37 @@ class Times:
         self.bytes[kind] += size
         return found
 
+    def take(self, before: Spent | None, after: Spent | None) -> float | None:
+        """Sums that count themselves; gives the seconds of them in which others were waited for, None: nobody knows."""
+        if before is None or after is None:
+            return None
+        self.calls[SUMS] += after.calls - before.calls
+        self.bytes[SUMS] += after.bytes - before.bytes
+        self.seconds[SUMS] += after.seconds - before.seconds  # pyright: ignore[reportArgumentType]
+        return after.waited - before.waited
+
+
+def spent(groups: Groups) -> Spent | None:
+    """Of the sums of a stage's ranks so far, where they are native calls."""
+    return groups.tp.spent if isinstance(groups.tp, SharedMemory) else None
+
 
 class Timed:
     """A rank's end of a group (`distributed.comm.Comm`), whose calls are timed."""
 
     def __init__(self, inner: Comm, group: str, times: Times) -> None:
         self._inner, self._group, self._times = inner, group, times
-        self.name, self.rank, self.size = inner.name, inner.rank, inner.size
+        self.name, self.rank, self.size, self.records = inner.name, inner.rank, inner.size, inner.records
 
     def _of(self, call: str, x: Tensor, work: Callable[[], T]) -> T:
         return self._times.of(f"{self._group} {call}", x.nbytes, work)
 
+    def check(self) -> None:
+        self._inner.check()
+
     def all_reduce(self, x: Tensor) -> Tensor:
+        if self.records and x.dtype == torch.float32:
+            return self._inner.all_reduce(x)  # what a recording holds is counted by itself (`spent`)
         return self._of("all_reduce", x, lambda: self._inner.all_reduce(x))
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
@@ -166,9 +190,10 @@ def _together(config: Config, checkpoint: Checkpoint, steps: StepOptions) -> dic
             decode.seconds()
             times.clear()
             runner.words.clear()
-            begun = perf_counter()
+            before, begun = spent(ranks.team.groups), perf_counter()
             decode.run(1, steps.steps)
             seconds = perf_counter() - begun
+            waited = times.take(before, spent(ranks.team.groups))
             meetings = _meetings(times, steps.steps, seconds)
             told = {"launched": runner.words.seconds["plan"] / runner.words.calls["plan"] * 1e6, **runner.alone()}
             stages = _stages(runner, built.runner, ranks, steps)
@@ -181,6 +206,7 @@ def _together(config: Config, checkpoint: Checkpoint, steps: StepOptions) -> dic
         "comm": ranks.team.groups.ends[0].name,
         "meetings": meetings,
         "meetings_share": sum(one["share"] for one in meetings),
+        "waited_share": None if waited is None else waited / seconds,
         "bytes_read": ranks.bytes_read,
         "told_us": told,
         **stages,

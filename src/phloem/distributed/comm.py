@@ -57,6 +57,15 @@ class Comm(Protocol):
     rank: int
     size: int
 
+    @property
+    def records(self) -> bool:
+        """Whether float32 sums are calls that a step's recording holds; `check` then says whether they failed."""
+        ...
+
+    def check(self) -> None:
+        """Raises `EngineDead` where a call of a recorded step did not find the others."""
+        ...
+
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over all ranks, in the type of `x`; `x` may be used up."""
         ...
@@ -101,6 +110,7 @@ class Threads:
     """A rank in a thread of this process. `Threads.group(n)` makes all of them."""
 
     name = "threads"
+    records = False
 
     def __init__(self, meeting: _Meeting, rank: int, size: int) -> None:
         self._meeting, self.rank, self.size = meeting, rank, size
@@ -147,6 +157,9 @@ class Threads:
         assert found is not None
         return found
 
+    def check(self) -> None:
+        """Each call has said what became of it."""
+
     def abort(self) -> None:
         self._meeting.barrier.abort()
 
@@ -166,6 +179,7 @@ class Gloo:
     """
 
     name = "gloo"
+    records = False
 
     def __init__(self, rank: int, size: int, place: Path | Any, timeout: float, host: str = "127.0.0.1") -> None:
         self.rank, self.size = rank, size
@@ -242,6 +256,9 @@ class Gloo:
         options.rootRank = 0
         self._run(self._group.broadcast([x], options))
         return x
+
+    def check(self) -> None:
+        """Each call has said what became of it."""
 
     def abort(self) -> None:
         self._aborted = True

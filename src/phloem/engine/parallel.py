@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from phloem.core.config import Config
     from phloem.core.memory import MemorySpec
     from phloem.core.resolve import Decision
+    from phloem.engine.recorded.flexible import FlexibleSteps
     from phloem.kvcache.pool import KVPool
     from phloem.layers.context import AttentionSpec, ForwardBatch
 
@@ -61,10 +62,12 @@ T = TypeVar("T")
 
 
 class Pages(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """How large each group's memory is, on every rank: rank 0 has measured. `facts`: what must agree."""
+    """How large each group's memory is, on every rank: rank 0 has measured. `facts`: what must agree. `most`: pages of
+    a row."""
 
     num_pages: tuple[int, ...]
     facts: dict[str, str]
+    most: int
 
 
 class Go(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -264,9 +267,17 @@ class LeadingModel:
 
 
 class Leading:
-    """Rank 0's way of running steps (`forward.Way`): eagerly, with all ranks."""
+    """Rank 0's way of running steps (`forward.Way`), with all ranks: as they are recorded, or eagerly."""
 
-    def __init__(self, whole: Together, backend: AttentionBackend, pool: KVPool, team: Team) -> None:
+    def __init__(
+        self,
+        whole: Together,
+        backend: AttentionBackend,
+        pool: KVPool,
+        team: Team,
+        recorded: FlexibleSteps | None = None,
+    ) -> None:
+        self._recorded = recorded
         self._whole, self._backend, self._pool, self._team = whole, backend, pool, team
         self._rows, self.ahead = whole.rows, whole.ahead
         self._taking = ThreadPoolExecutor(1, "phloem-stages") if self.ahead else None
@@ -300,15 +311,32 @@ class Leading:
         self._whole.found = {kind: found}
 
     def run(self, step: Step, ready: Callable[[], None]) -> Tensor:
-        inputs, batch = step.inputs, step.batch
-        ids = inputs.input_ids.numpy().tobytes()
-        self._team.tell(Go(batch.step, batch.epoch, ids, raw(batch.query_lens)))
+        batch = step.batch
+        ids = np.ascontiguousarray(step.arrays(batch.num_rows)[0], np.int64)
+        self._team.tell(Go(batch.step, batch.epoch, ids.tobytes(), raw(batch.query_lens)))
         ready()
         with _all_or_none(self._team.groups):
             if self._rows is not None:
-                known = replace(batch, input_ids=inputs.input_ids.numpy().astype(np.int32))
+                known = replace(batch, input_ids=ids.astype(np.int32))
                 return run_rows(self._whole, self._rows, self._backend, self._pool, known, step.last)
-            return run_forward(self._whole, self._backend, self._pool, inputs, inputs.logit_index)
+            return run_shared(self._whole, self._backend, self._pool, step, self._recorded)
+
+
+def run_shared(
+    whole: Together, backend: AttentionBackend, pool: KVPool, step: Step, recorded: FlexibleSteps | None
+) -> Tensor:
+    """A rank's part of a step: hidden states [L, N]. Raises EngineDead where another rank has gone."""
+    found = None if recorded is None else recorded.run(step, _nothing)
+    if found is None:
+        inputs = step.inputs
+        return run_forward(whole, backend, pool, inputs, inputs.logit_index)
+    if whole.comm is not None:
+        whole.comm.check()
+    return found
+
+
+def _nothing() -> None:
+    pass
 
 
 class ParallelRunner(RunnerAround):
@@ -347,8 +375,10 @@ class Executor:
         slots: int,
         shift: Callable[[Moved], object],
         busy: Callable[[float], None] = lambda _: None,
+        recorded: FlexibleSteps | None = None,
     ) -> None:
         """`shift`: what is to be done when experts move. `busy`: says how long this stage has computed."""
+        self._recorded = recorded
         self._shift, self._busy = shift, busy
         self._whole, self._backend, self._pool = whole, backend, pool
         self._last = LastTokens(slots, pool.device, True, None, ops)
@@ -384,8 +414,8 @@ class Executor:
         if rows is not None:
             self._hidden_LN = run_rows(self._whole, rows, self._backend, self._pool, batch_cut, self._last)
             return
-        inputs = Step(batch_cut, Wanted.of(batch), self._pool, self._last).inputs
-        self._hidden_LN = run_forward(self._whole, self._backend, self._pool, inputs, inputs.logit_index)
+        step = Step(batch_cut, Wanted.of(batch), self._pool, self._last)
+        self._hidden_LN = run_shared(self._whole, self._backend, self._pool, step, self._recorded)
 
     def _choose(self, told: Chosen) -> None:
         assert self._hidden_LN is not None, "rows of no step"

@@ -16,6 +16,7 @@ from phloem.models._stage import run_stage
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from phloem.distributed.comm import Comm
     from phloem.distributed.groups import Groups
     from phloem.layers.context import ForwardBatch
     from phloem.models import Model
@@ -68,6 +69,11 @@ class Together:
         elif groups.up is not None and not self.head:
             return take(groups.up)[0]
         return made[0]
+
+    @property
+    def comm(self) -> Comm | None:
+        """By what the ranks meet in each layer, where they meet nowhere else in a forward pass."""
+        return self._groups.tp if self._stage is None and self.rows is None else None
 
     @property
     def ahead(self) -> int:

@@ -326,5 +326,5 @@ def decision_of(config: Config, name: str, why: str) -> Decision:
         placed = ", placed by Ray" if config.nodes.use_ray else ""
         parts.append(f"{nodes.size} nodes (nnodes){placed}, whose ranks meet by gloo")
     where = "those of one" if nodes.size > 1 else "ranks"
-    parts += [f"{where} meet by {name} ({why}), so that steps are not recorded", "rank 0 chooses the tokens"]
+    parts += [f"{where} meet by {name} ({why})", "rank 0 chooses the tokens"]
     return Decision("tp_size", runtime.tp_size, "; ".join(["as asked", *parts]))

@@ -8,6 +8,8 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,10 @@ from phloem import Engine
 from phloem.checkpoint.describe import describe
 from phloem.core.config import Config
 from phloem.core.errors import ConfigError, EngineDead, ModelLoadError
+from phloem.distributed.comm import Threads
+from phloem.distributed.shm import SharedMemory
 from phloem.engine.parallel import Chosen, Go, Plan
+from phloem.engine.recorded import choice
 from phloem.launch.child import sweep
 from phloem.launch.core import EngineCore
 from phloem.testing.checkpoints import tiny_checkpoint
@@ -101,6 +106,91 @@ def test_stages_have_the_bits_of_one_rank_where_those_are_promised(tmp_path: Pat
         finally:
             core.close()
     assert found[0] == found[1] and len(found[0]["q1"][1]) > 5 and len(found[0]["q1"][2]) > 5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not built(), reason="the native library is not built (no C++ compiler?)")
+@pytest.mark.parametrize(
+    ("name", "size", "which"),
+    [("llama", 2, "all"), ("llama", 2, "rank 0"), ("qwen3_moe", 4, "all"), ("deepseek_v3", 2, "all")],
+    ids=lambda value: str(value).replace(" ", "-"),
+)
+def test_recorded_steps_of_ranks_answer_as_one_rank_does(
+    name: str, size: int, which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefills, mixed and decode steps, by ranks in threads that meet as processes do; whether the others' steps are
+    recorded too is their own matter."""
+    monkeypatch.setattr(Threads, "group", partial(shared_memory, tmp_path))
+    made, choose, only = list[Any](), choice.among_ranks, threading.Lock()
+
+    def among(config: Config, whole: Any, *rest: Any) -> Any:
+        found = choose(config, whole, *rest)
+        if found is None or (which != "all" and whole.comm.rank):
+            return None
+        record = found.graphs._make
+
+        def one_at_a_time(tokens: int) -> Any:
+            with only:  # of one process
+                return record(tokens)
+
+        found.graphs._make = one_at_a_time
+        made.append(found)
+        return found
+
+    monkeypatch.setattr(choice, "among_ranks", among)
+    path = str(checkpoint(name, tmp_path / "model"))
+    options: dict[str, Any] = {
+        "model_path": path, "dtype": "float32", "max_total_tokens": 320, "page_size": 16, "context_length": 128,
+        "chunked_prefill_size": 16, "max_running_requests": 4, "debug_invariants": True, "random_seed": 1, "threads": 1,
+    }  # fmt: skip
+    one = EngineCore(Config.from_flat(options), describe(path), lambda message: None)
+    try:
+        expected = answers(one, load())
+    finally:
+        one.close()
+    config = Config.from_flat({**options, "tp_size": size})
+    core = EngineCore(config, describe(path), lambda message: None, ThreadRanks(config, describe(path)))
+    try:
+        found = answers(core, load())
+    finally:
+        core.close()
+    for key, (tokens, values, _) in expected.items():
+        assert found[key][0] == tokens and len(tokens) > 3, key
+        assert found[key][1] == pytest.approx(values, abs=1e-4), key
+    assert len(made) == (size if which == "all" else 1)
+    for steps in made:
+        assert steps.graphs.facts()["recorded"] == 1 and not steps.graphs.given_up, steps.graphs.describe()
+    decisions = {name: (value, why) for name, value, why in core.info["decisions"]}
+    assert decisions["rank_steps"][0] == "recorded" and "sums included" in decisions["rank_steps"][1]
+
+
+def shared_memory(folder: Path, size: int, timeout: float = 60.0) -> list[Any]:
+    """As `Threads.group`, of ends that processes have."""
+    place = folder / f"meeting{len(list(folder.iterdir()))}"
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(lambda rank: SharedMemory(rank, size, place, timeout), range(size)))
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({}, "sums by threads are no native calls"),
+        ({"disable_step_graph": True}, "as asked"),
+        ({"pp_size": 2, "tp_size": 1}, "stages of a pipeline"),
+        ({"ops": "reference"}, "cannot record"),
+    ],
+    ids=["threads", "asked", "stages", "ops"],
+)
+@pytest.mark.skipif(not built(), reason="the native library is not built (no C++ compiler?)")
+def test_steps_of_ranks_that_are_not_recorded_say_why(values: dict[str, Any], why: str, tmp_path: Path) -> None:
+    path = str(checkpoint("llama", tmp_path))
+    config = Config.from_flat({"model_path": path, **SMALL, "ops": None, "tp_size": 2, **values})
+    core = EngineCore(config, describe(path), lambda message: None, ThreadRanks(config, describe(path)))
+    try:
+        decisions = {name: (value, why) for name, value, why in core.info["decisions"]}
+        assert decisions["rank_steps"][0] == "eager" and why in decisions["rank_steps"][1]
+    finally:
+        core.close()
 
 
 @pytest.mark.slow
@@ -199,8 +289,12 @@ def test_ranks_that_cannot_be_are_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("comm", "sizes"), [("shm", {"tp_size": 2}), ("gloo", {"pp_size": 2})], ids=["shm", "gloo"])
-def test_an_engine_in_this_process_has_ranks_beside_it(comm: str, sizes: dict[str, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("comm", "sizes"),
+    [("shm", {"tp_size": 2}), ("gloo", {"pp_size": 2}), ("shm", {"tp_size": 2, "ops": None})],
+    ids=["shm", "gloo", "recorded"],
+)
+def test_an_engine_in_this_process_has_ranks_beside_it(comm: str, sizes: dict[str, Any], tmp_path: Path) -> None:
     """And tells of one that dies: what runs ends with the reason, and so does all that comes after."""
     path = str(checkpoint("llama", tmp_path))
     asks: list[dict[str, Any]] = [
@@ -210,7 +304,9 @@ def test_an_engine_in_this_process_has_ranks_beside_it(comm: str, sizes: dict[st
     ]
     with Engine(model_path=path, **SMALL) as one:
         expected = [one.generate("hello world", ask)["output_ids"] for ask in asks]
-    with Engine(model_path=path, tp_comm=comm, **sizes, **SMALL) as engine:
+    with Engine(model_path=path, tp_comm=comm, **{**SMALL, **sizes}) as engine:
+        steps = {name: value for name, value, _ in engine.get_server_info()["decisions"]}["rank_steps"]
+        assert steps == ("recorded" if "ops" in sizes and built() else "eager")
         assert [engine.generate("hello world", ask)["output_ids"] for ask in asks] == expected
         (pid,) = ranks_of(os.getpid())
         ended: queue.SimpleQueue[BaseException] = queue.SimpleQueue()

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import deep_ep_stand_in
-import numpy as np
 import pytest
 import torch
 from loads import answers, load

@@ -116,6 +116,6 @@ def test_what_differs_from_nothing_and_what_one_rank_runs_alone_is_refused() -> 
     steady = packing.pack(replace(batch(3, [[[1, 2, 4]]]), slots=np.zeros(1, np.int32)))
     with pytest.raises(ValueError, match="a plan differs from one that was never told"):
         Unpacking().unpack(msgspec.structs.replace(steady, slots=None))
-    with pytest.raises(ValueError, match="drafts runs on one rank alone"):
-        packing.pack(replace(batch(3, [[[1]]]), outputs=np.array([2], np.int32)))
+    with pytest.raises(ValueError, match="adapters, or drafts of a model runs on one rank alone"):
+        packing.pack(replace(batch(3, [[[1]]]), adapters=np.array([2], np.int32)))
     same(batch(4, [[[5]]]), Unpacking().unpack(packing.pack(batch(4, [[[5]]]))))

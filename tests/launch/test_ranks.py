@@ -17,7 +17,7 @@ import pytest
 from loads import answers, load
 from native_support import built
 from served import Server, eventually, gone, ranks_of, shared_folders
-from share_support import ThreadRanks, checkpoint
+from share_support import ThreadRanks, checkpoint, planned
 
 from phloem import Engine
 from phloem.checkpoint.describe import describe
@@ -32,6 +32,7 @@ from phloem.launch.core import EngineCore
 from phloem.testing.checkpoints import tiny_checkpoint
 
 SMALL: dict[str, Any] = {"dtype": "float32", "ops": "reference", "max_total_tokens": 2048, "log_level": "warning"}
+DRAFTS: dict[str, Any] = {"speculative_algorithm": "suffix", "disable_speculative_adaptive": True}
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc of Linux")
 
 
@@ -48,10 +49,13 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc of Linux
         ("llama", {"tp_size": 2, "attn_dp_size": 2}),
         ("qwen3_moe", {"tp_size": 2, "attn_dp_size": 2, "ep_size": 2}),
         ("deepseek_v3", {"tp_size": 4, "attn_dp_size": 2, "ep_size": 2}),
+        ("llama", {"tp_size": 2, **DRAFTS}),
+        ("qwen3_moe", {"tp_size": 2, "ep_size": 2, **DRAFTS}),
+        ("gemma3_text", {"tp_size": 2, **DRAFTS, "speculative_algorithm": "ngram"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(f"{key[:2]}{size}" for key, size in value.items()),
 )
-def test_ranks_answer_as_one_does(name: str, sizes: dict[str, int], tmp_path: Path) -> None:
+def test_ranks_answer_as_one_does(name: str, sizes: dict[str, Any], tmp_path: Path) -> None:
     """With prefix hits, chunks, preemption, grammars, penalties and log probabilities."""
     path = str(checkpoint(name, tmp_path))
     options: dict[str, Any] = {
@@ -82,6 +86,8 @@ def test_ranks_answer_as_one_does(name: str, sizes: dict[str, int], tmp_path: Pa
     }  # fmt: skip
     decisions = {name: (value, why) for name, value, why in core.info["decisions"]}
     assert decisions["tp_size"][0] == sizes.get("tp_size", 1)
+    verified = sum(int((batch.outputs > 1).any()) for batch in planned(ranks.told))
+    assert verified > 3 if "speculative_algorithm" in sizes else not verified
     assert any("p_size" in why for name, (_, why) in decisions.items() if "graph" in name), decisions
 
 
@@ -271,7 +277,7 @@ def test_sizes_that_cannot_be_shared_out_end_the_start_before_any_process(
         ({"tp_size": 2, "ep_size": 2}, ConfigError, "ep_size 2: llama has no experts"),
         ({"pp_size": 4}, ModelLoadError, r"pp_size 4: 3 layers cannot be shared out; valid: 1, 2, 3"),
         ({"pp_size": 2, "lora_paths": ["/nowhere"]}, ConfigError, "pp_size 2: adapters"),
-        ({"pp_size": 2, "speculative_algorithm": "suffix"}, ConfigError, "pp_size is 2"),
+        ({"pp_size": 2, "speculative_algorithm": "suffix"}, ConfigError, "verify drafts, no others, and pp_size is 2"),
     ],
 )
 def test_ranks_that_cannot_be_are_refused(

@@ -57,9 +57,9 @@ class Packing:
         """What the other ranks need of a batch. Raises ValueError for one that they cannot execute."""
         last = self._last
         same = last is not None and batch.outputs is last.outputs
-        several = not same and bool((batch.outputs > 1).any())
-        if batch.embeds or batch.positions is not None or batch.adapters is not None or several:
-            raise ValueError("a batch with pictures, adapters or drafts runs on one rank alone")
+        alone = batch.positions, batch.adapters, batch.drafting, batch.parents, batch.places
+        if batch.embeds or any(part is not None for part in alone):
+            raise ValueError("a batch with pictures, adapters, or drafts of a model runs on one rank alone")
         self._last = batch
         tables: list[bytes | Cells] | None = None
         if last is None or len(last.tables) != len(batch.tables):

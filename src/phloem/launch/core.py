@@ -23,7 +23,7 @@ from phloem.engine.canvas import CanvasRunner
 from phloem.engine.compiled import CompiledModel
 from phloem.engine.renoise import RenoisingRunner
 from phloem.engine.runner import ModelRunner
-from phloem.engine.unshared import option_of, refuse_unshared
+from phloem.engine.unshared import refuse_unshared, undrafted
 from phloem.engine.watchdog import Watchdog
 from phloem.grammar._base import name_of
 from phloem.grammar._manager import GrammarManager, GrammarSettings
@@ -110,13 +110,11 @@ class EngineCore:
         beside = assemble.beside(drafts, checkpoint) if team is None else None
         built = worker.build(config, checkpoint, starting.took, team, beside)
         self.runner = built.runner
-        runner, speculates = _drafting(drafts, built, config)
+        runner, speculates = _drafting(drafts, built, config, team)
         if isinstance(built.denoising, Renoising):
             runner = RenoisingRunner(runner, built.denoising, checkpoint.vocab_size)
         elif built.denoising is not None:
             runner = CanvasRunner(runner, built.denoising)
-        if team is not None:
-            runner = parallel.ParallelRunner(runner, team.tell)
         self._watchdog = Watchdog(built.runner, config.schedule.watchdog_timeout)
         cache = _cache(config, checkpoint, built)
         settings = _settings(config, checkpoint, built, speculates)
@@ -248,19 +246,24 @@ def _cache(config: Config, checkpoint: Checkpoint, built: Built) -> CacheManager
     return parts[0] if len(parts) == 1 else PartedCache(parts)
 
 
-def _drafting(drafts: speculation.Wanted, built: Built, config: Config) -> tuple[Runner, bool]:
-    """The runner, perhaps with drafts, and whether it has them. Raises ConfigError for a drafter that cannot serve."""
+def _drafting(
+    drafts: speculation.Wanted, built: Built, config: Config, team: parallel.Team | None
+) -> tuple[Runner, bool]:
+    """The runner, of rank 0 with the others, perhaps with drafts, and whether it has them. Raises ConfigError for a
+    drafter that cannot serve."""
     runner = built.runner
     if not isinstance(runner, ModelRunner):
         built.decisions.append(assemble.without(drafts, "the model does not generate"))
         return runner, False
     why = "" if built.sites is None else "beside adapters, drafts have not been shown to change no bit"
     why = why if built.denoising is None else "a model of diffusion gives several tokens a pass by itself"
-    one = parallel.ranks_of(config) == 1
-    why = why if one else "drafts are verified on one rank, and {} is {}".format(*option_of(config))
+    if team is not None:
+        recurrent = any(group.kind == "state" for group in runner.groups)
+        why = undrafted(config, by_model=drafts.algorithm in speculation.MODELS, recurrent=recurrent)
     drafter, decided = assemble.decide(drafts, runner, why)
     built.decisions.append(decided)
-    return assemble.around(drafts, runner, drafter), drafter != speculation.NONE
+    inner = runner if team is None else parallel.ParallelRunner(runner, team.tell)
+    return assemble.around(drafts, runner, drafter, inner), drafter != speculation.NONE
 
 
 def _capturer(config: Config, built: Built, checkpoint: Checkpoint) -> Capturer | None:

@@ -94,7 +94,8 @@ class Comm(Protocol):
 
 def counts_of(comm: Comm, parts: list[Tensor]) -> list[list[int]]:
     """[from][to] rows of what all ranks give each other."""
-    return [row.tolist() for row in comm.all_gather(torch.tensor([len(part) for part in parts]))]
+    counts = torch.tensor([len(part) for part in parts], device=parts[0].device)
+    return [row.tolist() for row in comm.all_gather(counts)]
 
 
 class _Meeting:

@@ -27,6 +27,7 @@ from phloem.distributed.comm import Threads
 from phloem.distributed.shm import SharedMemory
 from phloem.engine.parallel import Chosen, Go, Plan
 from phloem.engine.recorded import choice
+from phloem.engine.stages import Together
 from phloem.launch.child import sweep
 from phloem.launch.core import EngineCore
 from phloem.testing.checkpoints import tiny_checkpoint
@@ -168,6 +169,70 @@ def test_recorded_steps_of_ranks_answer_as_one_rank_does(
         assert steps.graphs.facts()["recorded"] == 1 and not steps.graphs.given_up, steps.graphs.describe()
     decisions = {name: (value, why) for name, value, why in core.info["decisions"]}
     assert decisions["rank_steps"][0] == "recorded" and "sums included" in decisions["rank_steps"][1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not built(), reason="the native library is not built (no C++ compiler?)")
+@pytest.mark.parametrize("starving", [(0,), (1,), (2,), (0, 2)], ids=str)
+@pytest.mark.parametrize("ops", ["reference", None], ids=["plain", "recorded"])
+def test_a_step_without_memory_on_one_rank_is_undone_on_all(
+    starving: tuple[int, ...], ops: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several times, in the middle of a layer and in the head: with fewer tokens the steps run again, and nobody's
+    answer is another one."""
+    monkeypatch.setattr(Threads, "group", partial(shared_memory, tmp_path))
+    path = str(checkpoint("llama", tmp_path / "model"))
+    options: dict[str, Any] = {
+        "model_path": path, "dtype": "float32", "ops": ops, "max_total_tokens": 320, "page_size": 16, "threads": 1,
+        "context_length": 128, "chunked_prefill_size": 16, "max_running_requests": 4, "debug_invariants": True,
+        "random_seed": 1, "disable_step_graph": True,
+    }  # fmt: skip
+    one = EngineCore(Config.from_flat(options), describe(path), lambda message: None)
+    try:
+        expected = answers(one, load())
+    finally:
+        one.close()
+    steps: dict[tuple[int, str], int] = {}
+    forward, chosen = Together.forward, Together.chosen
+
+    def starves(rank: int, what: str, every: int) -> None:
+        steps[rank, what] = steps.get((rank, what), 0) + 1
+        if rank in starving and steps[rank, what] % every == 0:
+            raise MemoryError("not enough memory")
+
+    def late(whole: Any, step: Any) -> Any:
+        """Behind some of the sums of a step."""
+        feed, rank = whole.model.layers[1].feed, whole.rank
+
+        def hungry(*args: Any) -> Any:
+            starves(rank, "layer", 9)
+            return feed(*args)
+
+        whole.model.layers[1].feed = hungry
+        try:
+            return forward(whole, step)
+        finally:
+            whole.model.layers[1].feed = feed
+
+    def head(whole: Any, *args: Any) -> Any:
+        starves(whole.rank, "head", 7)
+        return chosen(whole, *args)
+
+    monkeypatch.setattr(Together, "forward", late)
+    monkeypatch.setattr(Together, "chosen", head)
+    config = Config.from_flat({**options, "tp_size": 4})
+    ranks = ThreadRanks(config, describe(path))
+    core = EngineCore(config, describe(path), lambda message: None, ranks)
+    try:
+        found = answers(core, load())
+        assert core.scheduler.meter.out_of_memory >= 2
+    finally:
+        core.close()
+    assert ranks.error is None
+    assert max(one.undone for one in ranks.told if isinstance(one, Go)) >= 2
+    for key, (tokens, values, _) in expected.items():
+        assert found[key][0] == tokens and len(tokens) > 3, key
+        assert found[key][1] == pytest.approx(values, abs=1e-4), key
 
 
 def shared_memory(folder: Path, size: int, timeout: float = 60.0) -> list[Any]:

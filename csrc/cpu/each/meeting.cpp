@@ -15,15 +15,17 @@ constexpr int64_t kLine = 8;         // numbers from one rank's counter to the n
 constexpr int64_t kSpins = 1500;     // looks before the core is offered to others: about 20 us
 constexpr int64_t kYields = 4000;    // and before it is left for a while
 constexpr int64_t kNap = 50'000;     // nanoseconds
-enum Told { kFailed, kCalls, kSpent, kWaited, kBytes };  // places of SharedSumArgs::told
+enum Told { kFailed, kCalls, kSpent, kWaited, kBytes, kUndone };  // places of SharedSumArgs::told
 
 struct SharedSumArgs {
-  int64_t* head;    // a line each: whether the group has ended; of each rank, how often it has met the others
+  int64_t* head;    // a line each: whether the group has ended, and how many steps were undone; of each rank, how often it
+                    // has met the others
   float* places;    // two turns, in each a place of every rank
   const float* x;   // [rows, n]
   float* out;       // [rows, n]; may be x
-  int64_t* told;    // why it failed: 0 not, 1 the group has ended, 2 + r rank r did not come; calls; nanoseconds of all
-                    // of them; of these waiting for others; bytes that this rank has brought
+  int64_t* told;    // why it failed: 0 not, -1 the step is undone, 1 the group has ended, 2 + r rank r did not come;
+                    // calls; nanoseconds of all of them; of these waiting for others; bytes that this rank has brought;
+                    // how many undone steps this rank knows of
   int64_t rows, n, rank, size;
   int64_t place;     // floats of a place: what is larger goes in pieces
   int64_t patience;  // nanoseconds
@@ -43,9 +45,19 @@ void pause_core() {
 #endif
 }
 
+// Whether nobody must be waited for: sets why.
+bool over(const SharedSumArgs& a) {
+  if (__atomic_load_n(a.head, __ATOMIC_ACQUIRE) != 0) {
+    a.told[kFailed] = 1;
+  } else if (__atomic_load_n(a.head + 1, __ATOMIC_ACQUIRE) > a.told[kUndone]) {
+    a.told[kFailed] = -1;
+  }
+  return a.told[kFailed] != 0;
+}
+
 // Says that this rank has written its part of this call, and waits until all have. Once it has failed it waits for nobody.
 void meet(const SharedSumArgs& a, int64_t call) {
-  if (a.told[kFailed] != 0) return;
+  if (a.told[kFailed] != 0 || over(a)) return;
   __atomic_store_n(a.head + kLine * (1 + a.rank), call, __ATOMIC_RELEASE);
   int64_t begun = 0;
   for (int64_t rank = 0; rank < a.size; ++rank) {
@@ -63,13 +75,14 @@ void meet(const SharedSumArgs& a, int64_t call) {
       }
       const int64_t at = now();
       if (begun == 0) begun = at;
-      if (__atomic_load_n(a.head, __ATOMIC_ACQUIRE) != 0 || at - begun > a.patience) {
-        a.told[kFailed] = __atomic_load_n(a.head, __ATOMIC_ACQUIRE) != 0 ? 1 : 2 + rank;
+      if (over(a)) return;
+      if (at - begun > a.patience) {
+        a.told[kFailed] = 2 + rank;
         return;
       }
     }
   }
-  if (__atomic_load_n(a.head, __ATOMIC_ACQUIRE) != 0) a.told[kFailed] = 1;
+  over(a);
 }
 
 // The sum over the ranks in their order, so that all have the same bits. Who writes a place again has seen all ranks at

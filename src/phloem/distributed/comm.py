@@ -47,6 +47,27 @@ class Board:
         return _TORCH.PrefixStore(name, self._store)
 
 
+class StepUndone(MemoryError):
+    """Another rank found no memory for a part of the step: all of them leave it."""
+
+
+class Undoing(Protocol):
+    """How all ranks of a group leave a step together, and begin anew."""
+
+    @property
+    def count(self) -> int:
+        """Steps that were undone, as the ranks have said so far."""
+        ...
+
+    def undo(self) -> None:
+        """Whoever waits for others in the step, or would, raises `StepUndone`."""
+        ...
+
+    def resume(self, count: int) -> None:
+        """Meet anew behind so many undone steps, where this rank has not; all of them call it."""
+        ...
+
+
 class Comm(Protocol):
     """One rank's end of a group of ranks.
 
@@ -62,8 +83,13 @@ class Comm(Protocol):
         """Whether float32 sums are calls that a step's recording holds; `check` then says whether they failed."""
         ...
 
+    @property
+    def undoing(self) -> Undoing | None:
+        """None: who has failed within a step cannot go on."""
+        ...
+
     def check(self) -> None:
-        """Raises `EngineDead` where a call of a recorded step did not find the others."""
+        """Raises `EngineDead`, or `StepUndone`, where a call of a recorded step did not find the others."""
         ...
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -111,7 +137,7 @@ class Threads:
     """A rank in a thread of this process. `Threads.group(n)` makes all of them."""
 
     name = "threads"
-    records = False
+    records, undoing = False, None
 
     def __init__(self, meeting: _Meeting, rank: int, size: int) -> None:
         self._meeting, self.rank, self.size = meeting, rank, size
@@ -180,7 +206,7 @@ class Gloo:
     """
 
     name = "gloo"
-    records = False
+    records, undoing = False, None
 
     def __init__(self, rank: int, size: int, place: Path | Any, timeout: float, host: str = "127.0.0.1") -> None:
         self.rank, self.size = rank, size

@@ -36,6 +36,7 @@ class Nccl:
 
     name = "nccl"
     records = True  # a graph captures calls
+    undoing = None
 
     def __init__(
         self, rank: int, size: int, store: Any, device: torch.device, timeout: float, kind: Any = None

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from phloem.core.errors import EngineDead
-from phloem.distributed.comm import counts_of
+from phloem.distributed.comm import StepUndone, counts_of
 from phloem.kernels.native_meeting import SharedSum
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from phloem.distributed.comm import Undoing
     from phloem.kernels.native_meeting import Spent
 
 PLACE = 4 << 20  # bytes of a rank's part in one go; what is larger goes in pieces
@@ -69,7 +70,8 @@ class SharedMemory:
             os.close(descriptor)
         counters = np.frombuffer(self._memory, np.int64, count=head // 8)
         self._counters = [counters[LINE // 8 * (other + 1) :][:1] for other in range(size)]
-        self._ended = counters[:1]
+        self._ended, self._undone = counters[:1], counters[1:2]
+        self._known = 0  # undone steps
         flat = torch.frombuffer(self._memory, dtype=torch.uint8, offset=head)
         self._places = [[flat[(turn * size + r) * PLACE :][:PLACE] for r in range(size)] for turn in (0, 1)]
         lines = torch.frombuffer(self._memory, dtype=torch.int64, count=head // 8)
@@ -87,10 +89,35 @@ class SharedMemory:
 
     def check(self) -> None:
         failed = 0 if self._sum is None else self._sum.failed
+        if failed < 0:
+            raise StepUndone("another rank found no memory")
         if failed == 1:
             raise EngineDead(f"rank {self.rank}: the group was ended")
         if failed:
             raise EngineDead(f"rank {failed - 2} did not come within {self._timeout:g} s")
+
+    @property
+    def undoing(self) -> Undoing:
+        return self
+
+    @property
+    def count(self) -> int:
+        """As `Undoing`; so are the next two."""
+        return int(self._undone[0])
+
+    def undo(self) -> None:
+        self._undone[0] = max(self.count, self._known + 1)  # several may say so of one step
+
+    def resume(self, count: int) -> None:
+        if count <= self._known:
+            return
+        self._known = count
+        if self._sum is not None:
+            self._sum.resume(count)
+        # Beyond all that was counted before, of which ranks may have done more or less. Nobody writes a place before
+        # all have met: one of them may still read it.
+        self._counters[self.rank][0] = count << 32
+        self._meet()
 
     def all_reduce(self, x: Tensor) -> Tensor:
         if self._sum is not None and x.dtype == torch.float32:
@@ -167,7 +194,15 @@ class SharedMemory:
         """The places of the call that comes."""
         return self._places[(int(self._counters[self.rank][0]) + 1) & 1]
 
+    def _go_on(self) -> None:
+        """Raises where nobody must be waited for."""
+        if self._ended[0]:
+            raise EngineDead(f"rank {self.rank}: the group was ended")
+        if self._undone[0] > self._known:
+            raise StepUndone("another rank found no memory")
+
     def _meet(self) -> None:
+        self._go_on()
         call = int(self._counters[self.rank][0]) + 1
         self._counters[self.rank][0] = call
         for other, counter in enumerate(self._counters):
@@ -181,12 +216,10 @@ class SharedMemory:
                 else:
                     time.sleep(NAP)
                 until = until or time.monotonic() + self._timeout
-                if self._ended[0]:
-                    raise EngineDead(f"rank {self.rank}: the group was ended")
+                self._go_on()
                 if time.monotonic() > until:
                     raise EngineDead(f"rank {other} did not come within {self._timeout:g} s")
-        if self._ended[0]:
-            raise EngineDead(f"rank {self.rank}: the group was ended")
+        self._go_on()
 
 
 def _bytes(x: Tensor) -> Tensor:

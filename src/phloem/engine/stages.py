@@ -16,7 +16,7 @@ from phloem.models._stage import run_stage
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from phloem.distributed.comm import Comm
+    from phloem.distributed.comm import Comm, Undoing
     from phloem.distributed.groups import Groups
     from phloem.layers.context import ForwardBatch
     from phloem.models import Model
@@ -71,9 +71,19 @@ class Together:
         return made[0]
 
     @property
+    def rank(self) -> int:
+        """In the world."""
+        return self._groups.rank
+
+    @property
     def comm(self) -> Comm | None:
         """By what the ranks meet in each layer, where they meet nowhere else in a forward pass."""
         return self._groups.tp if self._stage is None and self.rows is None else None
+
+    @property
+    def undoing(self) -> Undoing | None:
+        """How all ranks leave a step for which one has no memory; None: that cannot be."""
+        return None if self.comm is None else self.comm.undoing
 
     @property
     def ahead(self) -> int:

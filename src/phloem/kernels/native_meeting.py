@@ -75,8 +75,12 @@ class SharedSum:
 
     @property
     def failed(self) -> int:
-        """0: no call has. 1: the group was ended. 2 + r: rank r did not come in time."""
+        """0: no call has. -1: the step is undone. 1: the group was ended. 2 + r: rank r did not come in time."""
         return int(self._told[0])
+
+    def resume(self, undone: int) -> None:
+        """So many steps were undone: no call has failed since."""
+        self._told[0], self._told[5] = 0, undone
 
     @property
     def spent(self) -> Spent:

@@ -77,8 +77,9 @@ class Pages(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 class Go(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Run the planned batch of this step; `ids` int64 [T] are its tokens, those of the last step included, and `lens`
-    int32 the rows that rank 0 has cut it into: others would add in another order. `head`: what the last stage makes of
-    the wanted states at once; "": `Chosen` asks for it, if anybody does. `undone`: steps that all ranks have left."""
+    int32 the rows that rank 0 has cut it into: others would add in another order. `head`: what all ranks, or the last
+    stage, make of the wanted states at once; "": `Chosen` asks for it, if anybody does. `undone`: steps that all ranks
+    have left."""
 
     step: int
     epoch: int
@@ -256,7 +257,7 @@ class LeadingModel:
 
     def _chosen(self, hidden_LD: Tensor, kind: Kind) -> Tensor:
         early = self._whole.found.pop(kind, None)
-        if early is not None:
+        if early is not None and len(early) == len(hidden_LD):
             return early
         with _all_or_none(self._groups, self._whole.undoing):
             self._tell(Chosen(len(hidden_LD), kind))
@@ -290,6 +291,7 @@ class Leading:
         self._whole, self._backend, self._pool, self._team = whole, backend, pool, team
         self._rows, self.ahead = whole.rows, whole.ahead
         self._taking = ThreadPoolExecutor(1, "phloem-stages") if self.ahead else None
+        self._kind: Kind | Literal[""] = ""
 
     @property
     def busy(self) -> float:
@@ -315,15 +317,21 @@ class Leading:
         with torch.inference_mode(), _all_or_none(self._team.groups):
             return self._whole.taken()
 
+    def expect(self, kind: Kind | Literal[""]) -> None:
+        """What is asked of the head for all of the next step's states, so that no rank waits to be told; "": not yet
+        known."""
+        self._kind = kind if self._whole.comm is not None else ""
+
     def hand(self, kind: Kind, found: Tensor) -> None:
         """What the head made of the states whose tokens are chosen next."""
         self._whole.found = {kind: found}
 
     def run(self, step: Step, ready: Callable[[], None]) -> Tensor:
-        batch, undoing = step.batch, self._whole.undoing
+        batch, undoing, kind = step.batch, self._whole.undoing, self._kind
+        self._whole.found, self._kind = {}, ""
         ids = np.ascontiguousarray(step.arrays(batch.num_rows)[0], np.int64)
         undone = 0 if undoing is None else undoing.count
-        self._team.tell(Go(batch.step, batch.epoch, ids.tobytes(), raw(batch.query_lens), undone=undone))
+        self._team.tell(Go(batch.step, batch.epoch, ids.tobytes(), raw(batch.query_lens), kind, undone))
         ready()
         with _all_or_none(self._team.groups, undoing):
             if undoing is not None:
@@ -331,7 +339,10 @@ class Leading:
             if self._rows is not None:
                 known = replace(batch, input_ids=ids.astype(np.int32))
                 return run_rows(self._whole, self._rows, self._backend, self._pool, known, step.last)
-            return run_shared(self._whole, self._backend, self._pool, step, self._recorded)
+            hidden_LN = run_shared(self._whole, self._backend, self._pool, step, self._recorded)
+            if kind:
+                self._whole.found = {kind: self._whole.headed(hidden_LN, kind)}
+            return hidden_LN
 
 
 def run_shared(
@@ -453,6 +464,8 @@ class Executor:
             return
         step = Step(batch_cut, Wanted.of(batch), self._pool, self._last)
         self._hidden_LN = run_shared(self._whole, self._backend, self._pool, step, self._recorded)
+        if told.head and self._whole.comm is not None:
+            self._whole.headed(self._hidden_LN, told.head)
 
     def _choose(self, told: Chosen) -> None:
         if self._hidden_LN is None:

@@ -61,8 +61,9 @@ class Packing:
         if batch.embeds or any(part is not None for part in alone):
             raise ValueError("a batch with pictures, adapters, or drafts of a model runs on one rank alone")
         self._last = batch
+        rows = last is not None and (batch.slots is last.slots or np.array_equal(batch.slots, last.slots))
         tables: list[bytes | Cells] | None = None
-        if last is None or len(last.tables) != len(batch.tables):
+        if last is None or not rows or len(last.tables) != len(batch.tables):
             tables = [raw(table) for table in batch.tables]
         elif batch.tables is not last.tables:
             tables = [_news(old, new) for old, new in zip(last.tables, batch.tables, strict=True)]
@@ -70,7 +71,7 @@ class Packing:
             batch.step,
             batch.epoch,
             raw(batch.prefix_lens),
-            None if last is not None and batch.slots is last.slots else raw(batch.slots),
+            None if rows else raw(batch.slots),
             None if last is not None and batch.query_lens is last.query_lens else raw(batch.query_lens),
             None if same else raw(batch.outputs),
             tables,
@@ -79,14 +80,12 @@ class Packing:
 
 
 def _news(old: Table, new: Table) -> bytes | Cells:
-    rows, pages = new.shape
-    if len(old) != rows:
+    """Of the same rows."""
+    pages = new.shape[1]
+    at = ((old if old.shape[1] == pages else _of_width(old, pages)) != new).reshape(-1).nonzero()[0]
+    if 2 * len(at) >= new.size > 0:  # they would take as many bytes
         return raw(new)
-    differ = (old if old.shape[1] == pages else _of_width(old, pages)) != new
-    if 2 * np.count_nonzero(differ) >= new.size > 0:  # they would take as many bytes
-        return raw(new)
-    at = np.flatnonzero(differ)
-    return Cells(pages, raw(at), raw(new.reshape(-1)[at]))
+    return Cells(pages, raw(at), raw(new.take(at)))
 
 
 def _of_width(table: Table, pages: int) -> Table:

@@ -16,7 +16,7 @@ from phloem.core.errors import BadRequest, OutOfMemory
 from phloem.engine.answer import empty, give_out, keep_hidden, prompt_logprobs
 from phloem.engine.apart import apart, drafts_apart, every_token
 from phloem.engine.branches import Branches
-from phloem.engine.choose import Choice, Chooser
+from phloem.engine.choose import Choice, Chooser, kind_of
 from phloem.engine.fill import Filler
 from phloem.engine.forward import Eager, Forward
 from phloem.engine.hearing import ears_of
@@ -31,7 +31,7 @@ from phloem.engine.slots import Slots
 from phloem.engine.thread import Launched, Order, StepThread
 from phloem.engine.transfer import LastTokens
 from phloem.engine.wanted import Wanted
-from phloem.engine.waves import Starts, Waves
+from phloem.engine.waves import Heads, Starts, Waves
 from phloem.models import Conditioned
 from phloem.platforms._facts import StepFacts
 
@@ -101,6 +101,7 @@ class StepWork:
         self._forward = Forward(recorded if leading is None else [leading], Eager(model, backend, pool))
         self.chooser = Chooser(model, ops, self.slots, self.last, self.masks)
         self.waves = self._in_waves(leading)
+        self._heads = leading if isinstance(leading, Heads) else None
         self._filler = Filler(model, ops, self.slots, self.last)
         self._refiller = Refiller(model, ops, self.slots, self.last) if isinstance(model, Conditioned) else None
         self._drafting = None if drafting is None else drafting.make(self.slots, self.last)
@@ -171,6 +172,7 @@ class StepWork:
             batch, drafted = self._drafting.run(batch)
         wanted = Wanted.of(batch)
         ids: NDArray[np.int32] = wanted.slots
+        count = len(ids)
         easy = bool(self.slots.easy[ids].all())
         slots = [] if easy else [self.slots[slot] for slot in ids.tolist()]
         late = not self._on_host and self._follows(batch)
@@ -183,6 +185,9 @@ class StepWork:
         before = perf_counter()
         placed, pictures = (batch, None) if desk is None else desk.dress(batch)
         step, after = self._step(placed, wanted, pictures)
+        if self._heads is not None:
+            plain = count and not batch.prompt_targets
+            self._heads.expect(kind_of(self.slots, wanted, easy) if plain else "")
         hidden_LN = self._run(step, settle, output)
         if self._pool.routes is not None:
             self._pool.routes.keep(batch)
@@ -192,7 +197,7 @@ class StepWork:
         if late:
             self._values(settle)
             self.masks.begin(slots, wanted)
-        count, beside, coming = len(ids), list[Later](), None
+        beside, coming = list[Later](), None
         if count:
             choice = Choice(wanted, slots, easy, hidden_LN[:count], output, before)
             coming = self.chooser.run(choice)

@@ -98,6 +98,11 @@ class Together:
         hidden_LN, found = take(self._groups.up)
         return hidden_LN, found
 
+    def headed(self, hidden_LN: Tensor, kind: Kind) -> Tensor:
+        """As `chosen`, where every rank has the same states of the step that has just run: nothing is sent but what
+        comes out."""
+        return self.model.head(hidden_LN) if kind == "logits" else self.model.greedy(hidden_LN)
+
     def gathered(self, hidden_LN: Tensor, order_L: Tensor) -> Tensor:
         """As `attending.Shared`: on rank 0, and without stages on every rank."""
         if self.rows is not None and self._stage is None:

@@ -85,8 +85,10 @@ class RingWriter:
 
     def __init__(self, place: Path, readers: int, wake: Callable[[int, bytes], None], patience: float) -> None:
         self._memory = _Memory(place, readers, new=True)
-        self._readers, self._wake, self._patience = range(readers), wake, patience
-        self._written = 0
+        self._wake, self._patience = wake, patience
+        self._read_at = [_read_at(reader) for reader in range(readers)]
+        self._sleeps_at = list(enumerate(_sleeps_at(reader) for reader in range(readers)))
+        self._written = self._slowest = 0  # `_slowest`: what all have read, when that was last looked at
 
     def write(self, data: bytes, check: Callable[[], None]) -> None:
         """To all readers. `check` raises where one of them has gone, and is asked while the ring is full.
@@ -97,30 +99,37 @@ class RingWriter:
         """
         whole = _room(len(data))
         large = whole > SIZE // 2
-        self._wait_for(WORD if large else whole, check)
+        if self._written + whole - self._slowest > SIZE:
+            self._wait_for(WORD if large else whole, check)
         memory, at = self._memory, self._written % SIZE
         memory.lengths[at // WORD] = ELSEWHERE if large else len(data)
         if not large:
             first = (at + WORD) % SIZE
-            end = min(SIZE - first, len(data))
-            memory.data[first : first + end] = data[:end]
-            memory.data[: len(data) - end] = data[end:]
+            end = SIZE - first
+            if len(data) <= end:
+                memory.data[first : first + len(data)] = data
+            else:
+                memory.data[first:], memory.data[: len(data) - end] = data[:end], data[end:]
         self._written += WORD if large else whole
-        memory.numbers[0] = self._written
+        numbers = memory.numbers
+        numbers[0] = self._written
         memory.barrier()
-        for reader in self._readers:
-            if memory.numbers[_sleeps_at(reader)]:
-                memory.numbers[_sleeps_at(reader)] = 0
+        for reader, at in self._sleeps_at:
+            if numbers[at]:
+                numbers[at] = 0
                 self._wake(reader, WAKE)
         if large:
             framed = frame(data)
-            for reader in self._readers:
+            for reader, _ in self._sleeps_at:
                 self._wake(reader, framed)
 
     def _wait_for(self, size: int, check: Callable[[], None]) -> None:
         """Until the slowest reader has left so much room."""
         numbers, until = self._memory.numbers, 0.0
-        while self._written + size - min(numbers[_read_at(reader)] for reader in self._readers) > SIZE:
+        while True:
+            self._slowest = min(numbers[at] for at in self._read_at)
+            if self._written + size - self._slowest <= SIZE:
+                return
             check()
             until = until or monotonic() + self._patience
             if monotonic() > until:

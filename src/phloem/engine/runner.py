@@ -116,8 +116,11 @@ class StepWork:
         chooses = self.slots, self.masks, self.last, self.chooser
         return Waves(leading, lambda batch, wanted: self._step(batch, wanted, None)[0], *chooses)
 
-    def _run(self, step: Step, settle: Settle, output: StepOutput) -> Tensor:
-        """Hidden states of the wanted positions."""
+    def _run(self, step: Step, settle: Settle, output: StepOutput, easy: bool) -> Tensor:
+        """Hidden states of the wanted positions. `easy`: as in `Choice`."""
+        if self._heads is not None:
+            plain = len(step.wanted.at) and not step.batch.prompt_targets
+            self._heads.expect(kind_of(self.slots, step.wanted, easy) if plain else "")
         if self.waves is None:
             return self._forward.run(step, settle)
         busy = self.waves.busy
@@ -172,7 +175,6 @@ class StepWork:
             batch, drafted = self._drafting.run(batch)
         wanted = Wanted.of(batch)
         ids: NDArray[np.int32] = wanted.slots
-        count = len(ids)
         easy = bool(self.slots.easy[ids].all())
         slots = [] if easy else [self.slots[slot] for slot in ids.tolist()]
         late = not self._on_host and self._follows(batch)
@@ -185,10 +187,7 @@ class StepWork:
         before = perf_counter()
         placed, pictures = (batch, None) if desk is None else desk.dress(batch)
         step, after = self._step(placed, wanted, pictures)
-        if self._heads is not None:
-            plain = count and not batch.prompt_targets
-            self._heads.expect(kind_of(self.slots, wanted, easy) if plain else "")
-        hidden_LN = self._run(step, settle, output)
+        hidden_LN = self._run(step, settle, output, easy)
         if self._pool.routes is not None:
             self._pool.routes.keep(batch)
             output.routed = self._pool.routes.of(batch, self.slots.routed)
@@ -197,7 +196,7 @@ class StepWork:
         if late:
             self._values(settle)
             self.masks.begin(slots, wanted)
-        beside, coming = list[Later](), None
+        count, beside, coming = len(ids), list[Later](), None
         if count:
             choice = Choice(wanted, slots, easy, hidden_LN[:count], output, before)
             coming = self.chooser.run(choice)

@@ -19,7 +19,7 @@ from phloem.administration import Administered
 from phloem.client.pooled import Reading
 from phloem.client.start import make_client
 from phloem.core.config import Config
-from phloem.core.errors import BadRequest, ConfigError, EngineDead, ModelLoadError
+from phloem.core.errors import BadRequest, ConfigError, EngineDead
 from phloem.launch.door import EngineDoor, beginning
 from phloem.launch.replicas import engine_of
 from phloem.launch.thread import EngineThread
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from phloem.client.request import GenerateRequest
 
 T = TypeVar("T")
-_FAILURES = {error.__name__: error for error in (BadRequest, ConfigError, ModelLoadError)}
 Answer = dict[str, Any]
 
 
@@ -81,10 +80,9 @@ class Engine(Administered):
             self.ready: dict[str, Any] = self._door.run(self._start())
         except BaseException as error:
             self._door.end("the engine did not start")
-            failed = self._client.connection.failed
-            kind = None if failed is None else _FAILURES.get(failed.kind)
-            if isinstance(error, EngineDead) and failed is not None and kind is not None:
-                raise kind(failed.error) from None
+            failure = self._client.connection.failure
+            if isinstance(error, EngineDead) and failure is not None:
+                raise failure from None
             raise
 
     async def _start(self) -> dict[str, Any]:

@@ -38,9 +38,10 @@ def test_a_tiny_model_on_two_ranks(tmp_path: Path, capfd: pytest.CaptureFixture[
     record = json.loads(output.read_text())
     assert record == json.loads(capfd.readouterr().out.splitlines()[-1])
     assert record["one_rank_ms"] > 0 and record["ranks_ms"] > 0 and record["tp_size"] == 2
-    assert 0 < record["meetings_share"] < 1 and all(
-        record["told_us"][name] > 0 for name in ("launched", "steady", "new")
-    )
+    assert 0 < record["meetings_share"] < 1
+    kinds = ["steady", "page", "new"]
+    assert set(record["told_us"]) == {"launched", *kinds, *(f"{kind}_encoded" for kind in kinds)}
+    assert all(value > 0 for value in record["told_us"].values())
     sums = next(one for one in record["meetings"] if one["what"] == "tp all_reduce")
     assert sums["calls"] == 7 and sums["us"] > 0, "two of each of three layers, and the embedding"
     first, second = record["bytes_read"]

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from phloem.client.client import EngineClient
 from phloem.client.continuation import Continuation
 from phloem.client.request import GenerateRequest, Item
-from phloem.core.errors import BadRequest, EngineDead, PhloemError, QueueFull
-from phloem.core.messages import ControlReply, Heartbeat, Ready, unpack_ids
+from phloem.core.errors import BadRequest, ConfigError, EngineDead, ModelLoadError, PhloemError, QueueFull
+from phloem.core.messages import ControlReply, Failed, Heartbeat, Ready, unpack_ids
 from phloem.core.request import SamplingParams
 from phloem.server.health import IDLE_SILENCE, Health
 from phloem.testing.byte_tokenizer import EOS, ByteTemplate, ByteTokenizer
@@ -526,3 +526,23 @@ def test_ids_travel_packed() -> None:
         await client.close()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"), [("ConfigError", ConfigError), ("ModelLoadError", ModelLoadError), ("RuntimeError", None)]
+)
+@on_loop
+async def test_what_the_engine_was_asked_wrongly_is_raised_as_it_was_there(
+    kind: str, error: type[PhloemError] | None
+) -> None:
+    engine = FakeEngine(ready=False)
+    client = client_of(engine)
+    engine.say(Failed(error="tp_size 2: 9 heads", kind=kind, param="tp_size"))
+    with pytest.raises(EngineDead, match=f"{kind}: tp_size 2: 9 heads"):
+        await client.wait_ready()
+    failure = client.connection.failure
+    assert failure is None if error is None else type(failure) is error
+    assert failure is None or (failure.message, failure.param) == ("tp_size 2: 9 heads", "tp_size")
+    client.attach(FakeEngine())
+    assert client.connection.failure is None
+    await client.close()

@@ -11,22 +11,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nccl_stand_in
 import pytest
 import torch
+from torch import distributed as dist
 
 from phloem.core.errors import ConfigError, EngineDead
 from phloem.distributed import shm
 from phloem.distributed.choose import choose
 from phloem.distributed.comm import Comm, Gloo, Threads
+from phloem.distributed.nccl import Nccl
 from phloem.distributed.shm import SharedMemory
 
-KINDS = ["threads", "shm", "gloo"]
+KINDS = ["threads", "shm", "gloo", "nccl"]  # the last one over a stand-in for torch's group
 
 
 def ends(kind: str, size: int, folder: Path, timeout: float = 20.0) -> list[Callable[[], Comm]]:
     """What makes each rank's end, in its own thread: the members for processes serve threads as well."""
     if kind == "threads":
         return [lambda end=end: end for end in Threads.group(size, timeout)]
+    if kind == "nccl":
+        return [lambda end=end: end for end in nccl_stand_in.group(size, timeout)]
     member = SharedMemory if kind == "shm" else Gloo
     return [lambda rank=rank: member(rank, size, folder / "meeting", timeout) for rank in range(size)]
 
@@ -124,7 +129,7 @@ def test_what_is_larger_than_a_place_goes_in_pieces(tmp_path: Path, monkeypatch:
     assert torch.equal(total, again) and torch.equal(parts[1], values(1, 50))
 
 
-@pytest.mark.parametrize("kind", ["threads", "shm", "gloo"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_nobody_waits_once_the_group_was_ended(kind: str, tmp_path: Path) -> None:
     def work(comm: Comm) -> None:
         if comm.rank == 1:
@@ -179,3 +184,32 @@ def test_the_choice_says_why() -> None:
     assert choose("gloo", "x86_64", "linux") == ("gloo", "as asked")
     with pytest.raises(ConfigError, match="tp_comm: shm needs"):
         choose("shm", "aarch64", "linux")
+
+
+def test_what_is_asked_of_nccl_a_graph_can_capture(tmp_path: Path) -> None:
+    """Each call is put on the stream once, with no more than the ranks' own tensors; nothing is read back, and the
+    first one, which makes the connections, is over when a rank has joined."""
+    made = nccl_stand_in.group(2, 20.0)
+    assert [end._group.calls for end in made] == [["allreduce"]] * 2  # pyright: ignore[reportPrivateUsage]
+
+    def work(comm: Comm) -> Comm:
+        comm.all_reduce(torch.ones(3))
+        comm.all_gather(torch.ones(3))
+        comm.gather(torch.ones(2))
+        comm.broadcast(torch.ones(2))
+        return comm
+
+    for end in run([lambda end=end: end for end in made], work):
+        assert end._group.calls[1:] == ["allreduce", "_allgather_base", "_allgather_base", "broadcast"]
+        assert end._group.waits == 5 and end.records
+        assert end._group.options._timeout.total_seconds() == 20.0
+
+
+@pytest.mark.parametrize("name", ["allreduce", "_allgather_base", "broadcast", "alltoall_base", "abort"])
+def test_torch_has_the_calls_that_the_stand_in_has(name: str) -> None:
+    assert callable(getattr(dist.distributed_c10d.Backend, name)) and callable(getattr(nccl_stand_in.Group, name))
+
+
+def test_ranks_that_do_not_find_each_other_by_nccl_are_told() -> None:
+    with pytest.raises(EngineDead, match="did not find each other: no route"):
+        Nccl(0, 2, object(), torch.device("cpu"), 1.0, nccl_stand_in.Lost)

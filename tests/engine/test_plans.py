@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phloem.core.batch import Batch
+from phloem.core.batch import FROM_DEVICE, Batch
 from phloem.engine.parallel import decode_told, encode_told
 from phloem.engine.plans import Cells, Packing, Plan, Unpacking
 
@@ -30,7 +31,8 @@ def told(packing: Packing, one: Batch) -> Plan:
 
 
 def same(one: Batch, other: Batch) -> None:
-    for name in ("slots", "query_lens", "prefix_lens", "input_ids", "outputs"):
+    assert len(other.input_ids) == one.num_tokens and (other.input_ids == FROM_DEVICE).all()
+    for name in ("slots", "query_lens", "prefix_lens", "outputs"):
         assert getattr(one, name).tolist() == getattr(other, name).tolist()
     assert (one.step, one.epoch) == (other.step, other.epoch)
     assert [table.tolist() for table in one.tables] == [table.tolist() for table in other.tables]
@@ -70,18 +72,39 @@ def test_of_a_steady_step_a_few_cells_are_sent() -> None:
     after[[3, 250], [7, 90]] = 77_777
     second = batch(2, [after])
     plan = told(packing, second)
-    assert plan.tables == [Cells(np.array([3 * 128 + 7, 250 * 128 + 90], np.int32).tobytes(), b"\xd1/\x01\x00" * 2)]
+    at = np.array([3 * 128 + 7, 250 * 128 + 90], np.int32)
+    assert plan.tables == [Cells(128, at.tobytes(), b"\xd1/\x01\x00" * 2)]
     assert len(encode_told(plan)) < 6000
     same(second, unpacking.unpack(plan))
-    assert told(packing, replace(second, step=3)).tables == [Cells(b"", b"")]
+    third = replace(second, step=3, prefix_lens=second.prefix_lens + 1)
+    plan = told(packing, third)
+    assert plan.slots is plan.query_lens is plan.outputs is plan.tables is None
+    assert len(encode_told(plan)) < 256 * 4 + 40  # how many tokens each row has
+    same(third, unpacking.unpack(plan))
+    assert told(packing, replace(third, step=4, tables=(after.copy(),))).tables == [Cells(128, b"", b"")]
 
 
-def test_the_sender_may_write_to_its_tables_again() -> None:
+def test_of_rows_that_become_longer_only_new_pages_are_sent() -> None:
+    packing, unpacking = Packing(), Unpacking()
+    pages = np.arange(1, 641, dtype=np.int32).reshape(64, 10)
+    unpacking.unpack(told(packing, batch(1, [pages])))
+    wider = np.zeros((64, 11), np.int32)
+    wider[:, :10], wider[5, 10] = pages, 900
+    for step, table in ((2, wider), (3, wider[:, :9])):
+        one = batch(step, [table])
+        plan = told(packing, one)
+        assert plan.tables is not None and isinstance(plan.tables[0], Cells) and len(plan.tables[0].at) <= 4
+        same(one, unpacking.unpack(plan))
+
+
+def test_plans_that_never_run_count_and_what_was_told_before_stays() -> None:
+    """Each batch that has come is its own, however many follow before it runs."""
     packing, unpacking = Packing(), Unpacking()
     one = batch(1, [[[1, 2], [3, 4]]])
-    unpacking.unpack(told(packing, one))
-    one.tables[0][1, 1] = 9
-    same(one, unpacking.unpack(told(packing, one)))
+    sent = [one, replace(one, step=2, tables=(np.array([[1, 2], [3, 9]], np.int32),)), replace(one, step=3)]
+    come = [unpacking.unpack(told(packing, each)) for each in sent]
+    for each, other in zip(sent, come, strict=True):
+        same(each, other)
 
 
 def test_what_differs_from_nothing_and_what_one_rank_runs_alone_is_refused() -> None:
@@ -90,6 +113,9 @@ def test_what_differs_from_nothing_and_what_one_rank_runs_alone_is_refused() -> 
     plan = packing.pack(batch(2, [[[1, 2, 4]]]))
     with pytest.raises(ValueError, match="a table of 1 rows differs from one that was never told"):
         Unpacking().unpack(plan)
-    with pytest.raises(ValueError, match="drafts runs on one rank alone"):
-        packing.pack(replace(batch(3, [[[1]]]), outputs=np.array([2], np.int32)))
+    steady = packing.pack(replace(batch(3, [[[1, 2, 4]]]), slots=np.zeros(1, np.int32)))
+    with pytest.raises(ValueError, match="a plan differs from one that was never told"):
+        Unpacking().unpack(msgspec.structs.replace(steady, slots=None))
+    with pytest.raises(ValueError, match="adapters, or drafts of a model runs on one rank alone"):
+        packing.pack(replace(batch(3, [[[1]]]), adapters=np.array([2], np.int32)))
     same(batch(4, [[[5]]]), Unpacking().unpack(packing.pack(batch(4, [[[5]]]))))

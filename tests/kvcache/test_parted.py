@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+
 import numpy as np
+import pytest
 
 from phloem.core.memory import Group
 from phloem.kvcache import audit
@@ -63,3 +66,21 @@ def test_a_moment_is_the_same_in_all_parts() -> None:
     cache.commit(lease, tokens, 12)
     moment = cache.mark()
     assert moment > 0 and all(part.mark() == moment for part in cache.parts)
+
+
+@pytest.mark.parametrize("name", ["tree", "allocators", "windows", "states", "own", "evicted", "holds"])
+def test_what_is_a_parts_own_the_whole_does_not_have(name: str) -> None:
+    """One part's tree, asked for as if it were everybody's, would answer wrongly and in silence."""
+    cache = made()
+    assert name in vars(cache.parts[0])
+    with pytest.raises(AttributeError, match=name):
+        operator.attrgetter(name)(cache)
+
+
+def test_the_whole_answers_by_what_all_parts_are() -> None:
+    cache = made()
+    part = cache.parts[0]
+    assert (cache.groups, cache.page_size, cache.enabled, cache.paged) == (GROUPS, SIZE, True, 1)
+    assert not cache.gives_back and not cache.has_states and cache.pages_for(9) == part.pages_for(9) == 3
+    part.evicted[0] = 2
+    assert cache.evicted_pages == 2 and [part.number for part in cache.parts] == [0, 1]

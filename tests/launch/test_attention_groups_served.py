@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import deep_ep_stand_in
-import numpy as np
 import pytest
 import torch
 from loads import answers, load
-from share_support import ThreadRanks, checkpoint
+from share_support import ThreadRanks, checkpoint, planned
 
 from phloem import Engine
 from phloem.checkpoint.describe import describe
 from phloem.core.config import Config
 from phloem.core.errors import ConfigError
 from phloem.distributed import deepep
-from phloem.engine.parallel import Go, Moved, Plan
+from phloem.engine.parallel import Go, Moved
 from phloem.launch.core import EngineCore
 
 OPTIONS: dict[str, Any] = {
@@ -90,8 +89,7 @@ def test_groups_answer_as_one_rank_does(
         assert found[key][0] == ids and len(ids) > 3, key
         assert found[key][1] == pytest.approx(values, abs=1e-4), key
         assert found[key][2] == pytest.approx(prompt, abs=1e-4, nan_ok=True), key
-    told = [plan for plan in ranks.told if isinstance(plan, Plan)]
-    kinds = Counter(len(set((np.frombuffer(plan.slots, np.int32) % groups).tolist())) for plan in told)
+    kinds = Counter(len(set((batch.slots % groups).tolist())) for batch in planned(ranks.told))
     assert kinds[groups] > 5, "steps of all groups"
     assert kinds[1] > 0, "steps in which the others have nothing"
     assert sum(isinstance(one, Go) for one in ranks.told) > 20

@@ -5,17 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from loads import answers, load
 from nodes_support import FurtherNode, free_port, options
-from share_support import ThreadRanks, checkpoint
+from share_support import ThreadRanks, checkpoint, planned
 
 from phloem import Engine
 from phloem.checkpoint.describe import describe
 from phloem.core.config import Config
 from phloem.core.errors import ConfigError, ModelLoadError
-from phloem.engine.parallel import Plan
 from phloem.launch.core import EngineCore
 
 OPTIONS: dict[str, Any] = {
@@ -70,7 +68,7 @@ def test_shared_tokens_are_answered_as_by_one_rank(name: str, sizes: dict[str, A
     finally:
         core.close()
     alike(found, expected)
-    lens = [np.frombuffer(plan.query_lens, np.int32) for plan in ranks.told if isinstance(plan, Plan)]
+    lens = [batch.query_lens for batch in planned(ranks.told)]
     assert sum(each.max() >= 2 * config.runtime.attn_cp_size for each in lens) > 5, "chunks that are shared out"
     decisions = {name: why for name, _, why in core.info["decisions"]}
     assert f"the tokens of a prompt over {config.runtime.attn_cp_size} of them (attn_cp_size)" in decisions["tp_size"]

@@ -8,6 +8,8 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +17,23 @@ import pytest
 from loads import answers, load
 from native_support import built
 from served import Server, eventually, gone, ranks_of, shared_folders
-from share_support import ThreadRanks, checkpoint
+from share_support import ThreadRanks, checkpoint, planned
 
 from phloem import Engine
 from phloem.checkpoint.describe import describe
 from phloem.core.config import Config
 from phloem.core.errors import ConfigError, EngineDead, ModelLoadError
+from phloem.distributed.comm import Threads
+from phloem.distributed.shm import SharedMemory
 from phloem.engine.parallel import Chosen, Go, Plan
+from phloem.engine.recorded import choice
+from phloem.engine.stages import Together
 from phloem.launch.child import sweep
 from phloem.launch.core import EngineCore
 from phloem.testing.checkpoints import tiny_checkpoint
 
 SMALL: dict[str, Any] = {"dtype": "float32", "ops": "reference", "max_total_tokens": 2048, "log_level": "warning"}
+DRAFTS: dict[str, Any] = {"speculative_algorithm": "suffix", "disable_speculative_adaptive": True}
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc of Linux")
 
 
@@ -43,10 +50,13 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc of Linux
         ("llama", {"tp_size": 2, "attn_dp_size": 2}),
         ("qwen3_moe", {"tp_size": 2, "attn_dp_size": 2, "ep_size": 2}),
         ("deepseek_v3", {"tp_size": 4, "attn_dp_size": 2, "ep_size": 2}),
+        ("llama", {"tp_size": 2, **DRAFTS}),
+        ("qwen3_moe", {"tp_size": 2, "ep_size": 2, **DRAFTS}),
+        ("gemma3_text", {"tp_size": 2, **DRAFTS, "speculative_algorithm": "ngram"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(f"{key[:2]}{size}" for key, size in value.items()),
 )
-def test_ranks_answer_as_one_does(name: str, sizes: dict[str, int], tmp_path: Path) -> None:
+def test_ranks_answer_as_one_does(name: str, sizes: dict[str, Any], tmp_path: Path) -> None:
     """With prefix hits, chunks, preemption, grammars, penalties and log probabilities."""
     path = str(checkpoint(name, tmp_path))
     options: dict[str, Any] = {
@@ -72,11 +82,15 @@ def test_ranks_answer_as_one_does(name: str, sizes: dict[str, int], tmp_path: Pa
         assert found[key][1] == pytest.approx(values, abs=1e-4), key
     assert expected["q1"][1]
     said = [type(told) for told in ranks.told]
-    assert said.count(Plan) >= said.count(Go) > 20 and {t.kind for t in ranks.told if isinstance(t, Chosen)} == {
-        "logits", "greedy"
-    }  # fmt: skip
+    assert said.count(Plan) >= said.count(Go) > 20
+    kinds = {told.kind for told in ranks.told if isinstance(told, Chosen)}
+    assert kinds | {told.head for told in ranks.told if isinstance(told, Go)} - {""} == {"logits", "greedy"}
+    apart = sum(count > 1 for name, count in sizes.items() if name in ("pp_size", "attn_dp_size"))
+    assert apart or said.count(Chosen) < said.count(Go) / 2, "most heads need no word of their own"
     decisions = {name: (value, why) for name, value, why in core.info["decisions"]}
     assert decisions["tp_size"][0] == sizes.get("tp_size", 1)
+    verified = sum(int((batch.outputs > 1).any()) for batch in planned(ranks.told))
+    assert verified > 3 if "speculative_algorithm" in sizes else not verified
     assert any("p_size" in why for name, (_, why) in decisions.items() if "graph" in name), decisions
 
 
@@ -101,6 +115,155 @@ def test_stages_have_the_bits_of_one_rank_where_those_are_promised(tmp_path: Pat
         finally:
             core.close()
     assert found[0] == found[1] and len(found[0]["q1"][1]) > 5 and len(found[0]["q1"][2]) > 5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not built(), reason="the native library is not built (no C++ compiler?)")
+@pytest.mark.parametrize(
+    ("name", "size", "which"),
+    [("llama", 2, "all"), ("llama", 2, "rank 0"), ("qwen3_moe", 4, "all"), ("deepseek_v3", 2, "all")],
+    ids=lambda value: str(value).replace(" ", "-"),
+)
+def test_recorded_steps_of_ranks_answer_as_one_rank_does(
+    name: str, size: int, which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefills, mixed and decode steps, by ranks in threads that meet as processes do; whether the others' steps are
+    recorded too is their own matter."""
+    monkeypatch.setattr(Threads, "group", partial(shared_memory, tmp_path))
+    made, choose, only = list[Any](), choice.among_ranks, threading.Lock()
+
+    def among(config: Config, whole: Any, *rest: Any) -> Any:
+        found = choose(config, whole, *rest)
+        if found is None or (which != "all" and whole.comm.rank):
+            return None
+        record = found.graphs._make
+
+        def one_at_a_time(tokens: int) -> Any:
+            with only:  # of one process
+                return record(tokens)
+
+        found.graphs._make = one_at_a_time
+        made.append(found)
+        return found
+
+    monkeypatch.setattr(choice, "among_ranks", among)
+    path = str(checkpoint(name, tmp_path / "model"))
+    options: dict[str, Any] = {
+        "model_path": path, "dtype": "float32", "max_total_tokens": 320, "page_size": 16, "context_length": 128,
+        "chunked_prefill_size": 16, "max_running_requests": 4, "debug_invariants": True, "random_seed": 1, "threads": 1,
+    }  # fmt: skip
+    one = EngineCore(Config.from_flat(options), describe(path), lambda message: None)
+    try:
+        expected = answers(one, load())
+    finally:
+        one.close()
+    config = Config.from_flat({**options, "tp_size": size})
+    core = EngineCore(config, describe(path), lambda message: None, ThreadRanks(config, describe(path)))
+    try:
+        found = answers(core, load())
+    finally:
+        core.close()
+    for key, (tokens, values, _) in expected.items():
+        assert found[key][0] == tokens and len(tokens) > 3, key
+        assert found[key][1] == pytest.approx(values, abs=1e-4), key
+    assert len(made) == (size if which == "all" else 1)
+    for steps in made:
+        assert steps.graphs.facts()["recorded"] == 1 and not steps.graphs.given_up, steps.graphs.describe()
+    decisions = {name: (value, why) for name, value, why in core.info["decisions"]}
+    assert decisions["rank_steps"][0] == "recorded" and "sums included" in decisions["rank_steps"][1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not built(), reason="the native library is not built (no C++ compiler?)")
+@pytest.mark.parametrize("starving", [(0,), (1,), (2,), (0, 2)], ids=str)
+@pytest.mark.parametrize("ops", ["reference", None], ids=["plain", "recorded"])
+def test_a_step_without_memory_on_one_rank_is_undone_on_all(
+    starving: tuple[int, ...], ops: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several times, in the middle of a layer and in the head: with fewer tokens the steps run again, and nobody's
+    answer is another one."""
+    monkeypatch.setattr(Threads, "group", partial(shared_memory, tmp_path))
+    path = str(checkpoint("llama", tmp_path / "model"))
+    options: dict[str, Any] = {
+        "model_path": path, "dtype": "float32", "ops": ops, "max_total_tokens": 320, "page_size": 16, "threads": 1,
+        "context_length": 128, "chunked_prefill_size": 16, "max_running_requests": 4, "debug_invariants": True,
+        "random_seed": 1, "disable_step_graph": True,
+    }  # fmt: skip
+    one = EngineCore(Config.from_flat(options), describe(path), lambda message: None)
+    try:
+        expected = answers(one, load())
+    finally:
+        one.close()
+    steps: dict[tuple[int, str], int] = {}
+    forward, headed = Together.forward, Together.headed
+
+    def starves(rank: int, what: str, every: int) -> None:
+        steps[rank, what] = steps.get((rank, what), 0) + 1
+        if rank in starving and steps[rank, what] % every == 0:
+            raise MemoryError("not enough memory")
+
+    def late(whole: Any, step: Any) -> Any:
+        """Behind some of the sums of a step."""
+        feed, rank = whole.model.layers[1].feed, whole.rank
+
+        def hungry(*args: Any) -> Any:
+            starves(rank, "layer", 9)
+            return feed(*args)
+
+        whole.model.layers[1].feed = hungry
+        try:
+            return forward(whole, step)
+        finally:
+            whole.model.layers[1].feed = feed
+
+    def head(whole: Any, *args: Any) -> Any:
+        starves(whole.rank, "head", 7)
+        return headed(whole, *args)
+
+    monkeypatch.setattr(Together, "forward", late)
+    monkeypatch.setattr(Together, "headed", head)
+    config = Config.from_flat({**options, "tp_size": 4})
+    ranks = ThreadRanks(config, describe(path))
+    core = EngineCore(config, describe(path), lambda message: None, ranks)
+    try:
+        found = answers(core, load())
+        assert core.scheduler.meter.out_of_memory >= 2
+    finally:
+        core.close()
+    assert ranks.error is None
+    assert max(one.undone for one in ranks.told if isinstance(one, Go)) >= 2
+    for key, (tokens, values, _) in expected.items():
+        assert found[key][0] == tokens and len(tokens) > 3, key
+        assert found[key][1] == pytest.approx(values, abs=1e-4), key
+
+
+def shared_memory(folder: Path, size: int, timeout: float = 60.0) -> list[Any]:
+    """As `Threads.group`, of ends that processes have."""
+    place = folder / f"meeting{len(list(folder.iterdir()))}"
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(lambda rank: SharedMemory(rank, size, place, timeout), range(size)))
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({}, "sums by threads are no native calls"),
+        ({"disable_step_graph": True}, "as asked"),
+        ({"pp_size": 2, "tp_size": 1}, "stages of a pipeline"),
+        ({"ops": "reference"}, "cannot record"),
+    ],
+    ids=["threads", "asked", "stages", "ops"],
+)
+@pytest.mark.skipif(not built(), reason="the native library is not built (no C++ compiler?)")
+def test_steps_of_ranks_that_are_not_recorded_say_why(values: dict[str, Any], why: str, tmp_path: Path) -> None:
+    path = str(checkpoint("llama", tmp_path))
+    config = Config.from_flat({"model_path": path, **SMALL, "ops": None, "tp_size": 2, **values})
+    core = EngineCore(config, describe(path), lambda message: None, ThreadRanks(config, describe(path)))
+    try:
+        decisions = {name: (value, why) for name, value, why in core.info["decisions"]}
+        assert decisions["rank_steps"][0] == "eager" and why in decisions["rank_steps"][1]
+    finally:
+        core.close()
 
 
 @pytest.mark.slow
@@ -139,8 +302,9 @@ def test_a_step_without_memory_on_rank_0_ends_all(tmp_path: Path) -> None:
 )
 def test_what_several_ranks_do_not_serve_is_refused(values: dict[str, Any], why: str, tmp_path: Path) -> None:
     path = tiny_checkpoint("llama", tmp_path)
-    with pytest.raises(ConfigError, match=f"tp_size 2: .*{why}"):
+    with pytest.raises(ConfigError, match=f"tp_size 2: .*{why}") as refused:
         Engine(model_path=str(path), tp_size=2, **{**SMALL, **values})
+    assert refused.value.param == "tp_size"  # from the engine's thread, which tells by messages alone
 
 
 @pytest.mark.parametrize(
@@ -180,7 +344,7 @@ def test_sizes_that_cannot_be_shared_out_end_the_start_before_any_process(
         ({"tp_size": 2, "ep_size": 2}, ConfigError, "ep_size 2: llama has no experts"),
         ({"pp_size": 4}, ModelLoadError, r"pp_size 4: 3 layers cannot be shared out; valid: 1, 2, 3"),
         ({"pp_size": 2, "lora_paths": ["/nowhere"]}, ConfigError, "pp_size 2: adapters"),
-        ({"pp_size": 2, "speculative_algorithm": "suffix"}, ConfigError, "pp_size is 2"),
+        ({"pp_size": 2, "speculative_algorithm": "suffix"}, ConfigError, "verify drafts, no others, and pp_size is 2"),
     ],
 )
 def test_ranks_that_cannot_be_are_refused(
@@ -198,8 +362,12 @@ def test_ranks_that_cannot_be_are_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("comm", "sizes"), [("shm", {"tp_size": 2}), ("gloo", {"pp_size": 2})], ids=["shm", "gloo"])
-def test_an_engine_in_this_process_has_ranks_beside_it(comm: str, sizes: dict[str, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("comm", "sizes"),
+    [("shm", {"tp_size": 2}), ("gloo", {"pp_size": 2}), ("shm", {"tp_size": 2, "ops": None})],
+    ids=["shm", "gloo", "recorded"],
+)
+def test_an_engine_in_this_process_has_ranks_beside_it(comm: str, sizes: dict[str, Any], tmp_path: Path) -> None:
     """And tells of one that dies: what runs ends with the reason, and so does all that comes after."""
     path = str(checkpoint("llama", tmp_path))
     asks: list[dict[str, Any]] = [
@@ -209,7 +377,9 @@ def test_an_engine_in_this_process_has_ranks_beside_it(comm: str, sizes: dict[st
     ]
     with Engine(model_path=path, **SMALL) as one:
         expected = [one.generate("hello world", ask)["output_ids"] for ask in asks]
-    with Engine(model_path=path, tp_comm=comm, **sizes, **SMALL) as engine:
+    with Engine(model_path=path, tp_comm=comm, **{**SMALL, **sizes}) as engine:
+        steps = {name: value for name, value, _ in engine.get_server_info()["decisions"]}["rank_steps"]
+        assert steps == ("recorded" if "ops" in sizes and built() else "eager")
         assert [engine.generate("hello world", ask)["output_ids"] for ask in asks] == expected
         (pid,) = ranks_of(os.getpid())
         ended: queue.SimpleQueue[BaseException] = queue.SimpleQueue()

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 from loads import answers, load
-from share_support import ThreadRanks, checkpoint
+from share_support import ThreadRanks, checkpoint, planned
 
 from phloem.checkpoint.describe import describe
 from phloem.core.config import Config
 from phloem.core.messages import Submit, pack_ids
 from phloem.core.request import SamplingParams
 from phloem.engine import stages
-from phloem.engine.parallel import Chosen, Go, Plan, ranks_of
+from phloem.engine.parallel import Chosen, Go, ranks_of
 from phloem.launch.core import EngineCore
 from phloem.scheduler.chunks import Price
 
@@ -96,8 +96,7 @@ def test_stages_work_at_the_same_time(tmp_path: Path, monkeypatch: pytest.Monkey
     found, told = served(path, many(4, 12), pp_size=2)
     assert {key: value[0] for key, value in found.items()} == {key: value[0] for key, value in expected.items()}
     assert together[2:] == [True] * 10
-    plans = [np.frombuffer(plan.slots, np.int32) for plan in told if isinstance(plan, Plan)]
-    decodes = [slots for slots in plans if len(slots) == 2]
+    decodes = [batch.slots for batch in planned(told) if batch.num_rows == 2]
     pairs = list(pairwise(decodes))
     assert len(pairs) > 15 and not any(np.isin(*pair).any() for pair in pairs), "rows of one are not in the next"
     assert not any(isinstance(one, Chosen) for one in told)
@@ -127,8 +126,7 @@ def test_chunks_of_equal_time_give_the_same_tokens(sizes: dict[str, Any], tmp_pa
         core.close()
     assert {key: value[0] for key, value in found.items()} == {key: value[0] for key, value in expected.items()}
     assert len(before) > 4, "steps are measured"
-    plans = [plan for plan in ranks.told if isinstance(plan, Plan)]
-    lens = [np.frombuffer(plan.query_lens, np.int32).tolist() for plan in plans]
+    lens = [batch.query_lens.tolist() for batch in planned(ranks.told)]
     assert max(max(row) for row in lens) == 16 and sum(sum(row) for row in lens) >= 803
 
 
@@ -137,5 +135,4 @@ def test_without_overlap_a_step_is_waited_for(tmp_path: Path) -> None:
     expected, _ = served(path, many(3, 6))
     found, told = served(path, many(3, 6), pp_size=2, disable_overlap_schedule=True)
     assert {key: value[0] for key, value in found.items()} == {key: value[0] for key, value in expected.items()}
-    plans = [len(plan.slots) // 4 for plan in told if isinstance(plan, Plan)]
-    assert plans.count(3) >= 4, "all rows in one step"
+    assert [batch.num_rows for batch in planned(told)].count(3) >= 4, "all rows in one step"

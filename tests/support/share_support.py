@@ -11,12 +11,14 @@ from typing import Any
 from model_support import Engine
 
 from phloem.checkpoint.describe import Checkpoint
+from phloem.core.batch import Batch
 from phloem.core.config import Config
 from phloem.core.errors import EngineDead
 from phloem.distributed.comm import Comm, Threads
 from phloem.distributed.groups import Groups
 from phloem.distributed.mesh import Mesh
 from phloem.engine.parallel import End, Team, Told, decode_told, encode_told, mesh_of, ranks_of
+from phloem.engine.plans import Plan, Unpacking
 from phloem.engine.stages import Together
 from phloem.engine.worker import build_executor
 from phloem.launch.ranks import decision_of
@@ -127,6 +129,12 @@ def staged(pp: int, tp: int, work: Callable[[Groups], Any]) -> list[Any]:
 def staged_groups(dp: int, tp: int, work: Callable[[Groups], Any]) -> list[Any]:
     """As `together`, for `dp` groups of `tp` ranks that attend to rows of their own."""
     return _threads(Groups.threads(1, dp * tp, dp=dp), work)
+
+
+def planned(told: Sequence[Told]) -> list[Batch]:
+    """The batches among what a rank was told, as it has them."""
+    unpacking = Unpacking()
+    return [unpacking.unpack(one) for one in told if isinstance(one, Plan)]
 
 
 class ThreadRanks:

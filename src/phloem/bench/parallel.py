@@ -13,6 +13,8 @@ from pathlib import Path
 from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+
 from phloem.bench._report import context as machine_context
 from phloem.bench._report import write_line
 from phloem.bench.step import WARM, DecodeSteps
@@ -21,8 +23,10 @@ from phloem.checkpoint.describe import describe
 from phloem.cli._options import parse
 from phloem.core.config import opt
 from phloem.core.errors import BadRequest
+from phloem.distributed.shm import SharedMemory
 from phloem.engine import worker
-from phloem.engine.parallel import LeadingModel, ParallelRunner, ranks_of, refuse
+from phloem.engine.parallel import LeadingModel, ParallelRunner, encode_told, ranks_of, refuse
+from phloem.engine.plans import Packing
 from phloem.engine.runner import ModelRunner
 from phloem.launch.ranks import RankProcesses
 
@@ -37,9 +41,11 @@ if TYPE_CHECKING:
     from phloem.distributed.comm import Comm
     from phloem.distributed.groups import Groups
     from phloem.engine.parallel import Told
+    from phloem.kernels.native_meeting import Spent
 
 T = TypeVar("T")
 
+SUMS = "tp all_reduce"
 BATCHES = (1, 2, 4)  # that the rows are dealt out in, where there are stages
 TOLD, PAUSE = 50, 0.001  # batches of each kind that are sent without a step, and seconds between two
 
@@ -72,18 +78,38 @@ class Times:
         self.bytes[kind] += size
         return found
 
+    def take(self, before: Spent | None, after: Spent | None) -> float | None:
+        """Sums that count themselves; gives the seconds of them in which others were waited for, None: nobody knows."""
+        if before is None or after is None:
+            return None
+        self.calls[SUMS] += after.calls - before.calls
+        self.bytes[SUMS] += after.bytes - before.bytes
+        self.seconds[SUMS] += after.seconds - before.seconds  # pyright: ignore[reportArgumentType]
+        return after.waited - before.waited
+
+
+def spent(groups: Groups) -> Spent | None:
+    """Of the sums of a stage's ranks so far, where they are native calls."""
+    return groups.tp.spent if isinstance(groups.tp, SharedMemory) else None
+
 
 class Timed:
     """A rank's end of a group (`distributed.comm.Comm`), whose calls are timed."""
 
     def __init__(self, inner: Comm, group: str, times: Times) -> None:
         self._inner, self._group, self._times = inner, group, times
-        self.name, self.rank, self.size = inner.name, inner.rank, inner.size
+        self.name, self.rank, self.size, self.records = inner.name, inner.rank, inner.size, inner.records
+        self.undoing = inner.undoing
 
     def _of(self, call: str, x: Tensor, work: Callable[[], T]) -> T:
         return self._times.of(f"{self._group} {call}", x.nbytes, work)
 
+    def check(self) -> None:
+        self._inner.check()
+
     def all_reduce(self, x: Tensor) -> Tensor:
+        if self.records and x.dtype == torch.float32:
+            return self._inner.all_reduce(x)  # what a recording holds is counted by itself (`spent`)
         return self._of("all_reduce", x, lambda: self._inner.all_reduce(x))
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
@@ -165,9 +191,10 @@ def _together(config: Config, checkpoint: Checkpoint, steps: StepOptions) -> dic
             decode.seconds()
             times.clear()
             runner.words.clear()
-            begun = perf_counter()
+            before, begun = spent(ranks.team.groups), perf_counter()
             decode.run(1, steps.steps)
             seconds = perf_counter() - begun
+            waited = times.take(before, spent(ranks.team.groups))
             meetings = _meetings(times, steps.steps, seconds)
             told = {"launched": runner.words.seconds["plan"] / runner.words.calls["plan"] * 1e6, **runner.alone()}
             stages = _stages(runner, built.runner, ranks, steps)
@@ -180,6 +207,7 @@ def _together(config: Config, checkpoint: Checkpoint, steps: StepOptions) -> dic
         "comm": ranks.team.groups.ends[0].name,
         "meetings": meetings,
         "meetings_share": sum(one["share"] for one in meetings),
+        "waited_share": None if waited is None else waited / seconds,
         "bytes_read": ranks.bytes_read,
         "told_us": told,
         **stages,
@@ -239,16 +267,37 @@ class Telling(ParallelRunner):
         self.words.of("plan", 0, lambda: super(Telling, self).send(batch))
 
     def alone(self) -> dict[str, float]:
-        """Microseconds of it while no step runs, the median: of the rows of the last step, whose tables are known, and
-        of rows that are new. Those batches are never run."""
+        """Microseconds of it while no step runs, medians: of the rows of the last step, of those where a row has a new
+        page, and of other rows; and of `..._encoded` to make the bytes alone. The rest of it is sending, which wakes
+        ranks that sleep after `PAUSE`. Those batches are never run."""
         last = self._last
         assert last is not None
-        new = replace(last, tables=tuple(table[::-1] for table in last.tables))
-        found: dict[str, list[float]] = {"steady": [], "new": []}
-        for turn in range(4 * TOLD):
-            batch = new if turn % 8 > 3 else last  # what is new stays for three more
-            begun = perf_counter()
-            super().send(batch)
-            found["new" if turn % 4 == 0 else "steady"].append(perf_counter() - begun)
-            sleep(PAUSE)
+        found: dict[str, list[float]] = {}
+        for send, what in ((super().send, ""), (_encoder(), "_encoded")):
+            for turn in range(3 * TOLD):
+                kind = ("steady", "page", "new")[turn % 3]
+                last = _next(last, kind)
+                begun = perf_counter()
+                send(last)
+                found.setdefault(kind + what, []).append(perf_counter() - begun)
+                sleep(PAUSE)
         return {name: sorted(values)[len(values) // 2] * 1e6 for name, values in found.items()}
+
+
+def _encoder() -> Callable[[Batch], object]:
+    """What makes bytes of batches, and sends them nowhere."""
+    packing = Packing()
+    return lambda batch: encode_told(packing.pack(batch))
+
+
+def _next(batch: Batch, kind: str) -> Batch:
+    """The step after: of the same rows, where one of them has another page, or of other rows."""
+    lens = batch.prefix_lens + 1
+    if kind == "steady":
+        return replace(batch, prefix_lens=lens)
+    tables = tuple(table.copy() for table in batch.tables)
+    if kind == "page":
+        tables[0][0, -1] += 1
+        return replace(batch, prefix_lens=lens, tables=tables)
+    arrays = {name: getattr(batch, name)[::-1].copy() for name in ("slots", "query_lens", "outputs")}
+    return replace(batch, prefix_lens=lens[::-1], tables=tuple(table[::-1] for table in tables), **arrays)

@@ -159,14 +159,18 @@ class DecodeSteps:
         self._slots, self._ones = np.arange(rows, dtype=np.int32), np.ones(rows, np.int32)
         greedy, known = SamplingParams(temperature=0.0), np.ones(options.context + 1, np.int32)
         self._entries = [Admission(int(slot), f"row {slot}", greedy, 1, known, options.context) for slot in self._slots]
+        # As the scheduler does: while the same rows decode, batches have the same arrays.
+        self._parts = [
+            (self._slots[part], self._ones[part], tuple(table[part] for table in self._tables), self._entries[part])
+            for part in (slice(wave, None, waves) for wave in range(waves))
+        ]
 
     def _batch(self, number: int, wave: int) -> Batch:
-        part = slice(wave, None, self._waves)
-        slots, ones, first = self._slots[part], self._ones[part], number == 0
+        slots, ones, tables, entries = self._parts[wave]
+        first = number == 0
         ids = np.full(len(slots), 1 if first else FROM_DEVICE, np.int32)
         lens = np.full(len(slots), self._start + number, np.int32)
-        tables, entries = tuple(table[part] for table in self._tables), self._entries[part] if first else []
-        return Batch(number * self._waves + wave, slots, ones, lens, ids, tables, ones, entries)
+        return Batch(number * self._waves + wave, slots, ones, lens, ids, tables, ones, entries if first else [])
 
     def run(self, begin: int, count: int) -> list[StepOutput]:
         """So many steps of each row."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from phloem.client.request import new_id
-from phloem.core.errors import EngineDead
+from phloem.core.errors import BadRequest, ConfigError, EngineDead, ModelLoadError, PhloemError
 from phloem.core.messages import (
     Control,
     ControlReply,
@@ -33,6 +33,8 @@ log = logging.getLogger("phloem.server")
 
 ALIVE_POLL = 0.25  # seconds between looks at `EngineLink.alive`
 LAST_WORDS = 0.5  # seconds that a dead engine's reason may still be on its way
+# What the caller can mend; an engine that fails of anything else has died.
+_MENDED: dict[str, type[PhloemError]] = {error.__name__: error for error in (BadRequest, ConfigError, ModelLoadError)}
 
 
 class Connection:
@@ -82,6 +84,12 @@ class Connection:
         tasks = self._tasks
         self._release()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    @property
+    def failure(self) -> PhloemError | None:
+        """What the engine of this link was asked wrongly, as the error that it raised there; None: it was not that."""
+        kind = None if self.failed is None else _MENDED.get(self.failed.kind)
+        return None if self.failed is None or kind is None else kind(self.failed.error, param=self.failed.param)
 
     async def wait_ready(self) -> dict[str, Any]:
         """Wait for the engine's `Ready`, and give its info. Raises EngineDead if it ends first."""

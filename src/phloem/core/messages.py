@@ -293,11 +293,13 @@ class Ready(Message):
 
 
 class Failed(Message):
-    """The engine could not start, or stopped for good: the exception's class name, its text, its trace."""
+    """The engine could not start, or stopped for good: the exception's class name, its text, its trace, and the setting
+    that it is about."""
 
     error: str
     kind: str = ""
     trace: str = ""
+    param: str | None = None
 
 
 class Stopped(Message):

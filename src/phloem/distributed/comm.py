@@ -47,6 +47,27 @@ class Board:
         return _TORCH.PrefixStore(name, self._store)
 
 
+class StepUndone(MemoryError):
+    """Another rank found no memory for a part of the step: all of them leave it."""
+
+
+class Undoing(Protocol):
+    """How all ranks of a group leave a step together, and begin anew."""
+
+    @property
+    def count(self) -> int:
+        """Steps that were undone, as the ranks have said so far."""
+        ...
+
+    def undo(self) -> None:
+        """Whoever waits for others in the step, or would, raises `StepUndone`."""
+        ...
+
+    def resume(self, count: int) -> None:
+        """Meet anew behind so many undone steps, where this rank has not; all of them call it."""
+        ...
+
+
 class Comm(Protocol):
     """One rank's end of a group of ranks.
 
@@ -56,6 +77,20 @@ class Comm(Protocol):
     name: str
     rank: int
     size: int
+
+    @property
+    def records(self) -> bool:
+        """Whether float32 sums are calls that a step's recording holds; `check` then says whether they failed."""
+        ...
+
+    @property
+    def undoing(self) -> Undoing | None:
+        """None: who has failed within a step cannot go on."""
+        ...
+
+    def check(self) -> None:
+        """Raises `EngineDead`, or `StepUndone`, where a call of a recorded step did not find the others."""
+        ...
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over all ranks, in the type of `x`; `x` may be used up."""
@@ -85,7 +120,8 @@ class Comm(Protocol):
 
 def counts_of(comm: Comm, parts: list[Tensor]) -> list[list[int]]:
     """[from][to] rows of what all ranks give each other."""
-    return [row.tolist() for row in comm.all_gather(torch.tensor([len(part) for part in parts]))]
+    counts = torch.tensor([len(part) for part in parts], device=parts[0].device)
+    return [row.tolist() for row in comm.all_gather(counts)]
 
 
 class _Meeting:
@@ -101,6 +137,7 @@ class Threads:
     """A rank in a thread of this process. `Threads.group(n)` makes all of them."""
 
     name = "threads"
+    records, undoing = False, None
 
     def __init__(self, meeting: _Meeting, rank: int, size: int) -> None:
         self._meeting, self.rank, self.size = meeting, rank, size
@@ -147,6 +184,9 @@ class Threads:
         assert found is not None
         return found
 
+    def check(self) -> None:
+        """Each call has said what became of it."""
+
     def abort(self) -> None:
         self._meeting.barrier.abort()
 
@@ -166,6 +206,7 @@ class Gloo:
     """
 
     name = "gloo"
+    records, undoing = False, None
 
     def __init__(self, rank: int, size: int, place: Path | Any, timeout: float, host: str = "127.0.0.1") -> None:
         self.rank, self.size = rank, size
@@ -242,6 +283,9 @@ class Gloo:
         options.rootRank = 0
         self._run(self._group.broadcast([x], options))
         return x
+
+    def check(self) -> None:
+        """Each call has said what became of it."""
 
     def abort(self) -> None:
         self._aborted = True

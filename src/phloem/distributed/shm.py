@@ -2,7 +2,8 @@
 
 Each rank has two places in turn and a counter. It writes its part, counts on, waits until all have counted as far, and
 reads the others' parts. Who writes a place again has seen all ranks at the call in between, and so behind their reading
-of it: one meeting a call is enough. Sums go over the ranks in their order, so that all have the same bits.
+of it: one meeting a call is enough. Sums go over the ranks in their order, so that all have the same bits. Those of
+float32 are a native op, where it is built, which recorded steps hold (csrc/cpu/each/meeting.cpp, of the same layout).
 
 What is written is seen in the order of writing on x86 alone; elsewhere the ranks meet by gloo.
 """
@@ -18,13 +19,17 @@ import numpy as np
 import torch
 
 from phloem.core.errors import EngineDead
-from phloem.distributed.comm import counts_of
+from phloem.distributed.comm import StepUndone, counts_of
+from phloem.kernels.native_meeting import SharedSum
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from torch import Tensor
+
+    from phloem.distributed.comm import Undoing
+    from phloem.kernels.native_meeting import Spent
 
 PLACE = 4 << 20  # bytes of a rank's part in one go; what is larger goes in pieces
 LINE = 64  # bytes between two counters: no two ranks write one cache line
@@ -65,13 +70,61 @@ class SharedMemory:
             os.close(descriptor)
         counters = np.frombuffer(self._memory, np.int64, count=head // 8)
         self._counters = [counters[LINE // 8 * (other + 1) :][:1] for other in range(size)]
-        self._ended = counters[:1]
+        self._ended, self._undone = counters[:1], counters[1:2]
+        self._known = 0  # undone steps
         flat = torch.frombuffer(self._memory, dtype=torch.uint8, offset=head)
         self._places = [[flat[(turn * size + r) * PLACE :][:PLACE] for r in range(size)] for turn in (0, 1)]
-        self._call = 0
+        lines = torch.frombuffer(self._memory, dtype=torch.int64, count=head // 8)
+        self._sum = SharedSum.of(lines, flat.view(torch.float32), rank, size, PLACE // 4, timeout)
+        self._meet()
+
+    @property
+    def records(self) -> bool:
+        return self._sum is not None
+
+    @property
+    def spent(self) -> Spent | None:
+        """Of sums, recorded ones too; None: they are not counted."""
+        return None if self._sum is None else self._sum.spent
+
+    def check(self) -> None:
+        failed = 0 if self._sum is None else self._sum.failed
+        if failed < 0:
+            raise StepUndone("another rank found no memory")
+        if failed == 1:
+            raise EngineDead(f"rank {self.rank}: the group was ended")
+        if failed:
+            raise EngineDead(f"rank {failed - 2} did not come within {self._timeout:g} s")
+
+    @property
+    def undoing(self) -> Undoing:
+        return self
+
+    @property
+    def count(self) -> int:
+        """As `Undoing`; so are the next two."""
+        return int(self._undone[0])
+
+    def undo(self) -> None:
+        self._undone[0] = max(self.count, self._known + 1)  # several may say so of one step
+
+    def resume(self, count: int) -> None:
+        if count <= self._known:
+            return
+        self._known = count
+        if self._sum is not None:
+            self._sum.resume(count)
+        # Beyond all that was counted before, of which ranks may have done more or less. Nobody writes a place before
+        # all have met: one of them may still read it.
+        self._counters[self.rank][0] = count << 32
         self._meet()
 
     def all_reduce(self, x: Tensor) -> Tensor:
+        if self._sum is not None and x.dtype == torch.float32:
+            found = self._sum(x)
+            if not self._sum.recording:
+                self.check()
+            return found
         total = torch.empty(x.numel(), dtype=torch.float32)
         flat = x.reshape(-1)
         for first in range(0, len(flat), PLACE // 4):
@@ -139,11 +192,18 @@ class SharedMemory:
 
     def _next(self) -> list[Tensor]:
         """The places of the call that comes."""
-        return self._places[(self._call + 1) & 1]
+        return self._places[(int(self._counters[self.rank][0]) + 1) & 1]
+
+    def _go_on(self) -> None:
+        """Raises where nobody must be waited for."""
+        if self._ended[0]:
+            raise EngineDead(f"rank {self.rank}: the group was ended")
+        if self._undone[0] > self._known:
+            raise StepUndone("another rank found no memory")
 
     def _meet(self) -> None:
-        self._call += 1
-        call = self._call
+        self._go_on()
+        call = int(self._counters[self.rank][0]) + 1
         self._counters[self.rank][0] = call
         for other, counter in enumerate(self._counters):
             looks, until = 0, 0.0
@@ -156,12 +216,10 @@ class SharedMemory:
                 else:
                     time.sleep(NAP)
                 until = until or time.monotonic() + self._timeout
-                if self._ended[0]:
-                    raise EngineDead(f"rank {self.rank}: the group was ended")
+                self._go_on()
                 if time.monotonic() > until:
                     raise EngineDead(f"rank {other} did not come within {self._timeout:g} s")
-        if self._ended[0]:
-            raise EngineDead(f"rank {self.rank}: the group was ended")
+        self._go_on()
 
 
 def _bytes(x: Tensor) -> Tensor:

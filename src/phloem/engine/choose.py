@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from phloem.core.batch import StepOutput
     from phloem.engine.masks import Masks
     from phloem.engine.slots import Slot, Slots
+    from phloem.engine.stages import Kind
     from phloem.engine.transfer import Coming, LastTokens
     from phloem.engine.wanted import Wanted
     from phloem.engine.wearing import Ends
@@ -96,6 +97,11 @@ def most_likely(slots: Slots, wanted: Wanted, easy: bool) -> bool:
     """Whether every position's most likely token is all that is asked of the head; else it gives whole rows, or the
     best of some. `easy`: as in `Choice`."""
     return easy or bool(slots.argmax_only[wanted.slots].all())
+
+
+def kind_of(slots: Slots, wanted: Wanted, easy: bool) -> Kind:
+    """What several ranks make of the states of all positions at once."""
+    return "greedy" if most_likely(slots, wanted, easy) else "logits"
 
 
 class MostLikely:

@@ -10,6 +10,7 @@ Legend: T tokens, L rows of hidden states, N hidden size, R rows (requests).
 from __future__ import annotations
 
 import contextlib
+import gc
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -24,6 +25,7 @@ from phloem.core.batch import Batch
 from phloem.core.errors import BadRequest, ConfigError, EngineDead
 from phloem.core.nodes import Nodes
 from phloem.distributed import deepep
+from phloem.distributed.comm import StepUndone
 from phloem.distributed.groups import Groups
 from phloem.distributed.mesh import Mesh
 from phloem.engine.apart import cut
@@ -32,7 +34,7 @@ from phloem.engine.contexts import run_rows
 from phloem.engine.counts import spread_of
 from phloem.engine.forward import run_forward
 from phloem.engine.inputs import Step
-from phloem.engine.memory import first_line
+from phloem.engine.memory import first_line, is_out_of_memory
 from phloem.engine.plans import Packing, Plan, Unpacking, ints, raw
 from phloem.engine.stages import Kind, Together
 from phloem.engine.transfer import LastTokens
@@ -43,6 +45,7 @@ from phloem.layers.context import BuildContext
 from phloem.layers.rows import Rows
 from phloem.models import build_model
 from phloem.models._common import Decoder
+from phloem.utils import log
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
@@ -56,45 +59,53 @@ if TYPE_CHECKING:
     from phloem.core.config import Config
     from phloem.core.memory import MemorySpec
     from phloem.core.resolve import Decision
+    from phloem.distributed.comm import Undoing
+    from phloem.engine.recorded.flexible import FlexibleSteps
     from phloem.kvcache.pool import KVPool
     from phloem.layers.context import AttentionSpec, ForwardBatch
 
 T = TypeVar("T")
+_log = log.get("engine")
 
 
-class Pages(msgspec.Struct, frozen=True, tag=True):
-    """How large each group's memory is, on every rank: rank 0 has measured. `facts`: what must agree."""
+class Pages(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """How large each group's memory is, on every rank: rank 0 has measured. `facts`: what must agree. `most`: pages of
+    a row."""
 
     num_pages: tuple[int, ...]
     facts: dict[str, str]
+    most: int
 
 
-class Go(msgspec.Struct, frozen=True, tag=True):
+class Go(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Run the planned batch of this step; `ids` int64 [T] are its tokens, those of the last step included, and `lens`
-    int32 the rows that rank 0 has cut it into: others would add in another order. `head`: what the last stage makes of
-    the wanted states at once; "": `Chosen` asks for it, if anybody does."""
+    int32 the rows that rank 0 has cut it into: others would add in another order. `head`: what all ranks, or the last
+    stage, make of the wanted states at once; "": `Chosen` asks for it, if anybody does. `undone`: steps that all ranks
+    have left."""
 
     step: int
     epoch: int
     ids: bytes
     lens: bytes
     head: Kind | Literal[""] = ""
+    undone: int = 0
 
 
-class Chosen(msgspec.Struct, frozen=True, tag=True):
+class Chosen(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Hidden states of `rows` positions come by the comm: their logits, or their most likely tokens, are wanted."""
 
     rows: int
     kind: Kind
 
 
-class Moved(msgspec.Struct, frozen=True, tag=True):
+class Moved(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Where the experts of one sparse layer lie from the next step on: those in each of `ep_size` ranks' slots."""
 
     layer: int
     ranks: list[list[int]]
 
 
+<<<<<<< HEAD
 class Placed(msgspec.Struct, frozen=True, tag=True):
     """An adapter that batches know by its entry from now on: `adapters._shares.packed`, whole."""
 
@@ -103,10 +114,13 @@ class Placed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Busy(msgspec.Struct, frozen=True, tag=True):
+=======
+class Busy(msgspec.Struct, frozen=True, array_like=True, tag=True):
+>>>>>>> nodes3
     """How long a rank's stage has computed so far is wanted, once it has done what it was told before."""
 
 
-class End(msgspec.Struct, frozen=True, tag=True):
+class End(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """No more steps."""
 
 
@@ -199,15 +213,18 @@ class LostStep(EngineDead):
 
 
 @contextlib.contextmanager
-def _all_or_none(groups: Groups) -> Generator[None]:
-    """Around what all ranks compute together. Raises LostStep for whatever goes wrong on rank 0, for lack of memory
-    too: the step cannot be undone on the others, so that nobody may go on."""
+def _all_or_none(groups: Groups, undoing: Undoing | None = None) -> Generator[None]:
+    """Around what all ranks compute together. A step for which rank 0 or another one has no memory is left by all of
+    them, where they can. Raises LostStep for whatever else goes wrong on rank 0, so that nobody may go on."""
     try:
         yield
         return
     except EngineDead:
         raise
     except Exception as error:
+        if undoing is not None and is_out_of_memory(error):
+            undoing.undo()
+            raise
         why = first_line(error)
     groups.abort()
     raise LostStep(f"rank 0 failed within a step: {why}")
@@ -253,9 +270,9 @@ class LeadingModel:
 
     def _chosen(self, hidden_LD: Tensor, kind: Kind) -> Tensor:
         early = self._whole.found.pop(kind, None)
-        if early is not None:
+        if early is not None and len(early) == len(hidden_LD):
             return early
-        with _all_or_none(self._groups):
+        with _all_or_none(self._groups, self._whole.undoing):
             self._tell(Chosen(len(hidden_LD), kind))
             return self._whole.chosen(hidden_LD, kind)
 
@@ -273,12 +290,21 @@ class LeadingModel:
 
 
 class Leading:
-    """Rank 0's way of running steps (`forward.Way`): eagerly, with all ranks."""
+    """Rank 0's way of running steps (`forward.Way`), with all ranks: as they are recorded, or eagerly."""
 
-    def __init__(self, whole: Together, backend: AttentionBackend, pool: KVPool, team: Team) -> None:
+    def __init__(
+        self,
+        whole: Together,
+        backend: AttentionBackend,
+        pool: KVPool,
+        team: Team,
+        recorded: FlexibleSteps | None = None,
+    ) -> None:
+        self._recorded = recorded
         self._whole, self._backend, self._pool, self._team = whole, backend, pool, team
         self._rows, self.ahead = whole.rows, whole.ahead
         self._taking = ThreadPoolExecutor(1, "phloem-stages") if self.ahead else None
+        self._kind: Kind | Literal[""] = ""
 
     @property
     def busy(self) -> float:
@@ -304,20 +330,49 @@ class Leading:
         with torch.inference_mode(), _all_or_none(self._team.groups):
             return self._whole.taken()
 
+    def expect(self, kind: Kind | Literal[""]) -> None:
+        """What is asked of the head for all of the next step's states, so that no rank waits to be told; "": not yet
+        known."""
+        self._kind = kind if self._whole.comm is not None else ""
+
     def hand(self, kind: Kind, found: Tensor) -> None:
         """What the head made of the states whose tokens are chosen next."""
         self._whole.found = {kind: found}
 
     def run(self, step: Step, ready: Callable[[], None]) -> Tensor:
-        inputs, batch = step.inputs, step.batch
-        ids = inputs.input_ids.numpy().tobytes()
-        self._team.tell(Go(batch.step, batch.epoch, ids, raw(batch.query_lens)))
+        batch, undoing, kind = step.batch, self._whole.undoing, self._kind
+        self._whole.found, self._kind = {}, ""
+        ids = np.ascontiguousarray(step.arrays(batch.num_rows)[0], np.int64)
+        undone = 0 if undoing is None else undoing.count
+        self._team.tell(Go(batch.step, batch.epoch, ids.tobytes(), raw(batch.query_lens), kind, undone))
         ready()
-        with _all_or_none(self._team.groups):
+        with _all_or_none(self._team.groups, undoing):
+            if undoing is not None:
+                undoing.resume(undone)
             if self._rows is not None:
-                known = replace(batch, input_ids=inputs.input_ids.numpy().astype(np.int32))
+                known = replace(batch, input_ids=ids.astype(np.int32))
                 return run_rows(self._whole, self._rows, self._backend, self._pool, known, step.last)
-            return run_forward(self._whole, self._backend, self._pool, inputs, inputs.logit_index)
+            hidden_LN = run_shared(self._whole, self._backend, self._pool, step, self._recorded)
+            if kind:
+                self._whole.found = {kind: self._whole.headed(hidden_LN, kind)}
+            return hidden_LN
+
+
+def run_shared(
+    whole: Together, backend: AttentionBackend, pool: KVPool, step: Step, recorded: FlexibleSteps | None
+) -> Tensor:
+    """A rank's part of a step: hidden states [L, N]. Raises EngineDead where another rank has gone."""
+    found = None if recorded is None else recorded.run(step, _nothing)
+    if found is None:
+        inputs = step.inputs
+        return run_forward(whole, backend, pool, inputs, inputs.logit_index)
+    if whole.comm is not None:
+        whole.comm.check()
+    return found
+
+
+def _nothing() -> None:
+    pass
 
 
 def told_by(sites: Sites | None, team: Team | None) -> Sites | None:
@@ -352,7 +407,10 @@ class ParallelRunner(RunnerAround):
 
 
 class Executor:
-    """A rank that is not the first: runs what it is told, and holds no state of requests."""
+    """A rank that is not the first: runs what it is told, and holds no state of requests.
+
+    A step for which it, or another rank, has no memory never happened: it waits for the next one.
+    """
 
     def __init__(
         self,
@@ -363,11 +421,18 @@ class Executor:
         slots: int,
         shift: Callable[[Moved], object],
         busy: Callable[[float], None] = lambda _: None,
+<<<<<<< HEAD
         sites: Sites | None = None,
     ) -> None:
         """`shift`: what is to be done when experts move. `busy`: says how long this stage has computed. `sites`: where
         adapters go, if any are served."""
         self._sites = sites
+=======
+        recorded: FlexibleSteps | None = None,
+    ) -> None:
+        """`shift`: what is to be done when experts move. `busy`: says how long this stage has computed."""
+        self._recorded, self._rank = recorded, whole.rank
+>>>>>>> nodes3
         self._shift, self._busy = shift, busy
         self._whole, self._backend, self._pool = whole, backend, pool
         self._last = LastTokens(slots, pool.device, True, None, ops)
@@ -376,15 +441,13 @@ class Executor:
         self._hidden_LN: Tensor | None = None
 
     def run(self, receive: Callable[[], Told]) -> None:
-        """Until `End`. Raises what a step raises: a rank that has failed cannot go on."""
+        """Until `End`. Raises what a step raises, but for lack of memory where all ranks can leave the step."""
         with torch.inference_mode():
             while not isinstance(told := receive(), End):
                 if isinstance(told, Plan):
                     self._plans.append(self._unpacking.unpack(told))
-                elif isinstance(told, Go):
-                    self._go(told)
-                elif isinstance(told, Chosen):
-                    self._choose(told)
+                elif isinstance(told, Go | Chosen):
+                    self._undoably(told)
                 elif isinstance(told, Moved):
                     self._shift(told)
                 elif isinstance(told, Placed):
@@ -393,22 +456,49 @@ class Executor:
                 elif isinstance(told, Busy):
                     self._busy(self._whole.busy)
 
-    def _go(self, told: Go) -> None:
+    def _undoably(self, told: Go | Chosen) -> None:
+        undoing = self._whole.undoing
+        try:
+            if isinstance(told, Chosen):
+                self._choose(told)
+            else:
+                self._go(told, undoing)
+            return
+        except Exception as error:
+            if undoing is None or not is_out_of_memory(error):
+                raise
+            why = "" if isinstance(error, StepUndone) else first_line(error)
+            undoing.undo()
+        # Only here, where the error has gone, can what its frames hold be given back.
+        self._hidden_LN = None
+        gc.collect(1)
+        if why:
+            _log.warning("rank %d has no memory for a step, which all leave: %s", self._rank, why)
+
+    def _go(self, told: Go, undoing: Undoing | None) -> None:
         while self._plans:
             batch = self._plans.pop(0)  # those before it never happened
             if (batch.step, batch.epoch) == (told.step, told.epoch):
                 break
         else:
             raise ValueError(f"step {told.step} was never planned")
+        if undoing is not None:
+            if undoing.count > told.undone:  # somebody has left a step since it was said: rank 0 will see that
+                self._hidden_LN = None
+                return
+            undoing.resume(told.undone)
         batch = replace(batch, input_ids=np.frombuffer(told.ids, np.int64).astype(np.int32))
         self._whole.head = told.head
         rows, batch_cut = self._whole.rows, cut(batch, ints(told.lens))
         if rows is not None:
             self._hidden_LN = run_rows(self._whole, rows, self._backend, self._pool, batch_cut, self._last)
             return
-        inputs = Step(batch_cut, Wanted.of(batch), self._pool, self._last).inputs
-        self._hidden_LN = run_forward(self._whole, self._backend, self._pool, inputs, inputs.logit_index)
+        step = Step(batch_cut, Wanted.of(batch), self._pool, self._last)
+        self._hidden_LN = run_shared(self._whole, self._backend, self._pool, step, self._recorded)
+        if told.head and self._whole.comm is not None:
+            self._whole.headed(self._hidden_LN, told.head)
 
     def _choose(self, told: Chosen) -> None:
-        assert self._hidden_LN is not None, "rows of no step"
+        if self._hidden_LN is None:
+            return  # of a step that was left
         self._whole.chosen(self._hidden_LN.new_empty((told.rows, self._hidden_LN.shape[1])), told.kind)

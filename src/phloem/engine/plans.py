@@ -1,20 +1,23 @@
-"""Batches as bytes, for ranks that execute them: each is told of its tables only what differs from the batch before.
+"""Batches as bytes, for ranks that execute them: each is told only what differs from the batch before.
 
-In a step that decodes the rows of the one before it few rows have a new page; with many rows of long requests the
-tables are most of a batch. Both ends see all batches in one order, those that never run among them.
+While the same requests decode, the scheduler gives the same arrays with every batch, as nothing changes them after a
+launch: what is the same object needs no look. Where rows have new pages the tables are other ones, of which the cells
+that differ are told. Both ends see all batches in one order, those that never run among them.
+
+Token ids are not told: they come with the word to go, when those that the step before has chosen are known.
 
 Legend: R rows, P pages of the widest row.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 
-from phloem.core.batch import Batch
+from phloem.core.batch import FROM_DEVICE, Batch
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,35 +26,44 @@ if TYPE_CHECKING:
 
 
 class Cells(msgspec.Struct, frozen=True, array_like=True):
-    """What differs from the table before, of as many rows and pages: which cells of it, and their values, int32."""
+    """What differs from the table before, of as many rows: which cells of the new one, and their values, int32. It is
+    `pages` wide; where it was narrower, new cells are 0 unless told."""
 
+    pages: int
     at: bytes
     values: bytes
 
 
-class Plan(msgspec.Struct, frozen=True, tag=True):
-    """A `Batch` as bytes, int32 all: what a rank needs to execute it."""
+class Plan(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A `Batch` as bytes, int32 all: what a rank needs to execute it. None: as in the plan before."""
 
     step: int
     epoch: int
-    slots: bytes
-    query_lens: bytes
     prefix_lens: bytes
+<<<<<<< HEAD
     input_ids: bytes
     outputs: bytes
     tables: list[bytes | Cells]  # [R, P] each
     targets: dict[int, bytes]
     adapters: bytes | None = None
+=======
+    slots: bytes | None = None
+    query_lens: bytes | None = None
+    outputs: bytes | None = None
+    tables: list[bytes | Cells] | None = None  # [R, P] each
+    targets: dict[int, bytes] = {}
+>>>>>>> nodes3
 
 
 @dataclass(slots=True)
 class Packing:
     """The end that sends."""
 
-    _tables: list[Table] = field(default_factory=list["Table"])  # as the other end has them
+    _last: Batch | None = None  # as the other end has it
 
     def pack(self, batch: Batch) -> Plan:
         """What the other ranks need of a batch. Raises ValueError for one that they cannot execute."""
+<<<<<<< HEAD
         if batch.embeds or batch.positions is not None or (batch.outputs > 1).any():
             raise ValueError("a batch with pictures or drafts runs on one rank alone")
         return Plan(
@@ -65,57 +77,91 @@ class Packing:
             tables=self._told(batch.tables),
             targets={row: raw(targets) for row, targets in batch.prompt_targets.items()},
             adapters=None if batch.adapters is None else raw(batch.adapters),
+=======
+        last = self._last
+        same = last is not None and batch.outputs is last.outputs
+        alone = batch.positions, batch.adapters, batch.drafting, batch.parents, batch.places
+        if batch.embeds or any(part is not None for part in alone):
+            raise ValueError("a batch with pictures, adapters, or drafts of a model runs on one rank alone")
+        self._last = batch
+        rows = last is not None and (batch.slots is last.slots or np.array_equal(batch.slots, last.slots))
+        tables: list[bytes | Cells] | None = None
+        if last is None or not rows or len(last.tables) != len(batch.tables):
+            tables = [raw(table) for table in batch.tables]
+        elif batch.tables is not last.tables:
+            tables = [_news(old, new) for old, new in zip(last.tables, batch.tables, strict=True)]
+        return Plan(
+            batch.step,
+            batch.epoch,
+            raw(batch.prefix_lens),
+            None if rows else raw(batch.slots),
+            None if last is not None and batch.query_lens is last.query_lens else raw(batch.query_lens),
+            None if same else raw(batch.outputs),
+            tables,
+            {row: raw(targets) for row, targets in batch.prompt_targets.items()},
+>>>>>>> nodes3
         )
 
-    def _told(self, tables: tuple[Table, ...]) -> list[bytes | Cells]:
-        if [table.shape for table in tables] != [table.shape for table in self._tables]:
-            self._tables = [np.array(table, np.int32, order="C") for table in tables]
-            return [table.tobytes() for table in self._tables]
-        return [self._news(kept, table) for kept, table in zip(self._tables, tables, strict=True)]
 
-    @staticmethod
-    def _news(kept: Table, table: Table) -> bytes | Cells:
-        at = np.flatnonzero(kept != table).astype(np.int32)
-        if 2 * len(at) >= kept.size > 0:  # they would take as many bytes
-            kept[:] = table
-            return kept.tobytes()
-        values = table.reshape(-1)[at]
-        kept.reshape(-1)[at] = values
-        return Cells(at.tobytes(), values.tobytes())
+def _news(old: Table, new: Table) -> bytes | Cells:
+    """Of the same rows."""
+    pages = new.shape[1]
+    at = ((old if old.shape[1] == pages else _of_width(old, pages)) != new).reshape(-1).nonzero()[0]
+    if 2 * len(at) >= new.size > 0:  # they would take as many bytes
+        return raw(new)
+    return Cells(pages, raw(at), raw(new.take(at)))
+
+
+def _of_width(table: Table, pages: int) -> Table:
+    """A copy with so many columns, of which new ones are 0."""
+    found = np.zeros((len(table), pages), np.int32)
+    kept = min(pages, table.shape[1])
+    found[:, :kept] = table[:, :kept]
+    return found
 
 
 @dataclass(slots=True)
 class Unpacking:
     """The end that receives."""
 
-    _tables: list[Table] = field(default_factory=list["Table"])  # of the last batch
+    _last: Batch | None = None
 
     def unpack(self, plan: Plan) -> Batch:
-        """The batch again, without admissions. Raises ValueError for what differs from nothing that was told."""
-        slots = ints(plan.slots)
-        tables = [self._table(number, told, len(slots)) for number, told in enumerate(plan.tables)]
-        self._tables = tables
-        return Batch(
+        """The batch again, without admissions, and without token ids, which are said when it runs. Raises ValueError
+        for what differs from nothing that was told."""
+        last = self._last
+        if last is None:
+            if plan.slots is None or plan.query_lens is None or plan.outputs is None or plan.tables is None:
+                raise ValueError("a plan differs from one that was never told")
+            last = _NOTHING
+        slots = last.slots if plan.slots is None else ints(plan.slots)
+        query_lens = last.query_lens if plan.query_lens is None else ints(plan.query_lens)
+        tables = last.tables
+        if plan.tables is not None:
+            tables = tuple(_table(last, number, told, len(slots)) for number, told in enumerate(plan.tables))
+        found = self._last = Batch(
             plan.step,
             slots,
-            ints(plan.query_lens),
+            query_lens,
             ints(plan.prefix_lens),
-            ints(plan.input_ids),
-            tuple(tables),
-            ints(plan.outputs),
+            np.full(int(query_lens.sum()), FROM_DEVICE, np.int32),
+            tables,
+            last.outputs if plan.outputs is None else ints(plan.outputs),
             prompt_targets={row: ints(targets) for row, targets in plan.targets.items()},
             epoch=plan.epoch,
             adapters=None if plan.adapters is None else ints(plan.adapters),
         )
+        return found
 
-    def _table(self, number: int, told: bytes | Cells, rows: int) -> Table:
-        if isinstance(told, bytes):
-            return ints(told).reshape(rows, -1)
-        if number >= len(self._tables) or len(self._tables[number]) != rows:
-            raise ValueError(f"a table of {rows} rows differs from one that was never told")
-        table = self._tables[number].copy()  # the batch before may still wait for its turn
-        table.reshape(-1)[ints(told.at)] = ints(told.values)
-        return table
+
+def _table(last: Batch, number: int, told: bytes | Cells, rows: int) -> Table:
+    if isinstance(told, bytes):
+        return ints(told).reshape(rows, -1)
+    if number >= len(last.tables) or len(last.tables[number]) != rows:
+        raise ValueError(f"a table of {rows} rows differs from one that was never told")
+    table = _of_width(last.tables[number], told.pages)  # the batch before may still wait for its turn
+    table.reshape(-1)[ints(told.at)] = ints(told.values)
+    return table
 
 
 def raw(array: NDArray[np.integer[Any]]) -> bytes:
@@ -126,3 +172,7 @@ def raw(array: NDArray[np.integer[Any]]) -> bytes:
 def ints(data: bytes) -> NDArray[np.int32]:
     """Those of `raw`, in memory that may be written to: torch wants that."""
     return np.frombuffer(data, np.int32).copy()
+
+
+_NONE = np.zeros(0, np.int32)
+_NOTHING = Batch(-1, _NONE, _NONE, _NONE, _NONE, (), _NONE)

@@ -16,7 +16,7 @@ from phloem.core.errors import BadRequest, OutOfMemory
 from phloem.engine.answer import empty, give_out, keep_hidden, prompt_logprobs
 from phloem.engine.apart import apart, drafts_apart, every_token
 from phloem.engine.branches import Branches
-from phloem.engine.choose import Choice, Chooser
+from phloem.engine.choose import Choice, Chooser, kind_of
 from phloem.engine.fill import Filler
 from phloem.engine.forward import Eager, Forward
 from phloem.engine.hearing import ears_of
@@ -31,8 +31,12 @@ from phloem.engine.slots import Slots
 from phloem.engine.thread import Launched, Order, StepThread
 from phloem.engine.transfer import LastTokens
 from phloem.engine.wanted import Wanted
+<<<<<<< HEAD
 from phloem.engine.waves import Starts, Waves
 from phloem.engine.wearing import Ends, Passes
+=======
+from phloem.engine.waves import Heads, Starts, Waves
+>>>>>>> nodes3
 from phloem.models import Conditioned
 from phloem.platforms._facts import StepFacts
 
@@ -108,6 +112,7 @@ class StepWork:
         self._ends = Ends(model, wardrobe)
         self.chooser = Chooser(self._ends, ops, self.slots, self.last, self.masks)
         self.waves = self._in_waves(leading)
+        self._heads = leading if isinstance(leading, Heads) else None
         self._filler = Filler(model, ops, self.slots, self.last)
         self._refiller = Refiller(model, ops, self.slots, self.last) if isinstance(model, Conditioned) else None
         self._drafting = None if drafting is None else drafting.make(self.slots, self.last)
@@ -122,8 +127,11 @@ class StepWork:
         chooses = self.slots, self.masks, self.last, self.chooser
         return Waves(leading, lambda batch, wanted: self._step(batch, wanted, None)[0], *chooses)
 
-    def _run(self, step: Step, settle: Settle, output: StepOutput) -> Tensor:
-        """Hidden states of the wanted positions."""
+    def _run(self, step: Step, settle: Settle, output: StepOutput, easy: bool) -> Tensor:
+        """Hidden states of the wanted positions. `easy`: as in `Choice`."""
+        if self._heads is not None:
+            plain = len(step.wanted.at) and not step.batch.prompt_targets
+            self._heads.expect(kind_of(self.slots, step.wanted, easy) if plain else "")
         if self.waves is None:
             return self._forward.run(step, settle)
         busy = self.waves.busy
@@ -191,7 +199,7 @@ class StepWork:
         before = perf_counter()
         placed, pictures = (batch, None) if desk is None else desk.dress(batch)
         step, after = self._step(placed, wanted, pictures)
-        hidden_LN = self._run(step, settle, output)
+        hidden_LN = self._run(step, settle, output, easy)
         if self._pool.routes is not None:
             self._pool.routes.keep(batch)
             output.routed = self._pool.routes.of(batch, self.slots.routed)

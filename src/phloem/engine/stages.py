@@ -16,6 +16,7 @@ from phloem.models._stage import run_stage
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from phloem.distributed.comm import Comm, Undoing
     from phloem.distributed.groups import Groups
     from phloem.layers.context import ForwardBatch
     from phloem.models import Model
@@ -70,6 +71,21 @@ class Together:
         return made[0]
 
     @property
+    def rank(self) -> int:
+        """In the world."""
+        return self._groups.rank
+
+    @property
+    def comm(self) -> Comm | None:
+        """By what the ranks meet in each layer, where they meet nowhere else in a forward pass."""
+        return self._groups.tp if self._stage is None and self.rows is None else None
+
+    @property
+    def undoing(self) -> Undoing | None:
+        """How all ranks leave a step for which one has no memory; None: that cannot be."""
+        return None if self.comm is None else self.comm.undoing
+
+    @property
     def ahead(self) -> int:
         """Steps that other stages may still have while rank 0 begins one."""
         staged = self._stage is not None and self.rows is None
@@ -81,6 +97,11 @@ class Together:
         assert self._groups.up is not None
         hidden_LN, found = take(self._groups.up)
         return hidden_LN, found
+
+    def headed(self, hidden_LN: Tensor, kind: Kind) -> Tensor:
+        """As `chosen`, where every rank has the same states of the step that has just run: nothing is sent but what
+        comes out."""
+        return self.model.head(hidden_LN) if kind == "logits" else self.model.greedy(hidden_LN)
 
     def gathered(self, hidden_LN: Tensor, order_L: Tensor) -> Tensor:
         """As `attending.Shared`: on rank 0, and without stages on every rank."""

@@ -45,6 +45,19 @@ def refuse_unshared(config: Config, checkpoint: Checkpoint) -> None:
     _refuse_ungrouped(config)
 
 
+def undrafted(config: Config, *, by_model: bool, recurrent: bool) -> str:
+    """Why several ranks of a model do not verify drafts; "": they do. `by_model`: a model makes them; `recurrent`: the
+    model's states have taken them in before they are refused."""
+    runtime, (name, size) = config.runtime, option_of(config)
+    apart = {"pp_size": runtime.pp_size, "attn_dp_size": runtime.attn_dp_size, "attn_cp_size": runtime.attn_cp_size}
+    for other, count in apart.items():
+        if count > 1:
+            return f"ranks that share out each layer (tp_size) verify drafts, no others, and {other} is {count}"
+    if by_model:
+        return f"a model that drafts runs on one rank, and {name} is {size}"
+    return f"states without refused drafts are made anew on one rank, and {name} is {size}" if recurrent else ""
+
+
 def _refuse_ungrouped(config: Config) -> None:
     """Raises ConfigError for something that is not done where groups of ranks attend to requests of their own."""
     size, running = config.runtime.attn_dp_size, config.schedule.max_running_requests

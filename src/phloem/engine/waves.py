@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections import deque
 from time import perf_counter
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from phloem.engine.answer import empty, give_out, keep_hidden
-from phloem.engine.choose import Choice, most_likely
+from phloem.engine.choose import Choice, kind_of
 from phloem.engine.pipeline import Flight
 from phloem.engine.wanted import Wanted
 
@@ -47,6 +47,13 @@ class Starts(Protocol):
     def start(self, step: Step, kind: Kind, /) -> Future[tuple[Tensor, Tensor]]: ...
 
     def hand(self, kind: Kind, found: Tensor, /) -> None: ...
+
+
+@runtime_checkable
+class Heads(Protocol):
+    """What computes states and heads on several ranks (`engine.parallel.Leading`)."""
+
+    def expect(self, kind: Kind | Literal[""], /) -> None: ...
 
 
 class Waves:
@@ -93,7 +100,7 @@ class Waves:
         wanted, output = Wanted.of(batch), empty(batch)
         easy = bool(self._slots.easy[wanted.slots].all())
         slots = [] if easy else [self._slots[slot] for slot in wanted.slots.tolist()]
-        kind: Kind = "greedy" if most_likely(self._slots, wanted, easy) else "logits"
+        kind = kind_of(self._slots, wanted, easy)
         before, busy = perf_counter(), self.busy
         coming = self._first.start(self._make(batch, wanted), kind)
         output.stage_seconds = self.busy - busy

@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from phloem.engine.experts import Hosting
     from phloem.engine.forward import Way
     from phloem.engine.parallel import Team, Told
+    from phloem.engine.recorded.flexible import FlexibleSteps
     from phloem.engine.transfer import LastTokens
     from phloem.engine.warm import Warming
     from phloem.layers.context import Chosen
@@ -260,8 +261,8 @@ def _build(
     held = drafts.Place(config, platform, backend, pool, ops, rows, pages, chunk, machine.eager, tower_of(model))
     drafting = drafts.prepare(helper, held, decisions)
     if team is not None:
-        team.tell(Pages(sizing.num_pages, kept.facts(checkpoint)))
-    led, leading = _led(machine, checkpoint, model, kept, pool, (rows, chunk, pages), team, decisions)
+        team.tell(Pages(sizing.num_pages, kept.facts(checkpoint), pages))
+    led, leading = _led(config, machine, checkpoint, model, kept, pool, (rows, chunk, pages), team, decisions)
     runner = ModelRunner(
         led, backend, pool, ops, running, facts=platform.facts, recorded=ways,
         streams=platform.streams, give_back=platform.empty_cache, begin=platform.begin_steps, sharing=sharing,
@@ -283,6 +284,7 @@ def _pool(
 
 
 def _led(
+    config: Config,
     machine: _Machine,
     checkpoint: Checkpoint,
     model: Model,
@@ -304,7 +306,17 @@ def _led(
     if team is None:
         return model, None
     whole = Together(model, team.groups)
-    return LeadingModel(whole, team), Leading(whole, kept.backend, pool, team)
+    recorded = _recorded(config, machine, whole, kept, pool, most[2], decisions)
+    return LeadingModel(whole, team), Leading(whole, kept.backend, pool, team, recorded)
+
+
+def _recorded(
+    config: Config, machine: _Machine, whole: Together, kept: _Kept, pool: KVPool, pages: int, decisions: list[Decision]
+) -> FlexibleSteps | None:
+    """What runs the steps of one of several ranks from recordings; None: they run eagerly."""
+    eager = "" if machine.spread is None else "experts that are chosen are counted op by op"
+    place = choice.Place(whole.model, kept.backend, pool, machine.ops, machine.platform.facts, 0, eager=eager)
+    return choice.among_ranks(config, whole, place, machine.running, pages, machine.chunk, decisions)
 
 
 def _stages(model: Model) -> tuple[frozenset[int] | None, tuple[frozenset[int], ...]]:
@@ -415,8 +427,14 @@ def build_executor(config: Config, checkpoint: Checkpoint, team: Team, receive: 
     own = model.stage.own if isinstance(model, Decoder) and model.stage is not None else None
     pool = KVPool(model.memory, told.num_pages, kept.page, kept.dtype, device, kept.scales, own)
     shift = balancing.shifter_of(model, checkpoint, machine.spread, team)
+<<<<<<< HEAD
     steps = Together(model, team.groups), kept.backend, pool, machine.ops, machine.running
     return Executor(*steps, shift, team.busy, sites)
+=======
+    whole = Together(model, team.groups)
+    recorded = _recorded(config, machine, whole, kept, pool, told.most, decisions)
+    return Executor(whole, kept.backend, pool, machine.ops, machine.running, shift, team.busy, recorded)
+>>>>>>> nodes3
 
 
 def _desk(config: Config, model: Model, ops: Ops, running: int) -> Callable[[LastTokens], Desk] | None:
@@ -454,7 +472,7 @@ def _build_pooled(
     ctx = BuildContext(
         ops, machine.dtype, platform.device, quant=quant.method_for(config.model.quantization, checkpoint.stored)
     )
-    model = load_pooled(checkpoint, ctx, _progress(checkpoint.name))
+    model = load_pooled(checkpoint, ctx, log.progress(_log, "loading", checkpoint.name))
     if isinstance(model.body, Decoder) and (why := refusal(model.body.memory, model.body.attention_specs)) is not None:
         raise ConfigError(f"task {pooling.task}: {checkpoint.model_type} cannot be served so: {why}", param="task")
     phase.end("weights")
@@ -498,6 +516,7 @@ def _products(config: Config, checkpoint: Checkpoint, machine: _Machine, decisio
         prepare_linear=plain.prepare_linear,
         linear=plain.linear,
         embedding=plain.embedding,
+        embedding_part=None,
         activations=None,
     )
 
@@ -519,9 +538,9 @@ def _loaded(
     try:
         if not own:
             trust = config.model.trust_remote_code
-            model = load_foreign(checkpoint, ctx, _progress(checkpoint.name), trust=trust)
+            model = load_foreign(checkpoint, ctx, log.progress(_log, "loading", checkpoint.name), trust=trust)
         else:
-            model = load_seeing(config, checkpoint, ctx, _progress(checkpoint.name), decisions)
+            model = load_seeing(config, checkpoint, ctx, log.progress(_log, "loading", checkpoint.name), decisions)
     finally:
         if stager is not None:
             stager.close()
@@ -584,16 +603,3 @@ def _backend(
 def _take(decisions: list[Decision], decision: Decision) -> Any:
     decisions.append(decision)
     return decision.value
-
-
-def _progress(name: str) -> Callable[[str, float], None]:
-    """Log the share of the weights that is loaded, at most every two seconds."""
-    last = perf_counter()
-
-    def note(what: str, share: float) -> None:
-        nonlocal last
-        if perf_counter() - last > 2:
-            last = perf_counter()
-            _log.info("loading %s: %3.0f %% (%s)", name, share * 100, what)
-
-    return note

@@ -256,6 +256,8 @@ class NativeLinear:
         self.workspace = _Workspace()
         self.LINEAR, self.ARGMAX, self.ROWS = rt.op("linear"), rt.op("linear_argmax"), rt.op("linear_rows")
         self.TOPK, self.SCREENED = rt.op("linear_topk"), rt.op("linear_argmax_screened")
+        self.parts = rt.has("own_ids")  # not in libraries of older builds
+        self.OWN, self.CLEAR = (rt.op(name) if self.parts else -1 for name in ("own_ids", "clear_others"))
         self.screens = Screens(rt, self.sizes)
         self.PACK, self.PACK_DENSE = rt.op("linear_pack"), rt.op("linear_pack_dense")
 
@@ -379,6 +381,18 @@ class NativeLinear:
             padded_inputs=weight.padded_inputs,
         )  # fmt: skip
         return out
+
+    def embedding_part(self, ids: Tensor, weight: PackedLinear, scale: float, first: int, last: int) -> Tensor:
+        """As `Ops.embedding_part`."""
+        if ids.dtype != torch.int64 or not ids.is_contiguous():
+            ids = ids.to(torch.int64).contiguous()
+        own, count = self.rt.empty(ids.shape, torch.int64), ids.numel()
+        self.rt.call(self.OWN, count, ids=ids.data_ptr(), out=own.data_ptr(), count=count, first=first, last=last)
+        rows, n = self.embedding(own, weight, scale), weight.in_features
+        self.rt.call(
+            self.CLEAR, count * n // 8, ids=ids.data_ptr(), x=rows.data_ptr(), rows=count, n=n, first=first, last=last
+        )  # fmt: skip
+        return rows
 
     def fused(
         self,
@@ -546,5 +560,6 @@ def _runs(read: list[_Part], sizes: list[int], block: int) -> list[list[int]]:
 
 def ops(native: NativeLinear) -> dict[str, Any]:
     """The table's entries."""
-    names = ("prepare_linear", "linear", "embedding", "linear_argmax", "linear_topk")
+    names = ["prepare_linear", "linear", "embedding", "linear_argmax", "linear_topk"]
+    names += ["embedding_part"] if native.parts else []
     return {name: getattr(native, name) for name in names}

@@ -95,6 +95,9 @@ class Ops:
     # times each of its scales, float32 [T, J]. As `reference_sampling.linear_topk`.
     linear_topk: Callable[[Tensor, Any, int, Tensor | None, int, float], tuple[Tensor, Tensor, Tensor]] | None = None
     embedding: Callable[[Tensor, Any, float], Tensor] = ref.embedding  # ids[T], weight[V, N], scale -> [T, N]
+    # The same of the part of a vocabulary that begins at `first` and ends before `last`, whose rows alone the weight
+    # has; those of other ids are 0. ids, weight, scale, first, last. None: by `embedding`, and torch around it.
+    embedding_part: Callable[[Tensor, Any, float, int, int], Tensor] | None = None
 
     # Elementwise and norms. `rms_norm` works on the last axis of [T, N] or [T, H, D].
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = ref.rms_norm  # x, weight, eps

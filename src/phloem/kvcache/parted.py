@@ -21,11 +21,15 @@ if TYPE_CHECKING:
 
 
 class PartedCache(CacheManager):
-    """`parts` are alike; what one of them knows of itself (page size, groups, windows) this has of the first."""
+    """`parts` are alike. What all of them know of themselves this has too (groups, page size), and nothing that
+    changes: pages, a tree and accounts are a part's own, and what asks the whole for them fails."""
 
     def __init__(self, parts: list[CacheManager]) -> None:
-        self.__dict__.update(parts[0].__dict__)
-        self.parts = tuple(parts)
+        first = parts[0]
+        self.groups, self.page_size, self.enabled = first.groups, first.page_size, first.enabled
+        self.paged, self.gives_back, self.has_states = first.paged, first.gives_back, first.has_states
+        self._chunk = first._chunk
+        self.number, self.parts = 0, tuple(parts)
         for number, part in enumerate(parts):
             part.number = number
 

@@ -14,7 +14,7 @@ from phloem.adapters.desk import Desk
 from phloem.checkpoint.families import audio_of
 from phloem.core import speculation
 from phloem.core.errors import BadRequest, ConfigError, EngineDead, PhloemError
-from phloem.core.messages import Failed, FromEngine, Progress, Ready, Stats, Submit, ToEngine
+from phloem.core.messages import Failed, FromEngine, Ready, Stats, Submit, ToEngine
 from phloem.core.ranges import parse_bytes
 from phloem.core.renoising import Renoising
 from phloem.core.targets import Targets
@@ -23,7 +23,7 @@ from phloem.engine.canvas import CanvasRunner
 from phloem.engine.compiled import CompiledModel
 from phloem.engine.renoise import RenoisingRunner
 from phloem.engine.runner import ModelRunner
-from phloem.engine.unshared import option_of, refuse_unshared
+from phloem.engine.unshared import refuse_unshared, undrafted
 from phloem.engine.watchdog import Watchdog
 from phloem.grammar._base import name_of
 from phloem.grammar._manager import GrammarManager, GrammarSettings
@@ -39,6 +39,7 @@ from phloem.launch.nodes import dismiss
 from phloem.launch.pictures import PictureCore, refuse_ranks
 from phloem.launch.ranks import RankProcesses
 from phloem.launch.rest import Resting
+from phloem.launch.starting import Starting
 from phloem.launch.tiers import check as check_tiers
 from phloem.launch.tiers import tiers_of
 from phloem.models._common import Decoder
@@ -101,26 +102,19 @@ class EngineCore:
             raise
 
     def _build(self, config: Config, checkpoint: Checkpoint, send: Send) -> None:
-        phases: dict[str, float] = {}
-
-        def report(phase: str, seconds: float) -> None:
-            phases[phase] = seconds
-            send(Progress(phase=phase, seconds=seconds))
-
+        starting = Starting(send)
         self._closing = threading.Event()
         drafts = speculation.wanted(config)
         assemble.check(drafts)
         team = None if self._ranks is None else self._ranks.team
         beside = assemble.beside(drafts, checkpoint) if team is None else None
-        built = worker.build(config, checkpoint, report, team, beside)
+        built = worker.build(config, checkpoint, starting.took, team, beside)
         self.runner = built.runner
-        runner, speculates = _drafting(drafts, built, config)
+        runner, speculates = _drafting(drafts, built, config, team)
         if isinstance(built.denoising, Renoising):
             runner = RenoisingRunner(runner, built.denoising, checkpoint.vocab_size)
         elif built.denoising is not None:
             runner = CanvasRunner(runner, built.denoising)
-        if team is not None:
-            runner = parallel.ParallelRunner(runner, team.tell)
         self._watchdog = Watchdog(built.runner, config.schedule.watchdog_timeout)
         cache = _cache(config, checkpoint, built)
         settings = _settings(config, checkpoint, built, speculates)
@@ -128,7 +122,7 @@ class EngineCore:
         prepare = _hearing(checkpoint, _no_grammar if self._grammars is None else self._grammars.prepare)
         self._encoders = encoders_of(config, checkpoint, built)
         self._sends = send
-        self._desk, self._keeper = _desk(config, built, report), _keeper(config, checkpoint, built)
+        self._desk, self._keeper = _desk(config, built, starting.took), _keeper(config, checkpoint, built)
         self.scheduler = Scheduler(
             runner,
             settings,
@@ -143,7 +137,7 @@ class EngineCore:
         self._publisher = _publisher(config, cache, self.scheduler)
         self._tiers = tiers_of(config, checkpoint, built, self.scheduler)
         self._disagg = disaggregated(config, checkpoint, built, self.scheduler)
-        self.info = self._facts(built, checkpoint, phases)
+        self.info = self._facts(built, checkpoint, starting.seconds)
 
     def _facts(self, built: Built, checkpoint: Checkpoint, phases: dict[str, float]) -> dict[str, Any]:
         """What the door and `/server_info` are told."""
@@ -252,19 +246,24 @@ def _cache(config: Config, checkpoint: Checkpoint, built: Built) -> CacheManager
     return parts[0] if len(parts) == 1 else PartedCache(parts)
 
 
-def _drafting(drafts: speculation.Wanted, built: Built, config: Config) -> tuple[Runner, bool]:
-    """The runner, perhaps with drafts, and whether it has them. Raises ConfigError for a drafter that cannot serve."""
+def _drafting(
+    drafts: speculation.Wanted, built: Built, config: Config, team: parallel.Team | None
+) -> tuple[Runner, bool]:
+    """The runner, of rank 0 with the others, perhaps with drafts, and whether it has them. Raises ConfigError for a
+    drafter that cannot serve."""
     runner = built.runner
     if not isinstance(runner, ModelRunner):
         built.decisions.append(assemble.without(drafts, "the model does not generate"))
         return runner, False
     why = "" if built.sites is None else "beside adapters, drafts have not been shown to change no bit"
     why = why if built.denoising is None else "a model of diffusion gives several tokens a pass by itself"
-    one = parallel.ranks_of(config) == 1
-    why = why if one else "drafts are verified on one rank, and {} is {}".format(*option_of(config))
+    if team is not None:
+        recurrent = any(group.kind == "state" for group in runner.groups)
+        why = undrafted(config, by_model=drafts.algorithm in speculation.MODELS, recurrent=recurrent)
     drafter, decided = assemble.decide(drafts, runner, why)
     built.decisions.append(decided)
-    return assemble.around(drafts, runner, drafter), drafter != speculation.NONE
+    inner = runner if team is None else parallel.ParallelRunner(runner, team.tell)
+    return assemble.around(drafts, runner, drafter, inner), drafter != speculation.NONE
 
 
 def _capturer(config: Config, built: Built, checkpoint: Checkpoint) -> Capturer | None:
@@ -406,9 +405,6 @@ def serve(
         finally:
             core.close()
     except Exception as error:
-        send(
-            Failed(
-                error=machine.exhausted(error) or str(error), kind=type(error).__name__, trace=traceback.format_exc()
-            )
-        )
+        reason, param = machine.exhausted(error) or str(error), error.param if isinstance(error, PhloemError) else None
+        send(Failed(error=reason, kind=type(error).__name__, trace=traceback.format_exc(), param=param))
         raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from time import monotonic, perf_counter
+from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from phloem.core.errors import BadRequest, ConfigError
@@ -15,7 +15,6 @@ from phloem.core.messages import (
     Drain,
     FromEngine,
     Heartbeat,
-    Progress,
     Stats,
     Stopped,
     ToEngine,
@@ -25,6 +24,7 @@ from phloem.core.resolve import Decision
 from phloem.disagg.embeddings import AGAIN, ITEMSIZE, MISFIT, Made, Misfit, encode, read_look
 from phloem.disagg.encoders import NAME, Encoders, Wanted, addresses
 from phloem.engine.encoding import Embedding, build_encoder, facts_of
+from phloem.launch.starting import Starting
 from phloem.models._vision import VisionTower
 from phloem.utils import log
 
@@ -86,16 +86,8 @@ class EncoderCore:
     """
 
     def __init__(self, config: Config, checkpoint: Checkpoint, send: Callable[[FromEngine], None]) -> None:
-        phases: dict[str, float] = {}
-        begun = perf_counter()
-
-        def report(phase: str) -> None:
-            nonlocal begun
-            now = perf_counter()
-            phases[phase], begun = now - begun, now
-            send(Progress(phase=phase, seconds=phases[phase]))
-
-        built = build_encoder(config, checkpoint, report)
+        starting = Starting(send)
+        built = build_encoder(config, checkpoint, starting.end)
         self._encoder, self._facts, self._send = built.encoder, built.facts, send
         self._most = config.schedule.max_queued_requests
         self._waiting: deque[_Waiting] = deque()
@@ -109,7 +101,7 @@ class EncoderCore:
             "encoder": built.facts,
             "max_running_requests": self._most,
             "decisions": [[d.name, d.value, d.reason] for d in decisions],
-            "phases": phases,
+            "phases": starting.seconds,
             "lora_adapters": None,
         }
 

@@ -219,6 +219,7 @@ class _Member:
             "comm": begin.comm,
             "board": [lead, begin.port],
             "here": stream.here,
+            "ring": None,  # what this node's ranks are told is passed on by their sockets
         }
         ranks = self._nodes.ranks(self._nodes.rank)
         for child in self._children:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from math import inf
-from time import monotonic, perf_counter
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -23,7 +23,6 @@ from phloem.core.messages import (
     Draw,
     FromEngine,
     Heartbeat,
-    Progress,
     Stopped,
     Submit,
     ToEngine,
@@ -37,6 +36,7 @@ from phloem.diffusion.family import Family
 from phloem.diffusion.quantised import quantise
 from phloem.diffusion.sequence import SequenceParallel
 from phloem.diffusion.worn import Wardrobe
+from phloem.launch.starting import Starting
 from phloem.utils import log
 from phloem.utils.cores import available_cores
 
@@ -62,15 +62,7 @@ class PictureCore:
 
     def __init__(self, config: Config, checkpoint: Checkpoint, send: Callable[[FromEngine], None]) -> None:
         assert checkpoint.pictures is not None
-        phases: dict[str, float] = {}
-        begun = perf_counter()
-
-        def report(phase: str) -> None:
-            nonlocal begun
-            now = perf_counter()
-            phases[phase], begun = now - begun, now
-            send(Progress(phase=phase, seconds=phases[phase]))
-
+        starting = Starting(send)
         images, schedule = config.images, config.schedule
         wanted = defaults(images.image_defaults)
         ranks = config.runtime.tp_size
@@ -80,7 +72,7 @@ class PictureCore:
         dtype, why = (DTYPES[asked], "as asked") if asked != "auto" else platform.dtype(None)
         pipe = models.load(checkpoint.pictures, platform.device, dtype, images.vae_tiling)
         smaller = _smaller(pipe, config.model.quantization)
-        report("weights")
+        starting.end("weights")
         painter, who = models.choose(pipe, platform.device, dtype, wanted, images.offload)
         if wanted:
             check_fit(painter)
@@ -90,7 +82,7 @@ class PictureCore:
         decisions = [chosen, Decision("dtype", str(dtype).removeprefix("torch."), why), *smaller, who]
         alone = config.runtime.ops == "invariant"
         budget, reason = _budget(images, painter, platform, alone, beside)
-        report("warm-up")
+        starting.end("warm-up")
         decisions += [
             Decision("image_step_tokens", budget, reason),
             Decision("image_policy", images.image_policy, "as asked or by default"),
@@ -113,7 +105,7 @@ class PictureCore:
             "pictures": msgspec.to_builtins(painter.facts),
             "max_running_requests": settings.most,
             "decisions": [[d.name, d.value, d.reason] for d in decisions],
-            "phases": phases,
+            "phases": starting.seconds,
             "lora_adapters": None if wardrobe is None else wardrobe.loaded(),
         }
         self._begin_steps = platform.begin_steps

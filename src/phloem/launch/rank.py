@@ -20,6 +20,7 @@ from phloem.engine.parallel import End, Team, decode_told, mesh_of
 from phloem.engine.worker import build_executor
 from phloem.launch.child import Said
 from phloem.launch.ranks import Way, join
+from phloem.launch.ring import RingReader
 from phloem.utils import log, machine
 from phloem.utils.ipc import READ_BYTES, Frames, frame
 from phloem.utils.processes import die_with_parent
@@ -31,13 +32,15 @@ _log = log.get("launch")
 
 
 class _Pipe:
-    """This rank's end of its socket."""
+    """This rank's end of its socket, and of the ring that it is told by where rank 0 is on the same node."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, rank: int, ring: tuple[str, int] | None) -> None:
+        """`ring`: its file, and how many ranks read it."""
         self._socket = socket.socket(fileno=descriptor)
         self._socket.set_inheritable(False)
         self._frames = Frames()
         self._ahead: list[Told] = []
+        self._ring = None if ring is None else RingReader(Path(ring[0]), ring[1], rank - 1, self._socket)
 
     def say(self, what: str, why: str = "", bytes_read: int = 0) -> None:
         self._socket.sendall(frame(msgspec.msgpack.encode(Said(what, why, bytes_read))))
@@ -50,6 +53,9 @@ class _Pipe:
 
     def receive(self) -> Told:
         """The next message; `End` when rank 0 has gone."""
+        if self._ring is not None:
+            data = self._ring.read()
+            return End() if data is None else decode_told(data)
         while not self._ahead:
             data = self._socket.recv(READ_BYTES)
             if not data:
@@ -72,7 +78,7 @@ def main() -> int:
     die_with_parent(order["parent"])
     config, rank = Config.from_flat(order["config"]), order["rank"]
     log.configure(config.server.log_level, f"rank {rank}")
-    pipe = _Pipe(order["pipe"])
+    pipe = _Pipe(order["pipe"], rank, order["ring"])
     try:
         pipe.say("here")
         board = order["board"]

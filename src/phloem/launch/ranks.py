@@ -22,11 +22,13 @@ from phloem.core.resolve import Decision
 from phloem.distributed.choose import choose, connect
 from phloem.distributed.comm import Board, Gloo
 from phloem.distributed.groups import Groups
+from phloem.distributed.shm import SharedMemory
 from phloem.engine.parallel import Busy, End, LostStep, Team, Told, encode_told, mesh_of, ranks_of
 from phloem.launch.agree import facts_of
 from phloem.launch.child import LEAVE_SECONDS, Child, Said, end, meeting_place, watch
 from phloem.launch.nodes import FurtherNodes, Node, listening_beside
 from phloem.launch.ray_nodes import RayNodes
+from phloem.launch.ring import RingWriter
 from phloem.launch.wire import Echo
 from phloem.utils import log
 from phloem.utils.ipc import frame
@@ -133,6 +135,7 @@ class RankProcesses:
         self.size = ranks_of(config)
         self._folder: Path | None = None  # where those of this node meet, until all have
         self._sending, self._closing, self._cause = threading.Lock(), False, ""
+        self._ring: RingWriter | None = None  # of what those of this node are told; None: by their sockets
         self._groups: Groups | None = None
         self._further: FurtherNodes | None = None
         self._placed = RayNodes(config, self._unplaced) if config.nodes.use_ray else None
@@ -173,8 +176,13 @@ class RankProcesses:
             here = sock.getsockname()[0]
             way = Way(name, place, (here, port), here, sock)
         order: dict[str, Any] = {
-            "config": config.flat(), "place": str(place), "comm": name, "board": way.board, "here": way.here
+            "config": config.flat(), "place": str(place), "comm": name, "board": way.board, "here": way.here,
+            "ring": None,
         }  # fmt: skip
+        if name == SharedMemory.name and self.ranks:
+            ring, readers = place / "told", len(self.ranks)
+            self._ring = RingWriter(ring, readers, self._wake, config.schedule.watchdog_timeout)
+            order["ring"] = str(ring), readers
         try:
             for rank in self.ranks:
                 rank.begin(order)
@@ -191,16 +199,22 @@ class RankProcesses:
     def tell(self, told: Told) -> None:
         """To every rank, from any thread. Raises EngineDead when one has gone."""
         data = encode_told(told)
-        framed = frame(data)
         with self._sending:
             self.check()
             if self._further is not None:
                 self._further.tell(data)
-            for rank in self.ranks:
-                try:
+            try:
+                if self._ring is not None:
+                    self._ring.write(data, self.check)
+                    return
+                framed = frame(data)
+                for rank in self.ranks:
                     rank.send(framed)
-                except OSError as error:
-                    raise self.explain(EngineDead(f"rank {rank.rank} takes no message: {error}")) from None
+            except OSError as error:
+                raise self.explain(EngineDead(f"a rank takes no message: {error}")) from None
+
+    def _wake(self, reader: int, data: bytes) -> None:
+        self.ranks[reader].send(data)
 
     def busy(self) -> dict[int, float]:
         """Seconds in which the stages of the other ranks of this node have computed, once all have done what they were
@@ -312,5 +326,5 @@ def decision_of(config: Config, name: str, why: str) -> Decision:
         placed = ", placed by Ray" if config.nodes.use_ray else ""
         parts.append(f"{nodes.size} nodes (nnodes){placed}, whose ranks meet by gloo")
     where = "those of one" if nodes.size > 1 else "ranks"
-    parts += [f"{where} meet by {name} ({why}), so that steps are not recorded", "rank 0 chooses the tokens"]
+    parts += [f"{where} meet by {name} ({why})", "rank 0 chooses the tokens"]
     return Decision("tp_size", runtime.tp_size, "; ".join(["as asked", *parts]))

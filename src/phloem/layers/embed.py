@@ -44,6 +44,8 @@ class Embedding(Layer):
 
     def _shared(self, ids_T: Tensor, comm: Comm) -> Tensor:
         first, last = self.span
+        if self.ops.embedding_part is not None:
+            return comm.all_reduce(self.ops.embedding_part(ids_T, self.weight.value, self.scale, first, last))
         here_T = (ids_T >= first) & (ids_T < last)
         rows_TN = self.ops.embedding((ids_T - first).clamp(0, last - first - 1), self.weight.value, self.scale)
         return comm.all_reduce(rows_TN.masked_fill(~here_T.unsqueeze(1), 0.0))

@@ -129,7 +129,7 @@ class _Supervisor:
             sock.close()
             if self._stop.is_set():
                 return 130
-            raise PhloemError(error.message) from None
+            raise client.connection.failure or PhloemError(error.message) from None
         minders = [asyncio.create_task(self._mind()), asyncio.create_task(self._end_hung())]
         gc.freeze()  # what lives as long as the server need not be looked through between two tokens
 

@@ -101,10 +101,12 @@ def most_rows(wanted: Wanted, runner: ModelRunner) -> int:
     return max(1 + wanted.drafts, MOST_ROWS) if not runner.row_bits else MOST_ROWS
 
 
-def around(wanted: Wanted, runner: ModelRunner, name: str) -> Runner:
-    """The runner, speculating with the drafter of that name."""
+def around(wanted: Wanted, runner: ModelRunner, name: str, inner: Runner | None = None) -> Runner:
+    """The runner, speculating with the drafter of that name. `inner`: of several ranks, the one around it that tells
+    the others of each batch, with its drafts."""
+    inner = runner if inner is None else inner
     if name == NONE:
-        return runner
+        return inner
     loaded = runner.drafts
     if loaded is not None:
         share = loaded.model.weight_bytes / max(1, runner.model.weight_bytes)
@@ -113,4 +115,4 @@ def around(wanted: Wanted, runner: ModelRunner, name: str) -> Runner:
         return ModelledRunner(runner, name, loader(name).shift, group, controller, wanted.drafts, loaded.tree)
     drafter = of_texts(name)(wanted)
     controller = Controller(wanted.drafts, most_rows(wanted, runner), wanted.adaptive)
-    return SpeculativeRunner(runner, drafter, controller, wanted.drafts)
+    return SpeculativeRunner(inner, drafter, controller, wanted.drafts)

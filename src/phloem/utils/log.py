@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from time import perf_counter
@@ -85,3 +85,16 @@ class Phases:
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {value:.2f} s" for name, value in self.seconds.items())
+
+
+def progress(to: logging.Logger, what: str, name: str) -> Callable[[str, float], None]:
+    """What logs a part's name and the share that is done, at most every two seconds."""
+    last = perf_counter()
+
+    def note(part: str, share: float) -> None:
+        nonlocal last
+        if perf_counter() - last > 2:
+            last = perf_counter()
+            to.info("%s %s: %3.0f %% (%s)", what, name, share * 100, part)
+
+    return note

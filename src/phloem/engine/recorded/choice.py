@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.attention import AttentionBackend
-    from phloem.core.config import RuntimeConfig
+    from phloem.core.config import Config, RuntimeConfig
     from phloem.engine.inputs import Step
     from phloem.engine.recorded.graphs import StepGraphs
+    from phloem.engine.stages import Together
     from phloem.kernels.graph import GraphRecorder
     from phloem.kernels.ops import Ops
     from phloem.kvcache.pool import KVPool
@@ -112,6 +113,32 @@ def choose(
         decisions.append(Decision("shared_step_graphs", "on", f"recorded {_when(place)}"))
         shared = _decode_graphs(runtime, recorder, place, running, pages, shared=True)
     return [way for way in (shared, decode, pieces) if way is not None]
+
+
+def among_ranks(
+    config: Config, whole: Together, place: Place, running: int, pages: int, chunk: int, decisions: list[Decision]
+) -> FlexibleSteps | None:
+    """Steps of ranks that share out each layer as one recorded step of variable size, on every rank, of which sums over
+    all ranks are calls like the others; None: they run eagerly. It does not matter to one rank what another does: the
+    sums are the same ones."""
+    runtime, ops, comm = config.runtime, place.ops, whole.comm
+    if runtime.disable_step_graph:
+        why = "as asked"
+    elif place.eager or ops.recorder is None:
+        why = place.eager or f"the op table {ops.name!r} cannot record"
+    elif comm is None:
+        why = "stages of a pipeline, and groups that attend to rows of their own, meet between native calls too"
+    elif not comm.records:
+        why = f"sums by {comm.name} are no native calls"
+    elif not place.backend.recordable:
+        why = f"the attention backend {place.backend.name!r} plans each step on the host"
+    else:
+        tokens = min(chunk, FLEXIBLE_TOKENS)
+        decisions.append(Decision("rank_steps", "recorded", f"on first use, for up to {tokens} tokens, sums included"))
+        sizes = tokens, running, pages, runtime.check_step_graph
+        return FlexibleSteps(ops.recorder(), whole, place.backend, place.pool, place.facts, *sizes)
+    decisions.append(Decision("rank_steps", "eager", why))
+    return None
 
 
 def _when(place: Place) -> str:

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.attention import AttentionBackend
+    from phloem.engine.forward import Passes
     from phloem.engine.inputs import Step
     from phloem.kernels.graph import GraphRecorder, StepGraph
     from phloem.kvcache.pool import KVPool
-    from phloem.models import Model
     from phloem.platforms._facts import StepFacts
 
 
@@ -38,7 +38,7 @@ class FlexibleStep:
     """Makes the recorded step, of `most` tokens, rows and wanted positions."""
 
     recorder: GraphRecorder
-    model: Model
+    model: Passes
     backend: AttentionBackend
     pool: KVPool
     on_host: bool
@@ -69,7 +69,7 @@ class FlexibleSteps:
     def __init__(
         self,
         recorder: GraphRecorder,
-        model: Model,
+        model: Passes,
         backend: AttentionBackend,
         pool: KVPool,
         facts: StepFacts,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import signal
-import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +17,9 @@ from phloem.core.errors import PhloemError
 from phloem.core.resolve import Decision
 from phloem.engine.parallel import End, Team, decode_told, mesh_of
 from phloem.engine.worker import build_executor
-from phloem.launch.child import Said
+from phloem.launch.rank_pipe import RankPipe
 from phloem.launch.ranks import Way, join
 from phloem.utils import log, machine
-from phloem.utils.ipc import READ_BYTES, Frames, frame
 from phloem.utils.processes import die_with_parent
 
 if TYPE_CHECKING:
@@ -30,32 +28,19 @@ if TYPE_CHECKING:
 _log = log.get("launch")
 
 
-class _Pipe:
-    """This rank's end of its socket."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._socket = socket.socket(fileno=descriptor)
-        self._socket.set_inheritable(False)
-        self._frames = Frames()
-        self._ahead: list[Told] = []
-
-    def say(self, what: str, why: str = "", bytes_read: int = 0) -> None:
-        self._socket.sendall(frame(msgspec.msgpack.encode(Said(what, why, bytes_read))))
+class _Pipe(RankPipe):
+    """For steps of a model of text."""
 
     def loaded(self, bytes_read: int) -> None:
         self.say("loaded", bytes_read=bytes_read)
 
     def busy(self, seconds: float) -> None:
-        self._socket.sendall(frame(msgspec.msgpack.encode(Said("busy", seconds=seconds))))
+        self.say("busy", seconds=seconds)
 
     def receive(self) -> Told:
         """The next message; `End` when rank 0 has gone."""
-        while not self._ahead:
-            data = self._socket.recv(READ_BYTES)
-            if not data:
-                return End()
-            self._ahead += [decode_told(item) for item in self._frames.cut(data)]
-        return self._ahead.pop(0)
+        data = self.next()
+        return End() if data is None else decode_told(data)
 
     def tell(self, told: Told) -> None:
         raise ValueError(f"only rank 0 tells the others: {told!r:.100}")

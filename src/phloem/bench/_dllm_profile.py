@@ -42,7 +42,8 @@ SHAPES: dict[str, tuple[dict[str, Any], int, int]] = {
         {
             **_USUAL, "architectures": ["LLaDA2MoeModelLM"], "model_type": "llada2_moe", "intermediate_size": 5120,
             "moe_intermediate_size": 512, "num_key_value_heads": 4, "num_experts": 256, "num_experts_per_tok": 8,
-            "n_group": 8, "topk_group": 4, "num_shared_experts": 1, "first_k_dense_replace": 1, "block_size": 32,
+            "n_group": 8, "topk_group": 4, "num_shared_experts": 1, "block_size": 32,
+            "first_k_dense_replace": 0,  # the first of twenty is dense: a few layers are all of the others' kind
         },
         20,
         157184,

@@ -72,16 +72,10 @@ class Filler:
         self._model, self._ops, self._slots, self._last = model, ops, slots, last
 
     def run(self, places: Places, wanted: Wanted, hidden_LN: Tensor) -> Saying:
-        settings = self._slots.columns.rows(wanted.slots, places.draws)
-        asked = self._asked(wanted)
-        if asked is None and settings.greedy.all():
-            best = self._model.best(hidden_LN, 1, None, 1, places.mask)
-            if best is not None:  # no logits are kept
-                values_L1, tokens_L1, sums_L1 = best
-                confidence_L = (values_L1 - sums_L1).squeeze(1).exp()
-                return Saying(places, wanted, self._last.down([tokens_L1.squeeze(1), confidence_L]), None)
         logits_LV = self._model.head(hidden_LN)
         logits_LV[:, places.mask] = -torch.inf
+        settings = self._slots.columns.rows(wanted.slots, places.draws)
+        asked = self._asked(wanted)
         tokens_L = sample(logits_LV, settings, self._ops, self._last.up)
         drawn_LV = logits_LV if settings.greedy.all() else processed(logits_LV, settings)
         chosen_L = drawn_LV.gather(1, tokens_L.long().unsqueeze(1)).squeeze(1)

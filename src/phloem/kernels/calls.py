@@ -71,22 +71,6 @@ class Adapters:
     ends: Tensor  # [P] int64, on the host: the column behind each part
 
 
-class TopkOp(Protocol):
-    """See `Ops.linear_topk`. Legend: T rows, N inputs, V outputs."""
-
-    def __call__(
-        self,
-        x: Tensor,
-        weight: Any,
-        k: int,
-        scale: Tensor | None,
-        norms: int,
-        cap: float,
-        bias: Tensor | None = None,
-        /,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
-
-
 class LinearOp(Protocol):
     """A linear layer with all that stands around it, which each table fuses as far as it can.
 

@@ -35,7 +35,6 @@ from phloem.kernels.calls import (
     PrepareLinear,
     Rotation,
     SharedPages,
-    TopkOp,
     WeightSource,
 )
 
@@ -89,10 +88,10 @@ class Ops:
     linear: LinearOp = compose.reference_linear
     # Heads, where a table has them: the first largest of each row of x W^T, int32 [T], without the row.
     linear_argmax: Callable[[Tensor, Any], Tensor] | None = None
-    # x[T, N], weight, k, scale[T, J] float32 (None: 1), J, cap (0: none), bias[V] (None: 0) -> of each row of
-    # x W^T + bias, soft-capped, the k largest (best first, the lowest id first of equals), values and int32 ids [T, k],
-    # and the log-sum-exp of the row times each of its scales, float32 [T, J]. As `reference_sampling.linear_topk`.
-    linear_topk: TopkOp | None = None
+    # x[T, N], weight, k, scale[T, J] float32 (None: 1), J, cap (0: none) -> of each row of x W^T, soft-capped, the k
+    # largest (best first, the lowest id first of equals), values and int32 ids [T, k], and the log-sum-exp of the row
+    # times each of its scales, float32 [T, J]. As `reference_sampling.linear_topk`.
+    linear_topk: Callable[[Tensor, Any, int, Tensor | None, int, float], tuple[Tensor, Tensor, Tensor]] | None = None
     embedding: Callable[[Tensor, Any, float], Tensor] = ref.embedding  # ids[T], weight[V, N], scale -> [T, N]
 
     # Elementwise and norms. `rms_norm` works on the last axis of [T, N] or [T, H, D].

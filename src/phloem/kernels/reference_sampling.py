@@ -15,18 +15,10 @@ _MASK64 = (1 << 64) - 1
 
 
 def linear_topk(
-    x_TN: Tensor,
-    weight_VN: Tensor,
-    k: int,
-    scale_TJ: Tensor | None = None,
-    norms: int = 0,
-    cap: float = 0.0,
-    bias_V: Tensor | None = None,
+    x_TN: Tensor, weight_VN: Tensor, k: int, scale_TJ: Tensor | None = None, norms: int = 0, cap: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`Ops.linear_topk`: the k largest logits of each row, their ids, and log-sum-exps, from whole rows."""
     logits_TV = x_TN.float() @ weight_VN.float().T
-    if bias_V is not None:
-        logits_TV = logits_TV + bias_V
     if cap:
         logits_TV = cap * torch.tanh(logits_TV / cap)
     return top_of_logits(logits_TV, k, scale_TJ, norms)

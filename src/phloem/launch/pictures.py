@@ -87,7 +87,7 @@ class PictureCore:
         wardrobe = _wardrobe(config.lora, pipe, painter)
         step_cache = _step_cache(images.image_step_cache, painter, ranks)
         decisions = [chosen, Decision("dtype", str(dtype).removeprefix("torch."), why), *smaller, who, *shared]
-        alone = config.runtime.ops == "invariant"
+        alone = config.runtime.ops == "invariant" or config.runtime.enable_deterministic_inference
         budget, reason = _budget(images, painter, platform, alone, beside)
         report("warm-up")
         decisions += [

@@ -80,8 +80,6 @@ class Head(Layer):
         self.span, self.comm, self.vocab_size = ctx.mesh.tp.span(vocab_size), ctx.comm, vocab_size
         self.weight = vocabulary(ctx, vocab_size, hidden_size) if tied is None else tied.weight
         self.bias = Weight((f"{ctx.name}.bias",), ((vocab_size,),), "bias") if bias else None
-        self._device = ctx.device
-        self._left_out: tuple[int, Tensor] | None = None
         if self.bias is not None:
             self.bias.cuts = self.weight.cuts
 
@@ -116,25 +114,13 @@ class Head(Layer):
         return self.ops.argmax(self.ops.linear(hidden_LD, self.weight.value, self._bias)[0])
 
     def best(
-        self, hidden_LD: Tensor, k: int, scale_LJ: Tensor | None, norms: int, never: int = -1
+        self, hidden_LD: Tensor, k: int, scale_LJ: Tensor | None, norms: int
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """Of each row the k largest logits, their ids, and log-sum-exps of the logits times each scale, without the
-        rows (`Ops.linear_topk`). None where the table cannot. `never`: a token that is as if it were not there."""
+        rows (`Ops.linear_topk`). None where the table cannot."""
         if self.comm is not None or self.ops.linear_topk is None or self.scale != 1.0 or self.bias is not None:
             return None
-        if never >= 0 and self.softcap:  # which brings what was left out back
-            return None
-        without = None if never < 0 else self._without(never)
-        return self.ops.linear_topk(hidden_LD, self.weight.value, k, scale_LJ, norms, self.softcap, without)
-
-    def _without(self, never: int) -> Tensor:
-        """[vocab_size] that takes one token out of the logits. The same tensor each time: tables keep what they make
-        of it."""
-        if self._left_out is None or self._left_out[0] != never:
-            bias_V = torch.zeros(self.vocab_size, dtype=torch.float32, device=self._device)
-            bias_V[never] = -torch.inf
-            self._left_out = (never, bias_V)
-        return self._left_out[1]
+        return self.ops.linear_topk(hidden_LD, self.weight.value, k, scale_LJ, norms, self.softcap)
 
     def _shared_argmax(self, comm: Comm, hidden_LD: Tensor) -> Tensor:
         """Each rank's best token and its logit, of which rank 0 takes the larger, and of equals the first."""

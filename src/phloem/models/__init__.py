@@ -64,11 +64,10 @@ class Model(Protocol):
         ...
 
     def best(
-        self, hidden_LD: Tensor, k: int, scale_LJ: Tensor | None, norms: int, never: int = -1, /
+        self, hidden_LD: Tensor, k: int, scale_LJ: Tensor | None, norms: int, /
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """The k largest logits of each row [L, k], their ids int32, and the log-sum-exp of the row times each scale
-        [L, norms], without the rows; None where the device's ops cannot. `never`: a token that is as if it were not
-        there."""
+        [L, norms], without the rows; None where the device's ops cannot."""
         ...
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> bool: ...

@@ -284,10 +284,10 @@ class Decoder(Layer):
         return self.head.argmax(hidden_LD)
 
     def best(
-        self, hidden_LD: Tensor, k: int, scale_LJ: Tensor | None, norms: int, never: int = -1
+        self, hidden_LD: Tensor, k: int, scale_LJ: Tensor | None, norms: int
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """The k largest logits of each row, their ids and log-sum-exps; see `Head.best`."""
-        return self.head.best(hidden_LD, k, scale_LJ, norms, never)
+        return self.head.best(hidden_LD, k, scale_LJ, norms)
 
     @property
     def weight_bytes(self) -> int:

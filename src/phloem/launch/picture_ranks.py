@@ -129,7 +129,7 @@ class _Team:
         self.sender = wire.Sender()
         self._comm: Comm | None = None
         self.children: list[Child] = []
-        self._changed, self._said = threading.Condition(), dict[tuple[int, str, int], str]()
+        self._changed, self._said = threading.Condition(), dict[int, Said]()  # by rank, what it has said last
         self._gone, self._over, self._meetings = "", False, 0
         self._place = meeting_place()
         order: dict[str, Any] = {"config": config.flat(), "comm": name}
@@ -156,8 +156,6 @@ class _Team:
         """All find each other anew, and begin from nothing. Raises PhloemError when one has gone."""
         self.sender = wire.Sender()
         self._meetings += 1
-        with self._changed:
-            self._said.clear()
         place, found = self._place / str(self._meetings), Future["Comm"]()
         self.tell(wire.Meet(str(place)))
 
@@ -194,7 +192,7 @@ class _Team:
             PhloemError: one has gone.
         """
         self._all_said({"done", "broke"}, number, SECONDS)
-        reasons = [(rank, why) for (rank, _, of), why in self._said.items() if of == number and why]
+        reasons = [(rank, said.why) for rank, said in sorted(self._said.items()) if said.why]
         return f"rank {reasons[0][0]} of {self.size}: {reasons[0][1]}" if reasons else ""
 
     def end(self) -> None:
@@ -215,7 +213,7 @@ class _Team:
         until = None if timeout is None else monotonic() + timeout
         for child in self.children:
             with self._changed:
-                while not any((child.rank, word, number) in self._said for word in what):
+                while not ((said := self._said.get(child.rank)) and said.what in what and said.number == number):
                     self._check()
                     if until is not None and monotonic() > until:
                         raise PhloemError(f"rank {child.rank} of {self.size} has not answered within {timeout:g} s")
@@ -225,7 +223,7 @@ class _Team:
 
     def _heard(self, child: Child, said: Said) -> None:
         with self._changed:
-            self._said[child.rank, said.what, said.number] = said.why
+            self._said[child.rank] = said
             self._changed.notify_all()
 
     def _ended(self, child: Child, why: str) -> None:

@@ -158,7 +158,6 @@ class ImagesBody(PictureFields, kw_only=True):
         "quality": QUALITY,
         "style": HINT,
         "moderation": HINT,
-        "user": HINT,
     }
     later: ClassVar[dict[str, Later]] = {
         "response_format": Later("image_urls", ("b64_json",), "no pictures are kept: b64_json is served"),

@@ -15,12 +15,17 @@ from phloem.bench import images
 pytestmark = pytest.mark.slow
 
 
-def test_both_draw_all_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_draw_all_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "lines.jsonl"
     argv = ["--requests", "3", "--rate", "0", "--size", "16x16", "--steps", "2", "--image-step-tokens", "64"]
-    assert images.main([*argv, "--output", str(out)]) == 0
+    plot = tmp_path / "plot.png"
+    assert images.main([*argv, "--batch", "2", "--output", str(out), "--plot", str(plot)]) == 0
     found = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [record["engine"] for record in found] == ["phloem", "diffusers, one by one"]
+    names = ["phloem", "diffusers, one by one", "diffusers, up to 2 whole requests"]
+    assert [record["engine"] for record in found] == names
+    assert all(len(record["latencies_s"]) == 3 for record in found)
+    assert found[2]["latencies_s"][0] == pytest.approx(found[2]["latencies_s"][1], abs=1e-4)  # they end together
+    assert plot.read_bytes().startswith(b"\x89PNG")
     assert all(0 < record["latency_p50_s"] <= record["latency_p99_s"] for record in found)
     assert "random weights" in capsys.readouterr().out
 

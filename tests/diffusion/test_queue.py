@@ -6,7 +6,7 @@ import pytest
 
 from phloem.core.errors import BadRequest
 from phloem.core.messages import Draw
-from phloem.diffusion.queue import POLICIES, Item, next_item
+from phloem.diffusion.queue import POLICIES, Item, Shares, next_item
 from phloem.diffusion.request import Facts, Guidance, Job, Stage, preview_steps
 
 FACTS = Facts("toy", 16, 512, 512, 20, 3.5, 1 << 20)
@@ -55,7 +55,34 @@ def test_the_shortest_first_is_that_with_the_fewest_tokens_left() -> None:
     jobs = [job(1, steps=50), job(2, steps=4), job(3, steps=50, step=48)]
     assert ids(next_item(jobs, 0, "shortest", 8)) == ["3"]
     assert ids(next_item(jobs, 0, "fcfs", 8)) == ["1"]
-    assert set(POLICIES) == {"fcfs", "shortest"}
+    assert set(POLICIES) == {"fcfs", "shortest", "fair"}
+
+
+def test_clients_get_equal_parts_however_many_pictures_they_ask_for() -> None:
+    shares, done = Shares(), dict.fromkeys("abc", 0)
+    jobs = [job(number, steps=1000, draw=Draw(id=f"a{number}", prompt="", seed=0, client="a")) for number in range(6)]
+    jobs.append(job(6, steps=1000, tokens=200, draw=Draw(id="b", prompt="", seed=0, client="b")))
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            shares.rank(jobs)
+            item = next_item(jobs, 0, "fair", 8)
+            assert item is not None
+            shares.charge(item)
+            for one in item.jobs:
+                one.step += 1
+                done[one.draw.client] += one.tokens
+
+    steps(30)
+    assert abs(done["a"] - done["b"]) <= 200 and jobs[0].step == 20  # the oldest of each client
+    jobs.append(job(7, steps=1000, draw=Draw(id="c", prompt="", seed=0, client="c")))
+    before = dict(done)
+    steps(40)  # who comes later begins where the others stand: nothing is caught up
+    shares_of = [done[name] - before[name] for name in "abc"]
+    assert max(shares_of) - min(shares_of) <= 200
+    del jobs[6:]
+    steps(3)
+    assert done["a"] > before["a"]
 
 
 def test_previews_are_spread_over_the_steps_and_never_the_last() -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import io
+import os
+import re
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from served_pictures import serving
 
@@ -103,6 +108,100 @@ def test_films_wear_adapters_that_come_and_go_over_http(tmp_path: Path) -> None:
         assert client.post("/unload_lora_adapter", json={"lora_name": "ink"}).status_code == 200
         wrong = client.post("/v1/videos", json={"prompt": "a", "lora": "ink"})
         assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "lora")
+
+
+@pytest.mark.parametrize("family", ["hunyuan_video", "wan", "wan_image_to_video"])
+def test_the_openai_client_asks_looks_lists_fetches_and_deletes(family: str, tmp_path: Path) -> None:
+    """A whole life of jobs of each family, to their expiry, over a real server."""
+    openai: Any = pytest.importorskip("openai")
+    folder, films, sees = tiny_films(tmp_path / "model", family), tmp_path / "films", family == "wan_image_to_video"
+    options = ("--image-defaults", DEFAULTS, "--video-output-path", str(films), "--video-ttl", "20")
+    asked: dict[str, Any] = {"prompt": "draw a red cat", "size": "32x16", "seconds": "0.3"}
+    if sees:
+        asked["input_reference"] = ("a.png", png(bytes(range(96)), 8, 4), "image/png")
+    with serving(folder, *options) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as client:
+        long = client.videos.create(**asked, extra_body={"num_inference_steps": 1000})
+        assert long.status in ("queued", "in_progress") and (long.size, long.seconds) == ("32x16", "0.3")
+        first = client.videos.create_and_poll(**asked, extra_body={"seed": 3}, poll_interval_ms=100)
+        assert (first.status, first.progress, first.error) == ("completed", 100, None), first
+        assert client.videos.retrieve(long.id).status == "in_progress"
+        listed = client.videos.list(limit=1, order="asc")
+        assert [one.id for one in listed.data] == [long.id] and listed.has_more
+        assert [one.id for one in client.videos.list()] == [first.id, long.id]
+        with pytest.raises(openai.BadRequestError) as early:
+            client.videos.download_content(long.id)
+        assert early.value.code == "video_in_progress"
+        assert client.videos.delete(long.id).deleted
+        with pytest.raises(openai.NotFoundError):
+            client.videos.retrieve(long.id)
+        content = client.videos.download_content(first.id).read()
+        assert frames_in(content) == [(32, 16)] * 5
+        again = client.videos.create_and_poll(**asked, extra_body={"seed": 3}, poll_interval_ms=100)
+        assert client.videos.download_content(again.id).read() == content  # the seed alone says what is drawn
+        assert client.videos.delete(again.id).deleted and not (films / f"{again.id}.mp4").exists()
+        refuse: list[tuple[str, dict[str, Any]]] = [
+            ("guidance_scale_2", {"extra_body": {"guidance_scale_2": 2}}),
+            ("num_frames", {"seconds": openai.omit, "extra_body": {"num_frames": 6}}),
+            ("size", {"size": "33x16"}),
+            ("num_inference_steps", {"extra_body": {"num_inference_steps": -1}}),
+            ("lora", {"extra_body": {"lora": "x"}}),
+            ("frames", {"extra_body": {"frames": 5}}),
+            ("input_reference", {"input_reference": openai.omit if sees else ("a.png", png(bytes(96), 8, 4))}),
+        ]
+        for name, fields in refuse:
+            with pytest.raises(openai.BadRequestError) as refused:
+                client.videos.create(**{**asked, **fields})
+            assert refused.value.param == name, (name, refused.value)
+        for _ in range(900):  # the film goes when its time is over
+            if not list(films.glob("video_*")):
+                break
+            client.videos.list()
+            time.sleep(0.1)
+        assert not list(films.glob("video_*"))
+        with pytest.raises(openai.NotFoundError):
+            client.videos.download_content(first.id)
+        assert re.search(r"^phloem:videos_total\{.*\} 2\.0$", httpx.get(f"{url}/metrics").text, re.MULTILINE)
+
+
+def test_a_rank_that_is_killed_fails_its_film_and_the_next_one_is_made(tmp_path: Path) -> None:
+    folder = tiny_films(tmp_path / "model", "hunyuan_video")
+    options = ("--image-defaults", DEFAULTS, "--tp-size", "2", "--tp-comm", "shm", "--dtype", "float32")
+    with serving(folder, *options) as url, httpx.Client(base_url=url, timeout=120) as client:
+
+        def job_of(key: str, *states: str) -> dict[str, Any]:
+            job: dict[str, Any] = {}
+            for _ in range(1200):
+                job = client.get(f"/v1/videos/{key}").json()
+                if job["status"] in states:
+                    return job
+                time.sleep(0.05)
+            raise AssertionError(job)
+
+        def made(seed: int) -> bytes:
+            key = client.post("/v1/videos", json={"prompt": "draw a cat", "seed": seed}).json()["id"]
+            assert job_of(key, "completed", "failed")["status"] == "completed", job_of(key, "failed")
+            return client.get(f"/v1/videos/{key}/content").content
+
+        assert "processes that meet by shm" in str(client.get("/server_info").json()["decisions"])
+        before, (rank,) = made(5), picture_ranks()
+        long = client.post("/v1/videos", json={"prompt": "a tree", "num_inference_steps": 1000}).json()["id"]
+        job_of(long, "in_progress")
+        os.kill(rank, signal.SIGKILL)
+        failed = job_of(long, "failed")
+        assert "rank 1 of 2 has gone" in failed["error"]["message"] and "SIGKILL" in failed["error"]["message"]
+        assert made(5) == before
+        assert picture_ranks() not in ([], [rank])
+    assert not picture_ranks()
+
+
+def picture_ranks() -> list[int]:
+    """Processes of ranks below this one."""
+    found: list[int] = []
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if "phloem.launch.picture_rank" in child.cmdline():
+                found.append(child.pid)
+    return found
 
 
 def test_a_film_of_ltx_begins_with_a_picture_at_a_rate_of_its_own(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import json
 import struct
 import zlib
@@ -47,6 +48,23 @@ def pixels_of(data: bytes) -> Any:
 def test_a_png_file_holds_the_pixels() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     assert (pixels_of(png(pixels.tobytes(), 7, 5)) == pixels).all()
+
+
+@on_loop
+async def test_pictures_are_their_users_or_their_keys_where_clients_share_the_machine_out() -> None:
+    for settings, expected in (
+        ({}, ["ann", ""]),
+        ({"image_policy": "fair"}, ["ann", "key"]),
+        ({"image_policy": "fair", "fair_queueing": "key"}, ["key", "key"]),
+    ):
+        info = make_info(draws=True, vocab_size=0, context_length=0)
+        async with open_door(FakeStudio(), info, **settings) as door:
+            for body in ({"prompt": "a", "user": "ann"}, {"prompt": "a"}):
+                headers = {"Authorization": "Bearer secret"}
+                assert (await door.http.post(PATH, json=body, headers=headers)).status_code == 200
+            found = [draw.client for draw in door.engine.draws]
+        digest = hashlib.sha256(b"Bearer secret").hexdigest()[:16]
+        assert found == [digest if name == "key" else name for name in expected]
 
 
 @on_loop

@@ -1,6 +1,7 @@
-"""Measure pictures that are asked for at random times: Phloem's shared steps beside diffusers, one after another.
+"""Measure pictures that are asked for at random times: Phloem's shared steps beside diffusers, one after another, and
+beside diffusers with whole requests in batches: all that wait when a batch begins, and none while it runs.
 
-Both draw the same prompts with the same seeds, asked for at the same moments, from the same folder, with the same
+All draw the same prompts with the same seeds, asked for at the same moments, from the same folder, with the same
 threads. Without a folder, a tiny one with random weights is made: its figures say what sharing steps does to overhead
 and waiting on this machine, and nothing of real models.
 """
@@ -26,7 +27,7 @@ from phloem.cli._options import parse
 from phloem.client.start import make_client
 from phloem.core.caching import StepCaching, parsed
 from phloem.core.config import opt
-from phloem.core.errors import BadRequest
+from phloem.core.errors import BadRequest, PhloemError
 from phloem.core.messages import Draw
 from phloem.launch.door import EngineDoor, beginning
 from phloem.launch.thread import EngineThread
@@ -56,7 +57,9 @@ class Options:
     size: str = opt("64x64", "WIDTHxHEIGHT of each.")
     steps: int = opt(20, "Denoising steps of each.")
     family: str = opt("flux", "Which tiny folder is made where none is named.")
-    rounds: int = opt(1, "Rounds of both, in turn.")
+    rounds: int = opt(1, "Rounds of all, in turn.")
+    batch: int = opt(8, "Most pictures of a batch of whole requests.")
+    plot: str | None = opt(None, "PNG file to draw, of the last round.")
     step_caches: str | None = opt(None, "Instead: what step caches cost and save, such as 0.08,teacache:0.4,dbcache.")
     output: str | None = opt(None, "File to append JSON lines to.")
 
@@ -78,13 +81,18 @@ def main(argv: list[str]) -> int:
             compare(config, _draws(options), _rules(options), options.output)
             return 0
         for _ in range(options.rounds):
-            found = [_ours(config, options), _theirs(config, options)]
+            found = [
+                _ours(config, options),
+                *(_theirs(config, options, most) for most in dict.fromkeys((1, options.batch))),
+            ]
             what = config.model.model_path if named else f"a tiny {options.family} with random weights"
             print(f"{options.requests} pictures of {options.size}, {options.steps} steps, {options.rate:g}/s, {what}")
             for record in found:
                 _show(record)
                 if options.output:
                     write_line(Path(options.output), {**record, **context(), "model": what})
+            if options.plot:
+                _plot(found, f"{options.requests} pictures of {options.size}, {options.rate:g} a second", options.plot)
     return 0
 
 
@@ -100,7 +108,12 @@ def _check(options: Options) -> None:
         raise BadRequest(f"size: {options.size!r} is not WIDTHxHEIGHT, such as 64x64")
     if options.step_caches and any(rule.threshold == 0 for rule in _rules(options)):
         raise BadRequest(f"step_caches: {options.step_caches!r} has a threshold that is not above 0")
-    for name, value in (("requests", options.requests), ("steps", options.steps), ("rounds", options.rounds)):
+    for name, value in (
+        ("requests", options.requests),
+        ("steps", options.steps),
+        ("rounds", options.rounds),
+        ("batch", options.batch),
+    ):
         if value < 1:
             raise BadRequest(f"{name}: {value} must be above 0")
     if not 0 <= options.rate < inf:
@@ -161,8 +174,8 @@ async def _one(client: EngineClient, draw: Draw, at: float) -> float:
     return perf_counter() - at
 
 
-def _theirs(config: Config, options: Options) -> dict[str, Any]:
-    """The pipeline's own loop; a picture that is asked for while another is drawn waits for its turn."""
+def _theirs(config: Config, options: Options, most: int) -> dict[str, Any]:
+    """The pipeline's own loop over `most` pictures at once; what is asked for while it runs waits for its end."""
     import diffusers
 
     torch.set_num_threads(config.runtime.threads or available_cores())
@@ -170,18 +183,24 @@ def _theirs(config: Config, options: Options) -> dict[str, Any]:
     pipe = library.DiffusionPipeline.from_pretrained(config.model.model_path, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
 
-    def draw(one: Draw, steps: int) -> None:
-        generator = torch.Generator().manual_seed(one.seed)
-        pipe(prompt=one.prompt, width=one.width, height=one.height, num_inference_steps=steps, generator=generator)
+    def draw(several: list[Draw], steps: int) -> None:
+        generators = [torch.Generator().manual_seed(one.seed) for one in several]
+        width, height = several[0].width, several[0].height
+        prompts = [one.prompt for one in several]
+        pipe(prompt=prompts, width=width, height=height, num_inference_steps=steps, generator=generators)
 
     draws, times, latencies = _draws(options), arrivals(options), list[float]()
-    draw(draws[0], 1)
+    draw(draws[:1], 1)
     begun = perf_counter()
-    for one, at in zip(draws, times, strict=True):
-        sleep(max(0.0, begun + at - perf_counter()))
-        draw(one, options.steps)
-        latencies.append(perf_counter() - begun - at)
-    return _record("diffusers, one by one", latencies, perf_counter() - begun, options)
+    while len(latencies) < len(draws):
+        first = len(latencies)
+        sleep(max(0.0, begun + times[first] - perf_counter()))
+        now = perf_counter() - begun
+        count = max(1, sum(at <= now for at in times[first : first + most]))
+        draw(draws[first : first + count], options.steps)
+        latencies += [perf_counter() - begun - at for at in times[first : first + count]]
+    name = "diffusers, one by one" if most == 1 else f"diffusers, up to {most} whole requests"
+    return _record(name, latencies, perf_counter() - begun, options)
 
 
 def _record(name: str, latencies: list[float], seconds: float, options: Options) -> dict[str, Any]:
@@ -196,12 +215,40 @@ def _record(name: str, latencies: list[float], seconds: float, options: Options)
         "latency_p50_s": percentile(latencies, 0.5),
         "latency_p99_s": percentile(latencies, 0.99),
         "pixels_per_s": len(latencies) * width * height / seconds,
+        "latencies_s": [round(one, 4) for one in sorted(latencies)],
     }
+
+
+def _plot(records: list[dict[str, Any]], title: str, path: str) -> None:
+    """How many pictures are there after how long, and how many pixels a second. Raises PhloemError."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise PhloemError("the plot needs matplotlib: pip install 'phloem[bench]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams["font.size"] = 10
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), width_ratios=(2, 1))
+    for at, record in enumerate(records):
+        waits = record["latencies_s"]
+        left.step(
+            waits, [(place + 1) / len(waits) for place in range(len(waits))], where="post", label=record["engine"]
+        )
+        right.barh(at, record["pixels_per_s"] / 1e3)
+    left.set(title=title, xlabel="seconds from the moment at which it was asked for", ylabel="share of pictures")
+    left.legend(loc="lower right")
+    right.set(title="thousand pixels a second", yticks=range(len(records)))
+    right.set_yticklabels([record["engine"] for record in records])
+    right.invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def _show(record: dict[str, Any]) -> None:
     print(
-        f"{record['engine']:<22} latency p50 {record['latency_p50_s']:7.3f} s, p99 {record['latency_p99_s']:7.3f} s, "
+        f"{record['engine']:<34} latency p50 {record['latency_p50_s']:7.3f} s, p99 {record['latency_p99_s']:7.3f} s, "
         f"{record['pixels_per_s']:12,.0f} pixels/s"
     )
-    print(json.dumps(record), flush=True)
+    print(json.dumps({name: value for name, value in record.items() if name != "latencies_s"}), flush=True)

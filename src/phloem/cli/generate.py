@@ -13,6 +13,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from phloem.cli._options import parse
+from phloem.cli._preview import Preview
 from phloem.client.start import make_client
 from phloem.core.adapters import adapter_spec
 from phloem.core.config import opt
@@ -172,7 +173,8 @@ def _write(path: Path, data: bytes) -> None:
 async def _draw(
     client: EngineClient, link: EngineThread, body: ImagesBody | VideosBody, given: list[Pixels], target: Path
 ) -> int:
-    from rich.console import Console
+    from rich.console import Console, Group
+    from rich.live import Live
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -187,11 +189,15 @@ async def _draw(
     columns: tuple[Any, ...] = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    preview, bar = Preview(console), Progress(*columns, console=console)
+    with Live(Group(bar, preview), console=console, transient=True) as shown:
         loading = bar.add_task("loading", total=None)
         await client.wait_ready()
         bar.remove_task(loading)
         draws, files = _wanted(client, body, given, target)
+        for draw in draws:
+            draw.previews = 0 if draw.film else preview.count
         begun, written = perf_counter(), list[str]()
         task = bar.add_task("steps", total=None)
         steps = dict.fromkeys((draw.id for draw in draws), 0)
@@ -199,13 +205,14 @@ async def _draw(
         try:
             async for told in call:
                 steps[told.id] = told.step
+                preview.take(told)
                 bar.update(task, completed=sum(steps.values()), total=told.steps * len(draws))
                 seed = draws[call.order[told.id]].seed
                 said = files.take(told, call.order[told.id])
                 if said:  # what is finished stays, also where the next one fails
                     written.append(f"{said}, {told.steps} steps, seed {seed}")
         finally:
-            bar.stop()
+            shown.stop()
             files.close()
             print("\n".join(written))
     print(f"{len(draws)} in {perf_counter() - begun:.2f} s", file=sys.stderr)

@@ -37,7 +37,7 @@ Whitespace = Literal["compact", "flexible"]
 Eviction = Literal["lru", "lfu", "fifo"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 OnEngineDeath = Literal["restart", "exit"]
-ImagePolicy = Literal["fcfs", "shortest"]
+ImagePolicy = Literal["fcfs", "shortest", "fair"]
 CpuLevel = Literal["auto", "portable", "avx2", "avxvnni", "avx512", "amx", "neon", "i8mm"]
 LogprobsMode = Literal["raw", "temperature", "processed"]
 ModelImpl = Literal["auto", "phloem", "transformers"]
@@ -348,7 +348,9 @@ class DllmConfig:
 class ImagesConfig:
     """Models that draw (`docs/images.md`)."""
 
-    image_policy: ImagePolicy = opt("fcfs", "Order of pictures: the oldest, or the one with the least work left.")
+    image_policy: ImagePolicy = opt(
+        "fcfs", "Order of pictures: the oldest, the one with the least work left, or each client's in turn (fair)."
+    )
     image_step_tokens: int | None = opt(None, "Latent tokens of one step; default: as many as fill it, by a probe.")
     image_defaults: str | None = opt(
         None,

@@ -104,6 +104,7 @@ class Draw(Message):
     pictures: list[Pixels] = []  # what is to be changed, or how a film begins
     mask: Pixels | None = None  # where it is to be changed: white
     lora: list[Wear] | None = None  # adapters; None: as the server has them
+    client: str = ""  # who asks, where clients share the machine out
 
 
 class Abort(Message):

@@ -20,7 +20,7 @@ from phloem.core.messages import Draw, FromEngine, Painted, Stats
 from phloem.diffusion.conditions import Conditions
 from phloem.diffusion.family import NO_NUMBERS, Family, rows_of
 from phloem.diffusion.models._whole import Cancelled, Whole
-from phloem.diffusion.queue import Item, next_item
+from phloem.diffusion.queue import Item, Shares, next_item
 from phloem.diffusion.request import Condition, Job, Stage, preview_steps
 from phloem.engine.memory import is_out_of_memory
 from phloem.utils import log
@@ -71,7 +71,7 @@ class Studio:
         self.wardrobe: Wardrobe | None = None  # of families that take adapters
         self.beside: Company | None = None  # who computes rows of negative prompts, or parts of all
         self._send, self._empty_cache = send, empty_cache
-        self._number = 0
+        self._number, self._shares = 0, Shares()
         self._step_seconds: list[float] = []
         self._pixels, self._since = 0, monotonic()
 
@@ -129,9 +129,12 @@ class Studio:
 
     def step(self, between: Callable[[], None] | None = None) -> bool:
         """Do one item; False when there is none. `between` takes news while a pipeline of others runs whole."""
-        item = next_item(list(self.jobs.values()), self.budget, self.settings.policy, self.settings.most)
+        jobs = list(self.jobs.values())
+        self._shares.rank(jobs)
+        item = next_item(jobs, self.budget, self.settings.policy, self.settings.most)
         if item is None:
             return False
+        self._shares.charge(item)
         for job in item.jobs:
             job.begun = job.begun or monotonic()
         try:

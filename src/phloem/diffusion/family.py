@@ -103,15 +103,6 @@ class Family:
         """With what is this family's own."""
         return facts
 
-    @staticmethod
-    def of_films(facts: Facts, defaults: dict[str, Any], *, frames: int, grid: int, fps: float) -> Facts:
-        """`known` of a family of films. `frames`: of one whose length nobody asked for; `grid`: frames of a latent one;
-        what the server's `defaults` say goes before."""
-        frames = defaults.get("frames") or frames
-        most = defaults.get("max_frames") or 2 * frames - 1
-        fps = float(defaults.get("fps") or fps)
-        return replace(facts, films=True, frames=frames, frame_grid=grid, max_frames=most, fps=fps)
-
     def usual_side(self) -> int | tuple[int, int]:
         """Pixels of the side of a picture whose size nobody asked for, or of its width and height."""
         return int(self.pipe.default_sample_size) * int(self.pipe.vae_scale_factor)

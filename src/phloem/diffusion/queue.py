@@ -22,11 +22,39 @@ class Item:
 
 
 # The smallest comes first. `fcfs` brings the oldest to its end; `shortest` the one with the least work left, so that a
-# small picture does not wait behind a large one, which may wait as long as small ones come.
-POLICIES: dict[str, Callable[[Job], tuple[int, ...]]] = {
+# small picture does not wait behind a large one, which may wait as long as small ones come. `fair` takes the oldest of
+# the client that has had the least, step by step (`Shares`).
+POLICIES: dict[str, Callable[[Job], tuple[float, ...]]] = {
     "fcfs": lambda job: (job.number,),
     "shortest": lambda job: (job.left, job.number),
+    "fair": lambda job: (job.served, job.number),
 }
+
+
+class Shares:
+    """Latent tokens that were computed for each client, as far as they say whose turn it is.
+
+    A client that comes, or comes back, begins where the one stands that was served last: being idle is not saved up.
+    """
+
+    def __init__(self) -> None:
+        self._served: dict[str, float] = {}
+        self._level = 0.0
+
+    def rank(self, jobs: Sequence[Job]) -> None:
+        """Tell jobs what their clients have had."""
+        here = {job.draw.client for job in jobs}
+        self._served = {name: self._served.get(name, self._level) for name in here}
+        for job in jobs:
+            job.served = self._served[job.draw.client]
+
+    def charge(self, item: Item) -> None:
+        """What is done next; between steps nothing counts."""
+        if item.stage not in (Stage.DENOISE, Stage.WHOLE):
+            return
+        self._level = min(self._served[job.draw.client] for job in item.jobs)
+        for job in item.jobs:
+            self._served[job.draw.client] += job.tokens * (job.steps if item.stage is Stage.WHOLE else 1)
 
 
 def next_item(jobs: Sequence[Job], budget: int, policy: str, most: int) -> Item | None:

@@ -195,6 +195,7 @@ class Job:
     times: list[float] = field(default_factory=list)
     arrived: float = field(default_factory=monotonic)
     begun: float = 0.0
+    served: float = 0.0  # what its client has had, where clients share the machine out
 
     @property
     def id(self) -> str:

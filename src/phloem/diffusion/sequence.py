@@ -218,6 +218,22 @@ class _Exchanged(TorchFunctionMode):
         return self._attend(given.pop("query"), given.pop("key"), given.pop("value"), given)
 
 
+def check_ranks(painter: Family, size: int) -> None:
+    """Raises PhloemError: this family's tokens cannot be shared out, or not among so many."""
+    if not painter.sequences:
+        raise PhloemError(f"the tokens of {painter.facts.family} cannot be shared out among ranks")
+    if painter.heads < size:
+        raise PhloemError(f"its {painter.heads} heads cannot be shared out among {size} ranks")
+
+
+def refuse_cache(rule: StepCaching) -> None:
+    """Raises BadRequest: what a step cache compares would be a part alone."""
+    if rule.threshold > 0:
+        raise BadRequest(
+            "cache: there is none where several ranks draw a picture (tp_size)", param="cache", code="not_supported"
+        )
+
+
 class SequenceParallel:
     """The ranks of one model in this process: a thread and a device each. The first is the painter's own.
 
@@ -231,11 +247,7 @@ class SequenceParallel:
 
     def __init__(self, painter: Family, devices: Sequence[torch.device]) -> None:
         size = len(devices) + 1
-        if not painter.sequences:
-            raise PhloemError(f"the tokens of {painter.facts.family} cannot be shared out among ranks")
-        heads = painter.heads
-        if heads < size:
-            raise PhloemError(f"its {heads} heads cannot be shared out among {size} ranks")
+        check_ranks(painter, size)
         self._painter = painter
         self.twins = [Twin(painter, device) for device in devices]
         comms = Threads.group(size, SECONDS)
@@ -247,11 +259,8 @@ class SequenceParallel:
         self._pool.shutdown()
 
     def take(self, job: Job, rule: StepCaching) -> None:
-        """Raises BadRequest: what a step cache compares would be a part alone."""
-        if rule.threshold > 0:
-            raise BadRequest(
-                "cache: there is none where several ranks draw a picture (tp_size)", param="cache", code="not_supported"
-            )
+        """Raises BadRequest."""
+        refuse_cache(rule)
 
     def forward(self, rows: Sequence[Row], negative: Sequence[bool]) -> list[Tensor]:
         """v of each row. Raises what any rank raises, once none computes any more."""

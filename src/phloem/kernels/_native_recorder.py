@@ -147,9 +147,17 @@ class FlexibleStep:
 
     def replay(self, *sizes: int) -> None:
         """`sizes`: of this step, each at most what was recorded; none: as last time."""
+        self._cut(sizes)
+        self._step.replay()
+
+    def replay_timed(self, *sizes: int) -> list[tuple[str, bool, int]]:
+        """As `RecordedStep.replay_timed`, of a step of these sizes."""
+        self._cut(sizes)
+        return self._step.replay_timed()
+
+    def _cut(self, sizes: tuple[int, ...]) -> None:
         for places, size in zip(self._places, sizes, strict=bool(sizes)):
             self._set(self._step.graph, places, size)
-        self._step.replay()
 
 
 def _places(

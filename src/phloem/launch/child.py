@@ -32,12 +32,14 @@ LOOK = 0.25  # seconds between looks at ranks that may be stopped
 
 
 class Said(msgspec.Struct, frozen=True):
-    """What a rank says of itself: `here`, `loaded`, `busy` for so many seconds, or `failed` and why."""
+    """What a rank says of itself: `here`, `loaded`, `busy` for so many seconds, `failed` and why; and of models that
+    draw `done`, or `broke` and why, of the pass of that number."""
 
     what: str
     why: str = ""
     bytes_read: int = 0  # of the checkpoint's files
     seconds: float = 0.0
+    number: int = 0
 
 
 Heard = Callable[["Child", Said], None]
@@ -103,7 +105,7 @@ class Child:
                     break
                 for item in frames.cut(data):
                     said = msgspec.msgpack.decode(item, type=Said)
-                    why = said.why or why
+                    why = said.why if said.what == "failed" else why
                     self._heard(self, said)
         code = self.process.wait()
         self._ended(self, why or f"its process ({self.process.pid}) {how_ended(code)}")

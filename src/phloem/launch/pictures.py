@@ -36,7 +36,11 @@ from phloem.diffusion.family import Family
 from phloem.diffusion.quantised import quantise
 from phloem.diffusion.sequence import SequenceParallel
 from phloem.diffusion.worn import Wardrobe
+<<<<<<< HEAD
 from phloem.launch.starting import Starting
+=======
+from phloem.launch.picture_ranks import PictureRanks, device_of
+>>>>>>> pics3
 from phloem.utils import log
 from phloem.utils.cores import available_cores
 
@@ -66,21 +70,19 @@ class PictureCore:
         images, schedule = config.images, config.schedule
         wanted = defaults(images.image_defaults)
         ranks = config.runtime.tp_size
-        threads = config.runtime.threads or (max(1, available_cores() // ranks) if ranks > 1 else None)
-        platform, chosen = platforms.choose(config.runtime.device, threads)
-        asked = config.model.dtype
-        dtype, why = (DTYPES[asked], "as asked") if asked != "auto" else platform.dtype(None)
+        platform, chosen = platforms.choose(config.runtime.device, threads_of(config))
+        dtype, why = dtype_of(config, platform)
         pipe = models.load(checkpoint.pictures, platform.device, dtype, images.vae_tiling)
         smaller = _smaller(pipe, config.model.quantization)
         starting.end("weights")
         painter, who = models.choose(pipe, platform.device, dtype, wanted, images.offload)
         if wanted:
             check_fit(painter)
-        beside = _company(config, painter, platform)
+        beside, shared = _company(config, painter, platform)
         wardrobe = _wardrobe(config.lora, pipe, painter)
         step_cache = _step_cache(images.image_step_cache, painter, ranks)
-        decisions = [chosen, Decision("dtype", str(dtype).removeprefix("torch."), why), *smaller, who]
-        alone = config.runtime.ops == "invariant"
+        decisions = [chosen, Decision("dtype", str(dtype).removeprefix("torch."), why), *smaller, who, *shared]
+        alone = config.runtime.ops == "invariant" or config.runtime.enable_deterministic_inference
         budget, reason = _budget(images, painter, platform, alone, beside)
         starting.end("warm-up")
         decisions += [
@@ -231,43 +233,52 @@ def _budget(
     return 0, "one picture at a time"
 
 
+def threads_of(config: Config) -> int | None:
+    """Compute threads of a rank on a processor; None: as many as there are cores."""
+    ranks = config.runtime.tp_size
+    return config.runtime.threads or (max(1, available_cores() // ranks) if ranks > 1 else None)
+
+
+def dtype_of(config: Config, platform: Platform) -> tuple[torch.dtype, str]:
+    """Of weights and states, and why."""
+    asked = config.model.dtype
+    return (DTYPES[asked], "as asked") if asked != "auto" else platform.dtype(None)
+
+
 def refuse_ranks(config: Config) -> None:
     """What no model that draws has. Raises ConfigError."""
     runtime = config.runtime
     asked = {"pp_size": runtime.pp_size, "ep_size": runtime.ep_size, "attn_dp_size": runtime.attn_dp_size}
     for name, size in {**asked, "nnodes": config.nodes.nnodes}.items():
         if size > 1 or (name == "nnodes" and config.nodes.node_rank):
-            raise ConfigError(f"{name}: a model that draws has ranks of tp_size alone, in one process", param=name)
+            raise ConfigError(f"{name}: a model that draws has ranks of tp_size alone, on one machine", param=name)
 
 
-def _company(config: Config, painter: models.Painter, platform: Platform) -> Company | None:
+def _company(config: Config, painter: models.Painter, platform: Platform) -> tuple[Company | None, list[Decision]]:
     """Who computes with the painter, where anybody does. Raises ConfigError."""
     images, ranks = config.images, config.runtime.tp_size
     if ranks > 1 and images.enable_cfg_parallel:
         raise ConfigError("enable_cfg_parallel: not with tp_size above 1", param="enable_cfg_parallel")
     if ranks > 1:
-        return _sequence(ranks, images, painter, platform)
-    return _beside(images, painter, platform) if images.enable_cfg_parallel else None
+        return _sequence(config, painter, platform)
+    return _beside(images, painter, platform) if images.enable_cfg_parallel else None, []
 
 
-def _sequence(ranks: int, images: ImagesConfig, painter: models.Painter, platform: Platform) -> SequenceParallel:
+def _sequence(config: Config, painter: models.Painter, platform: Platform) -> tuple[Company, list[Decision]]:
     """Raises ConfigError."""
-    where = "tp_size"
+    where, ranks = "tp_size", config.runtime.tp_size
     if not isinstance(painter, Family):
         raise ConfigError(f"{where}: this model's pipeline runs whole", param=where)
-    if images.offload:
+    if config.images.offload:
         raise ConfigError(f"{where}: ranks keep copies of the transformer on their devices, offload none", param=where)
-    devices = [platform.device] * (ranks - 1)
-    if not platform.facts.on_host:
-        count = torch.accelerator.device_count()
-        if count < ranks:
-            raise ConfigError(f"{where}: {ranks} ranks need as many devices, and {count} are there", param=where)
-        kind, _, index = str(platform.device).partition(":")
-        devices = [torch.device(f"{kind}:{(int(index or 0) + rank) % count}") for rank in range(1, ranks)]
+    devices = [device_of(platform, rank, ranks) for rank in range(1, ranks)]
     try:
-        return SequenceParallel(painter, devices)
+        if config.runtime.tp_comm == "auto":
+            return SequenceParallel(painter, devices), [Decision(where, ranks, "as asked: threads of this process")]
+        found = PictureRanks(config, painter)
     except PhloemError as error:
         raise ConfigError(f"{where}: {error.message}", param=where) from None
+    return found, [Decision(where, ranks, f"as asked: {found.reason}")]
 
 
 def _beside(images: ImagesConfig, painter: models.Painter, platform: Platform) -> Beside:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import signal
-import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +17,10 @@ from phloem.core.errors import PhloemError
 from phloem.core.resolve import Decision
 from phloem.engine.parallel import End, Team, decode_told, mesh_of
 from phloem.engine.worker import build_executor
-from phloem.launch.child import Said
+from phloem.launch.rank_pipe import RankPipe
 from phloem.launch.ranks import Way, join
 from phloem.launch.ring import RingReader
 from phloem.utils import log, machine
-from phloem.utils.ipc import READ_BYTES, Frames, frame
 from phloem.utils.processes import die_with_parent
 
 if TYPE_CHECKING:
@@ -31,6 +29,7 @@ if TYPE_CHECKING:
 _log = log.get("launch")
 
 
+<<<<<<< HEAD
 class _Pipe:
     """This rank's end of its socket, and of the ring that it is told by where rank 0 is on the same node."""
 
@@ -44,15 +43,20 @@ class _Pipe:
 
     def say(self, what: str, why: str = "", bytes_read: int = 0) -> None:
         self._socket.sendall(frame(msgspec.msgpack.encode(Said(what, why, bytes_read))))
+=======
+class _Pipe(RankPipe):
+    """For steps of a model of text."""
+>>>>>>> pics3
 
     def loaded(self, bytes_read: int) -> None:
         self.say("loaded", bytes_read=bytes_read)
 
     def busy(self, seconds: float) -> None:
-        self._socket.sendall(frame(msgspec.msgpack.encode(Said("busy", seconds=seconds))))
+        self.say("busy", seconds=seconds)
 
     def receive(self) -> Told:
         """The next message; `End` when rank 0 has gone."""
+<<<<<<< HEAD
         if self._ring is not None:
             data = self._ring.read()
             return End() if data is None else decode_told(data)
@@ -62,6 +66,10 @@ class _Pipe:
                 return End()
             self._ahead += [decode_told(item) for item in self._frames.cut(data)]
         return self._ahead.pop(0)
+=======
+        data = self.next()
+        return End() if data is None else decode_told(data)
+>>>>>>> pics3
 
     def tell(self, told: Told) -> None:
         raise ValueError(f"only rank 0 tells the others: {told!r:.100}")

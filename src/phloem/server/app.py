@@ -107,7 +107,8 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    app.add_middleware(Callers, keys=config.schedule.fair_queueing != "none")
+    fair = config.schedule.fair_queueing != "none" or config.images.image_policy == "fair"
+    app.add_middleware(Callers, keys=fair)
     if tracer is not None:
         app.add_middleware(Traced, tracer=tracer)
     app.add_middleware(RequestIds)  # added last, so outermost

@@ -12,14 +12,14 @@ MEDIA_TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-FILES = ("index.html", "style.css", "app.js", "api.js", "live.js", "markdown.js", "icon.svg")
+FILES = ("index.html", "style.css", "app.js", "api.js", "draw.js", "live.js", "markdown.js", "icon.svg")
 # Sent without an API key: they hold nothing but the page, which asks for the key itself.
 PATHS = frozenset({"/", *(f"/playground/{name}" for name in FILES)})
 HEADERS = {
     # The page loads nothing from elsewhere, runs no inline script and is framed by nobody.
     "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; media-src blob:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",

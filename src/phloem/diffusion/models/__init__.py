@@ -7,6 +7,7 @@ whole by its own pipeline (`_whole.py`), one picture at a time.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +32,12 @@ def key_of(class_name: str) -> str:
     return "_".join(words).lower()
 
 
-def load(pictures: Pictures, device: torch.device, dtype: torch.dtype, tiling: bool) -> Any:
-    """The folder's pipeline, in the host's memory; `choose` brings it to the device.
+ENCODERS = ("text_encoder", "image_encoder")  # begin the names of parts that read prompts and pictures
+
+
+def load(pictures: Pictures, device: torch.device, dtype: torch.dtype, tiling: bool, *, encoders: bool = True) -> Any:
+    """The folder's pipeline, in the host's memory; `choose` brings it to the device. Not `encoders`: it will only
+    compute steps, of what others have read.
 
     Raises:
         ConfigError: diffusers is not installed.
@@ -52,8 +57,10 @@ def load(pictures: Pictures, device: torch.device, dtype: torch.dtype, tiling: b
             f"{pictures.path}: {pictures.class_name} is no pipeline of diffusers {diffusers.__version__}",
             param="model_path",
         )
+    names = [] if encoders else list(inspect.signature(kind.__init__).parameters)
+    without = {name: None for name in names if name.startswith(ENCODERS)}
     try:
-        pipe = kind.from_pretrained(str(pictures.path), torch_dtype=dtype, local_files_only=True)
+        pipe = kind.from_pretrained(str(pictures.path), torch_dtype=dtype, local_files_only=True, **without)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelLoadError(f"{pictures.path}: {reason}", param="model_path") from error

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from math import lcm
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from phloem.core.errors import BadRequest
-from phloem.diffusion.family import TIMES, Family, Row, as_bytes, negative_by_scale
+from phloem.diffusion.family import TIMES, Row, negative_by_scale
+from phloem.diffusion.films import Films
 from phloem.diffusion.request import Condition, Guidance
 
 if TYPE_CHECKING:
@@ -24,31 +24,18 @@ if TYPE_CHECKING:
 FPS = 24.0  # as the model's makers show its films
 
 
-class HunyuanVideo(Family):
+class HunyuanVideo(Films):
     block_lists = ("transformer_blocks", "single_transformer_blocks")
     states_first = True
     sequences = block_lists
     texts_first = False
-
-    def __init__(self, pipe: Any, *args: Any) -> None:
-        self._spatial, self._temporal = int(pipe.vae_scale_factor_spatial), int(pipe.vae_scale_factor_temporal)
-        self._patch = int(pipe.transformer.config.patch_size)
-        super().__init__(pipe, *args)
-
-    @property
-    def grid(self) -> int:
-        return lcm(self._spatial * self._patch, 16)  # the pipeline refuses all else
-
-    def tokens(self, width: int, height: int) -> int:
-        side = self._spatial * self._patch
-        return (width // side) * (height // side)
 
     def usual_side(self) -> tuple[int, int]:
         return int(self.default("width", 1280)), int(self.default("height", 720))
 
     def known(self, facts: Facts, defaults: dict[str, Any]) -> Facts:
         frames = int(self.default("num_frames", 129))
-        return self.of_films(facts, defaults, frames=frames, grid=self._temporal, fps=FPS)
+        return self.of_length(facts, defaults, frames=frames, fps=FPS)
 
     def guidance(self, draw: Draw) -> Guidance:
         if draw.guidance_2 is not None:
@@ -72,13 +59,10 @@ class HunyuanVideo(Family):
         return Condition(states_SE.to(self.dtype), pooled[0].to(self.dtype), int(states_SE.shape[0]))
 
     def prepare(self, job: Job) -> None:
-        frames = (job.frames - 1) // self._temporal + 1
-        sides = job.height // self._spatial, job.width // self._spatial
-        shape = (int(self.transformer.config.in_channels), frames, *sides)
-        generator = torch.Generator("cpu").manual_seed(job.draw.seed)
         job.key = (job.width, job.height, job.frames)
-        job.latents = torch.randn((1, *shape), generator=generator)[0].to(self.device)
-        job.sigmas, job.times = self.schedule(job.steps, frames * self.tokens(job.width, job.height))
+        job.latents = self.film_noise(job, int(self.transformer.config.in_channels))[0].to(self.device)
+        tokens = self.latent_frames(job) * self.tokens(job.width, job.height)
+        job.sigmas, job.times = self.schedule(job.steps, tokens)
 
     def forward(self, rows: Sequence[Row]) -> list[Tensor]:
         lengths = torch.tensor([row.condition.states_SE.shape[0] for row in rows])
@@ -101,8 +85,7 @@ class HunyuanVideo(Family):
     def finished(self, job: Job, latents: Tensor) -> NDArray[np.uint8]:
         """[frames, height, width, 3]."""
         z_1CFHW = latents[None].to(self.vae.dtype) / self.vae.config.scaling_factor
-        film_CFHW = self.vae.decode(z_1CFHW, return_dict=False)[0][0].float()
-        return as_bytes((film_CFHW / 2 + 0.5).clamp(0, 1).permute(1, 2, 3, 0).cpu().numpy())
+        return self.shown(self.vae.decode(z_1CFHW, return_dict=False)[0][0])
 
 
 PAINTER = HunyuanVideo

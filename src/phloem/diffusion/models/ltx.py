@@ -6,13 +6,13 @@ The model is told how fast frames follow each other: its positions in time are s
 from __future__ import annotations
 
 from dataclasses import replace
-from math import lcm
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from phloem.core.errors import BadRequest
-from phloem.diffusion.family import Family, Row, as_bytes, image_of
+from phloem.diffusion.family import Row, image_of
+from phloem.diffusion.films import Films
 from phloem.diffusion.request import Condition, Seen
 
 if TYPE_CHECKING:
@@ -26,23 +26,16 @@ if TYPE_CHECKING:
     from phloem.diffusion.request import Facts, Guidance, Job
 
 
-class LTX(Family):
+class LTX(Films):
+    pixels = 32
     sequences = ("transformer_blocks",)
     attentions = ("attn1",)
     joint_texts = False
 
-    def __init__(self, pipe: Any, *args: Any) -> None:
-        self._spatial, self._temporal = pipe.vae_spatial_compression_ratio, pipe.vae_temporal_compression_ratio
-        self._patch = int(pipe.transformer_spatial_patch_size)
-        super().__init__(pipe, *args)
-
-    @property
-    def grid(self) -> int:
-        return lcm(self._spatial * self._patch, 32)  # the pipeline refuses all else
-
-    def tokens(self, width: int, height: int) -> int:
-        side = self._spatial * self._patch
-        return (width // side) * (height // side)
+    @staticmethod
+    def compression(pipe: Any) -> tuple[int, int, int]:
+        patch = int(pipe.transformer_spatial_patch_size)
+        return pipe.vae_spatial_compression_ratio, pipe.vae_temporal_compression_ratio, patch
 
     def usual_side(self) -> tuple[int, int]:
         return int(self.default("width", 704)), int(self.default("height", 512))
@@ -50,7 +43,7 @@ class LTX(Family):
     def known(self, facts: Facts, defaults: dict[str, Any]) -> Facts:
         """A folder of either pipeline has the weights of both."""
         frames, fps = int(self.default("num_frames", 161)), self.default("frame_rate", 25)
-        return replace(self.of_films(facts, defaults, frames=frames, grid=self._temporal, fps=fps), pictures=1)
+        return replace(self.of_length(facts, defaults, frames=frames, fps=fps), pictures=1)
 
     def guidance(self, draw: Draw) -> Guidance:
         for name, value in (("true_cfg_scale", draw.true_cfg), ("guidance_scale_2", draw.guidance_2)):
@@ -67,19 +60,16 @@ class LTX(Family):
         return Condition(states_SE.to(self.dtype), None, int(states_SE.shape[0]))
 
     def prepare(self, job: Job) -> None:
-        frames = (job.frames - 1) // self._temporal + 1
-        sides = job.height // self._spatial, job.width // self._spatial
-        shape = (1, int(self.transformer.config.in_channels), frames, *sides)
         generator = torch.Generator("cpu").manual_seed(job.draw.seed)
         first = self._first_frame(job, generator) if job.draw.pictures else None
-        noise = torch.randn(shape, generator=generator)
+        noise = self.film_noise(job, int(self.transformer.config.in_channels), generator)
         latents = self.pipe._pack_latents(noise, self._patch, 1)[0].to(self.device)
         if first is not None:
             latents[: first.shape[0]] = first
             job.seen = Seen(first)
         job.latents = latents
         job.key = (job.width, job.height, job.frames, first is None)
-        job.sigmas, job.times = self.schedule(job.steps, frames * sides[0] * sides[1])
+        job.sigmas, job.times = self.schedule(job.steps, noise[0, 0].numel())
 
     def _first_frame(self, job: Job, generator: torch.Generator) -> Tensor:
         """[tokens of a frame, C] of the picture that the film begins with; the VAE's distribution is drawn from."""
@@ -144,15 +134,13 @@ class LTX(Family):
     def finished(self, job: Job, latents: Tensor) -> NDArray[np.uint8]:
         """[frames, height, width, 3]. VAEs that finish the last step themselves are told that none is left."""
         vae, side = self.vae, self._spatial * self._patch
-        frames = (job.frames - 1) // self._temporal + 1
         z_1CFHW = self.pipe._unpack_latents(
-            latents[None], frames, job.height // side, job.width // side, self._patch, 1
+            latents[None], self.latent_frames(job), job.height // side, job.width // side, self._patch, 1
         )
         mean, deviation = self._statistics(z_1CFHW)
         z_1CFHW = (z_1CFHW * deviation / vae.config.scaling_factor + mean).to(vae.dtype)
         time = torch.zeros(1, device=self.device, dtype=vae.dtype) if vae.config.timestep_conditioning else None
-        film_CFHW = vae.decode(z_1CFHW, time, return_dict=False)[0][0].float()
-        return as_bytes((film_CFHW / 2 + 0.5).clamp(0, 1).permute(1, 2, 3, 0).cpu().numpy())
+        return self.shown(vae.decode(z_1CFHW, time, return_dict=False)[0][0])
 
 
 PAINTER = LTX

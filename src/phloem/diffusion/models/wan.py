@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from math import lcm
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from phloem.core.errors import BadRequest
-from phloem.diffusion.family import Family, Row, as_bytes, image_of
+from phloem.diffusion.family import Row, image_of
+from phloem.diffusion.films import Films
 from phloem.diffusion.request import Condition, Guidance, Seen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 FPS, FPS_5B = 16.0, 24.0  # as the model cards have it
 
 
-class Wan(Family):
+class Wan(Films):
     block_lists = ("blocks",)
     sequences = block_lists
     attentions = ("attn1",)
@@ -37,27 +37,17 @@ class Wan(Family):
     schedulers = ("UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler")
 
     def __init__(self, pipe: Any, *args: Any) -> None:
-        self._spatial, self._temporal = int(pipe.vae_scale_factor_spatial), int(pipe.vae_scale_factor_temporal)
-        self._patch = int(pipe.transformer.config.patch_size[1])
         self._first_frame = bool(pipe.config.expand_timesteps)  # what is given is a frame at time 0
         self._boundary = (pipe.config.boundary_ratio or 0.0) * pipe.scheduler.config.num_train_timesteps
         self._low = pipe.transformer_2 if pipe.config.boundary_ratio is not None else None
         super().__init__(pipe, *args)
-
-    @property
-    def grid(self) -> int:
-        return lcm(self._spatial * self._patch, 16)  # the pipeline refuses all else
-
-    def tokens(self, width: int, height: int) -> int:
-        side = self._spatial * self._patch
-        return (width // side) * (height // side)
 
     def usual_side(self) -> tuple[int, int]:
         return int(self.default("width", 832)), int(self.default("height", 480))
 
     def known(self, facts: Facts, defaults: dict[str, Any]) -> Facts:
         frames, fps = int(self.default("num_frames", 81)), FPS_5B if self._first_frame else FPS
-        known = self.of_films(facts, defaults, frames=frames, grid=self._temporal, fps=fps)
+        known = self.of_length(facts, defaults, frames=frames, fps=fps)
         return replace(known, pictures=1 if self._first_frame else 0)
 
     def guidance(self, draw: Draw) -> Guidance:
@@ -78,10 +68,7 @@ class Wan(Family):
 
     def prepare(self, job: Job) -> None:
         job.key = (job.width, job.height, job.frames, job.seen is None and not job.draw.pictures)
-        shape = (1, int(self.vae.config.z_dim), (job.frames - 1) // self._temporal + 1)
-        sides = job.height // self._spatial, job.width // self._spatial
-        noise = torch.randn((*shape, *sides), generator=torch.Generator("cpu").manual_seed(job.draw.seed))
-        job.latents = noise[0].to(self.device)
+        job.latents = self.film_noise(job, int(self.vae.config.z_dim))[0].to(self.device)
         stepper = copy.copy(self.scheduler)
         stepper.set_timesteps(job.steps, device=self.device)
         stepper.set_begin_index(0)
@@ -189,8 +176,7 @@ class Wan(Family):
         z_CFHW, config = latents.to(self.vae.dtype), self.vae.config
         mean, deviation = (torch.tensor(values).to(z_CFHW) for values in (config.latents_mean, config.latents_std))
         z_CFHW = z_CFHW / (1.0 / deviation[:, None, None, None]) + mean[:, None, None, None]
-        film_CFHW = self.vae.decode(z_CFHW[None], return_dict=False)[0][0].float()
-        return as_bytes((film_CFHW / 2 + 0.5).clamp(0, 1).permute(1, 2, 3, 0).cpu().numpy())
+        return self.shown(self.vae.decode(z_CFHW[None], return_dict=False)[0][0])
 
 
 PAINTER = Wan

@@ -6,7 +6,7 @@ import random
 import re
 from typing import Any, ClassVar, Literal
 
-from phloem.client.request import new_id
+from phloem.client.request import CALLER, NOBODY, new_id
 from phloem.core.caching import NAMES, StepCaching, step_caching
 from phloem.core.errors import BadRequest
 from phloem.core.messages import Draw, Wear
@@ -87,6 +87,7 @@ class PictureFields(Body, kw_only=True):
             negative=self.negative_prompt,
             step_cache=self._caching(),
             lora=self._worn(),
+            client=self.user or "",
         )
 
     def _worn(self) -> list[Wear] | None:
@@ -157,7 +158,6 @@ class ImagesBody(PictureFields, kw_only=True):
         "quality": QUALITY,
         "style": HINT,
         "moderation": HINT,
-        "user": HINT,
     }
     later: ClassVar[dict[str, Later]] = {
         "response_format": Later("image_urls", ("b64_json",), "no pictures are kept: b64_json is served"),
@@ -245,6 +245,13 @@ def source_of(given: Any, where: str) -> bytes | str:
 def within(name: str, value: float | None, least: float, most: float) -> None:
     if value is not None and not least <= value <= most:
         raise BadRequest(f"{name}: {value} is not in {least:g} to {most:g}", param=name)
+
+
+def sign(draws: list[Draw], keys_alone: bool) -> None:
+    """Whose they are, for `image_policy` fair: the user's that the body names, else the API key's."""
+    key = CALLER.get(NOBODY).key
+    for draw in draws:
+        draw.client = key if keys_alone else draw.client or key
 
 
 def wear(adapter: str, draws: list[Draw]) -> None:

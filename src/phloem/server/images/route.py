@@ -15,7 +15,7 @@ from phloem.diffusion.request import Facts
 from phloem.protocol.body import Parser
 from phloem.server.door import door_of, json_response
 from phloem.server.images import write
-from phloem.server.images.body import ImageEditsBody, ImagesBody, source_of, wear
+from phloem.server.images.body import ImageEditsBody, ImagesBody, sign, source_of, wear
 from phloem.server.images.given import pixels_of
 from phloem.server.multipart import form_of
 from phloem.server.openapi import NEEDS_ENGINE, describe
@@ -86,6 +86,7 @@ async def _read_edits(door: Door, request: Request) -> ImageEditsBody:
 
 
 async def _answer(door: Door, request: Request, body: ImagesBody, draws: list[Draw]) -> Response:
+    sign(draws, door.config.schedule.fair_queueing == "key")
     call = door.client.draw(draws)
     if body.stream:
         return await stream(request, call, _events(call, body))

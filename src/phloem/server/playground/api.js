@@ -46,6 +46,20 @@ export async function get(path) {
   return (await ask(path, {})).json();
 }
 
+export async function post(path, body) {
+  const options = { method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" } };
+  return (await ask(path, options)).json();
+}
+
+export async function remove(path) {
+  await ask(path, { method: "DELETE" });
+}
+
+/** A file that the server sends. */
+export async function blob(path) {
+  return (await ask(path, {})).blob();
+}
+
 /** The events of a streamed answer, decoded. Ends with the stream; throws what the server tells inside it. */
 export async function* stream(path, body, signal) {
   const response = await ask(path, {

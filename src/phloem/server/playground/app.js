@@ -1,6 +1,7 @@
 // The chat, and what the page needs beside it.
 
 import { events, get, stream, useKey } from "./api.js";
+import { open } from "./draw.js";
 import { look, start } from "./live.js";
 import { render } from "./markdown.js";
 
@@ -247,6 +248,8 @@ async function greet() {
     byId("model").textContent = info.served_model_name;
     document.title = `Phloem: ${info.served_model_name}`;
     allowImages(Boolean(info.has_image_understanding));
+    if (info.pictures) open(info.pictures);
+    else if (!info.is_generation) setTimeout(greet, 2000); // it may draw: that is known when it is ready
   } catch { /* the live view tells what is wrong */ }
 }
 

@@ -40,6 +40,7 @@ function showNumbers(view) {
   const { state, latency } = view;
   show("running", whole.format(state.running));
   show("waiting", whole.format(state.waiting));
+  show("pixels", whole.format(Math.round(state.pixel_throughput ?? 0)));
   for (const name of ["ttft", "itl"]) lately[name] = recent(latency[name], before?.latency[name], lately[name]);
   show("ttft", seconds(lately.ttft));
   show("tpot", seconds(lately.itl));
@@ -267,7 +268,8 @@ async function look() {
     showNumbers(view);
     if (view.state.total_tokens) showMemory(view.state);
     if (view.tree) showTree(view.tree);
-    byId("live-note").textContent = view.tree || view.status !== "ready" ? "" : "the engine is busy; the tree is from before";
+    const late = !view.tree && view.status === "ready" && !document.querySelector("main.draws"); // which has no tree
+    byId("live-note").textContent = late ? "the engine is busy; the tree is from before" : "";
     before = view;
   } catch (error) {
     if (error.status === 401) status("", "needs a key");

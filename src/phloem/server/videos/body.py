@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from phloem.client.request import new_id
 from phloem.core.errors import BadRequest
 from phloem.protocol.body import Later
-from phloem.protocol.fields import HINT, Int32, Seed
+from phloem.protocol.fields import Int32, Seed
 from phloem.server.images.body import MAX_SCALE, QUALITY, SEEDS, PictureFields, within
 
 if TYPE_CHECKING:
@@ -33,10 +33,7 @@ class VideosBody(PictureFields, kw_only=True):
     n: Int32 | None = None
     quality: str | None = None
 
-    ignored: ClassVar[dict[str, str]] = {
-        "quality": QUALITY,
-        "user": HINT,
-    }
+    ignored: ClassVar[dict[str, str]] = {"quality": QUALITY}
     later: ClassVar[dict[str, Later]] = {
         "n": Later("several_films", (1,), "a job is one film"),
         "max_sequence_length": Later("max_sequence_length"),

@@ -13,7 +13,7 @@ from phloem.core.errors import BadRequest
 from phloem.diffusion.request import Facts
 from phloem.protocol.body import Parser
 from phloem.server.door import door_of, json_response
-from phloem.server.images.body import source_of, wear
+from phloem.server.images.body import sign, source_of, wear
 from phloem.server.images.given import pixels_of
 from phloem.server.multipart import form_of
 from phloem.server.openapi import NEEDS_ENGINE, describe
@@ -49,6 +49,7 @@ async def create_video(request: Request) -> Response:
     draw.width, draw.height = facts.size(draw)
     draw.frames = facts.length(draw)
     facts.count(draw)
+    sign([draw], door.config.schedule.fair_queueing == "key")
     return json_response(await begin(door, draw, fps, seconds))
 
 

@@ -105,18 +105,14 @@ class Moved(msgspec.Struct, frozen=True, array_like=True, tag=True):
     ranks: list[list[int]]
 
 
-<<<<<<< HEAD
-class Placed(msgspec.Struct, frozen=True, tag=True):
+class Placed(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """An adapter that batches know by its entry from now on: `adapters._shares.packed`, whole."""
 
     entry: int
     fits: bytes
 
 
-class Busy(msgspec.Struct, frozen=True, tag=True):
-=======
 class Busy(msgspec.Struct, frozen=True, array_like=True, tag=True):
->>>>>>> nodes3
     """How long a rank's stage has computed so far is wanted, once it has done what it was told before."""
 
 
@@ -421,18 +417,12 @@ class Executor:
         slots: int,
         shift: Callable[[Moved], object],
         busy: Callable[[float], None] = lambda _: None,
-<<<<<<< HEAD
+        recorded: FlexibleSteps | None = None,
         sites: Sites | None = None,
     ) -> None:
         """`shift`: what is to be done when experts move. `busy`: says how long this stage has computed. `sites`: where
         adapters go, if any are served."""
-        self._sites = sites
-=======
-        recorded: FlexibleSteps | None = None,
-    ) -> None:
-        """`shift`: what is to be done when experts move. `busy`: says how long this stage has computed."""
-        self._recorded, self._rank = recorded, whole.rank
->>>>>>> nodes3
+        self._recorded, self._rank, self._sites = recorded, whole.rank, sites
         self._shift, self._busy = shift, busy
         self._whole, self._backend, self._pool = whole, backend, pool
         self._last = LastTokens(slots, pool.device, True, None, ops)

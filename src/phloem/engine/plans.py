@@ -40,19 +40,12 @@ class Plan(msgspec.Struct, frozen=True, array_like=True, tag=True):
     step: int
     epoch: int
     prefix_lens: bytes
-<<<<<<< HEAD
-    input_ids: bytes
-    outputs: bytes
-    tables: list[bytes | Cells]  # [R, P] each
-    targets: dict[int, bytes]
-    adapters: bytes | None = None
-=======
     slots: bytes | None = None
     query_lens: bytes | None = None
     outputs: bytes | None = None
     tables: list[bytes | Cells] | None = None  # [R, P] each
     targets: dict[int, bytes] = {}
->>>>>>> nodes3
+    adapters: bytes | None = None  # None: of no row
 
 
 @dataclass(slots=True)
@@ -63,26 +56,11 @@ class Packing:
 
     def pack(self, batch: Batch) -> Plan:
         """What the other ranks need of a batch. Raises ValueError for one that they cannot execute."""
-<<<<<<< HEAD
-        if batch.embeds or batch.positions is not None or (batch.outputs > 1).any():
-            raise ValueError("a batch with pictures or drafts runs on one rank alone")
-        return Plan(
-            step=batch.step,
-            epoch=batch.epoch,
-            slots=raw(batch.slots),
-            query_lens=raw(batch.query_lens),
-            prefix_lens=raw(batch.prefix_lens),
-            input_ids=raw(batch.input_ids),
-            outputs=raw(batch.outputs),
-            tables=self._told(batch.tables),
-            targets={row: raw(targets) for row, targets in batch.prompt_targets.items()},
-            adapters=None if batch.adapters is None else raw(batch.adapters),
-=======
         last = self._last
         same = last is not None and batch.outputs is last.outputs
-        alone = batch.positions, batch.adapters, batch.drafting, batch.parents, batch.places
+        alone = batch.positions, batch.drafting, batch.parents, batch.places
         if batch.embeds or any(part is not None for part in alone):
-            raise ValueError("a batch with pictures, adapters, or drafts of a model runs on one rank alone")
+            raise ValueError("a batch with pictures, or drafts of a model runs on one rank alone")
         self._last = batch
         rows = last is not None and (batch.slots is last.slots or np.array_equal(batch.slots, last.slots))
         tables: list[bytes | Cells] | None = None
@@ -99,7 +77,7 @@ class Packing:
             None if same else raw(batch.outputs),
             tables,
             {row: raw(targets) for row, targets in batch.prompt_targets.items()},
->>>>>>> nodes3
+            None if batch.adapters is None else raw(batch.adapters),
         )
 
 

@@ -31,12 +31,8 @@ from phloem.engine.slots import Slots
 from phloem.engine.thread import Launched, Order, StepThread
 from phloem.engine.transfer import LastTokens
 from phloem.engine.wanted import Wanted
-<<<<<<< HEAD
-from phloem.engine.waves import Starts, Waves
-from phloem.engine.wearing import Ends, Passes
-=======
 from phloem.engine.waves import Heads, Starts, Waves
->>>>>>> nodes3
+from phloem.engine.wearing import Ends, Passes
 from phloem.models import Conditioned
 from phloem.platforms._facts import StepFacts
 

@@ -427,14 +427,9 @@ def build_executor(config: Config, checkpoint: Checkpoint, team: Team, receive: 
     own = model.stage.own if isinstance(model, Decoder) and model.stage is not None else None
     pool = KVPool(model.memory, told.num_pages, kept.page, kept.dtype, device, kept.scales, own)
     shift = balancing.shifter_of(model, checkpoint, machine.spread, team)
-<<<<<<< HEAD
-    steps = Together(model, team.groups), kept.backend, pool, machine.ops, machine.running
-    return Executor(*steps, shift, team.busy, sites)
-=======
     whole = Together(model, team.groups)
     recorded = _recorded(config, machine, whole, kept, pool, told.most, decisions)
-    return Executor(whole, kept.backend, pool, machine.ops, machine.running, shift, team.busy, recorded)
->>>>>>> nodes3
+    return Executor(whole, kept.backend, pool, machine.ops, machine.running, shift, team.busy, recorded, sites)
 
 
 def _desk(config: Config, model: Model, ops: Ops, running: int) -> Callable[[LastTokens], Desk] | None:

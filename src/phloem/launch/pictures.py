@@ -36,11 +36,8 @@ from phloem.diffusion.family import Family
 from phloem.diffusion.quantised import quantise
 from phloem.diffusion.sequence import SequenceParallel
 from phloem.diffusion.worn import Wardrobe
-<<<<<<< HEAD
-from phloem.launch.starting import Starting
-=======
 from phloem.launch.picture_ranks import PictureRanks, device_of
->>>>>>> pics3
+from phloem.launch.starting import Starting
 from phloem.utils import log
 from phloem.utils.cores import available_cores
 

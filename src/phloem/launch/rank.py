@@ -29,24 +29,13 @@ if TYPE_CHECKING:
 _log = log.get("launch")
 
 
-<<<<<<< HEAD
-class _Pipe:
-    """This rank's end of its socket, and of the ring that it is told by where rank 0 is on the same node."""
+class _Pipe(RankPipe):
+    """For steps of a model of text; rank 0 tells them through a ring where it is on the same node."""
 
     def __init__(self, descriptor: int, rank: int, ring: tuple[str, int] | None) -> None:
         """`ring`: its file, and how many ranks read it."""
-        self._socket = socket.socket(fileno=descriptor)
-        self._socket.set_inheritable(False)
-        self._frames = Frames()
-        self._ahead: list[Told] = []
+        super().__init__(descriptor)
         self._ring = None if ring is None else RingReader(Path(ring[0]), ring[1], rank - 1, self._socket)
-
-    def say(self, what: str, why: str = "", bytes_read: int = 0) -> None:
-        self._socket.sendall(frame(msgspec.msgpack.encode(Said(what, why, bytes_read))))
-=======
-class _Pipe(RankPipe):
-    """For steps of a model of text."""
->>>>>>> pics3
 
     def loaded(self, bytes_read: int) -> None:
         self.say("loaded", bytes_read=bytes_read)
@@ -56,20 +45,8 @@ class _Pipe(RankPipe):
 
     def receive(self) -> Told:
         """The next message; `End` when rank 0 has gone."""
-<<<<<<< HEAD
-        if self._ring is not None:
-            data = self._ring.read()
-            return End() if data is None else decode_told(data)
-        while not self._ahead:
-            data = self._socket.recv(READ_BYTES)
-            if not data:
-                return End()
-            self._ahead += [decode_told(item) for item in self._frames.cut(data)]
-        return self._ahead.pop(0)
-=======
-        data = self.next()
+        data = self.next() if self._ring is None else self._ring.read()
         return End() if data is None else decode_told(data)
->>>>>>> pics3
 
     def tell(self, told: Told) -> None:
         raise ValueError(f"only rank 0 tells the others: {told!r:.100}")

@@ -21,6 +21,10 @@ def level(request: Any) -> Any:
     native.table(2, None)
 
 
+def dense(rows: int, inputs: int, dtype: torch.dtype, seed: int) -> Source:
+    return Source.dense_of(values(rows, inputs, dtype, seed))
+
+
 def values(rows: int, inputs: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
     return torch.randn(rows, inputs, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -39,7 +43,7 @@ def test_what_is_packed_reads_back_as_it_was(level: Any, dtype: torch.dtype, row
 @pytest.mark.parametrize("sizes", [(64, 16, 16), (48, 48), (37,), (20, 33)])
 def test_new_values_lie_where_the_old_ones_lay(level: Any, dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
     ops, inputs = native.table(level[1], level[0]), 70
-    old = ops.prepare_linear([Source.dense_of(values(size, inputs, dtype, at)) for at, size in enumerate(sizes)], dtype, CPU)
+    old = ops.prepare_linear([dense(size, inputs, dtype, at) for at, size in enumerate(sizes)], dtype, CPU)
     new = [values(size, inputs, dtype, 10 + at) for at, size in enumerate(sizes)]
     fresh = ops.prepare_linear([Source.dense_of(tensor) for tensor in new], dtype, CPU)
     places, segments = [m.data_ptr() for m in old.memory], old.segments.clone()
@@ -55,7 +59,7 @@ def test_new_values_lie_where_the_old_ones_lay(level: Any, dtype: torch.dtype, s
 
 def test_values_of_another_type_are_converted(level: Any) -> None:
     ops, new = native.table(level[1], level[0]), values(32, 64, torch.float32, 4)
-    old = ops.prepare_linear([Source.dense_of(values(32, 64, torch.bfloat16, 3))], torch.bfloat16, CPU)
+    old = ops.prepare_linear([dense(32, 64, torch.bfloat16, 3)], torch.bfloat16, CPU)
     assert ops.rewriting is not None
     write = ops.rewriting(old, [Source.dense_of(new)], torch.bfloat16)
     assert write is not None
@@ -65,12 +69,12 @@ def test_values_of_another_type_are_converted(level: Any) -> None:
 
 def test_another_layout_is_left_to_be_made_anew(level: Any) -> None:
     ops = native.table(level[1], level[0])
-    old = ops.prepare_linear([Source.dense_of(values(32, 64, torch.bfloat16, 3))], torch.bfloat16, CPU)
+    old = ops.prepare_linear([dense(32, 64, torch.bfloat16, 3)], torch.bfloat16, CPU)
     packed = ops.prepare_linear([make_source("Q8_0", 32, 2, 1)], torch.bfloat16, CPU)
     assert ops.rewriting is not None
-    assert ops.rewriting(old, [Source.dense_of(values(48, 64, torch.bfloat16, 3))], torch.bfloat16) is None
-    assert ops.rewriting(old, [Source.dense_of(values(32, 128, torch.bfloat16, 3))], torch.bfloat16) is None
-    assert ops.rewriting(old, [Source.dense_of(values(32, 64, torch.float32, 3))], torch.float32) is None
+    assert ops.rewriting(old, [dense(48, 64, torch.bfloat16, 3)], torch.bfloat16) is None
+    assert ops.rewriting(old, [dense(32, 128, torch.bfloat16, 3)], torch.bfloat16) is None
+    assert ops.rewriting(old, [dense(32, 64, torch.float32, 3)], torch.float32) is None
     assert ops.rewriting(old, [make_source("Q8_0", 32, 2, 1)], torch.bfloat16) is None
-    assert ops.rewriting(packed, [Source.dense_of(values(32, 64, torch.bfloat16, 3))], torch.bfloat16) is None
-    assert ops.rewriting(torch.zeros(32, 64), [Source.dense_of(values(32, 64, torch.bfloat16, 3))], torch.bfloat16) is None
+    assert ops.rewriting(packed, [dense(32, 64, torch.bfloat16, 3)], torch.bfloat16) is None
+    assert ops.rewriting(torch.zeros(32, 64), [dense(32, 64, torch.bfloat16, 3)], torch.bfloat16) is None

@@ -282,9 +282,7 @@ class NativeLinear:
             split=read[0].layout == self.sizes.numbers[SPLIT],
         )  # fmt: skip
 
-    def rewriting(
-        self, old: Any, parts: Sequence[WeightSource], dtype: torch.dtype
-    ) -> Callable[[], None] | None:
+    def rewriting(self, old: Any, parts: Sequence[WeightSource], dtype: torch.dtype) -> Callable[[], None] | None:
         """What packs new values of a weight into the memory of the old ones, in one pass, when it is called. The parts
         are read now. None: they are not stored as numbers of one float type each, or the old weight has another layout.
         """

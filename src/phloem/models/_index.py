@@ -304,7 +304,7 @@ class WeightIndex:
             sources[name].done()
 
     def rewriting(self, weight: Weight, sources: dict[str, Source]) -> Callable[[], None] | None:
-        """What puts new values of a weight that is packed where the old ones lie (`Ops.rewriting`); None: make it anew."""
+        """What puts new values of a packed weight where the old ones lie (`Ops.rewriting`); None: make it anew."""
         ops = self.table(weight)
         if ops.rewriting is None or weight.role != "matrix" or weight.experts:
             return None

@@ -258,7 +258,7 @@ def _modules(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Mod
 
 
 def _all_finite(tensor: Tensor) -> bool:
-    """In one pass without a copy, nearly always: a sum is finite only of finite numbers. One that overflows is looked at."""
+    """In one pass without a copy, nearly always: the sum is finite of finite numbers alone, unless it overflows."""
     return math.isfinite(tensor.sum(dtype=torch.float32).item()) or bool(tensor.isfinite().all())
 
 

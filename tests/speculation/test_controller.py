@@ -9,6 +9,7 @@ import pytest
 from phloem.speculation.controller import (
     BACKOFF,
     ENOUGH,
+    LATE,
     LEDGER,
     PROBE,
     QUIET,
@@ -34,7 +35,7 @@ def chain(length: int = 7, matched: int = 20, sure: bool = True, tally: Tally | 
 def measured(slope: float = 0.05, sizes: tuple[int, ...] = (1, 4, 8, 16)) -> Controller:
     found = Controller(7, 24)
     for rows in sizes:
-        for _ in range(ENOUGH):
+        for _ in range(2 * ENOUGH):  # the first ones of a size are believed in part
             found.plain(rows, True, seconds(rows, slope))
     return found
 
@@ -46,7 +47,10 @@ def test_times_are_medians_and_lines_between_them() -> None:
         curve.note(1, value)
     assert curve.at(1) == pytest.approx(1.05) and curve.at(8) == pytest.approx(1.05 * usual(8))
     curve.note(8, 99.0)  # the first of a size may have recorded it
-    assert curve.at(8) == pytest.approx(1.5 * 1.05 * usual(8))
+    assert curve.at(8) == pytest.approx(LATE * 1.05 * usual(8))
+    fresh = Curve()
+    fresh.note(4, 99.0, guess=2.0)
+    assert fresh.at(4) == 2 * LATE and not fresh.trusted(4)
     for _ in range(8):
         curve.note(8, 2.1)
     assert curve.at(8) == pytest.approx(2.1)

@@ -31,6 +31,7 @@ ENOUGH = 3  # plain steps that are measured before anything is verified
 LEDGER = 12  # steps after which a gain is written off, so that it pays for no later loss
 LOSS = 1.5  # plain steps that verified ones may lose before they are stopped
 LATE = 1.25  # times the usual: what a step took beyond that the machine took, and it is not held against drafts
+TRUSTED = 2  # steps of a size after which what they take is believed, whatever it is
 BACKOFF, MOST_BACKOFF = 64, 2048  # steps
 PROBE = 64  # steps after which drafts that do not seem to pay are verified once
 FEW = 4  # rows whose texts are looked at after every plain step; of more, at every eighth
@@ -68,13 +69,15 @@ class Curve:
         self._known: dict[int, float] = {}
         self.count = 0
 
-    def note(self, rows: int, seconds: float) -> None:
-        seen = self._seen.get(rows)
-        if seen is None:
-            # The first step of a size may record it or touch memory for the first time.
-            guess = self.at(rows)
-            seen = self._seen[rows] = deque(maxlen=9)
-            seconds = seconds if guess is None else min(seconds, 1.5 * guess)
+    def note(self, rows: int, seconds: float, guess: float | None = None) -> None:
+        """`guess`: what was expected, where nothing was measured here."""
+        seen = self._seen.setdefault(rows, deque(maxlen=9))
+        if len(seen) < TRUSTED:
+            # The first steps of a size may record it, touch memory for the first time or meet a busy moment, and a size
+            # that is thought too slow is not measured again.
+            known = self.at(rows)
+            guess = guess if known is None else known
+            seconds = seconds if guess is None else min(seconds, LATE * guess)
         seen.append(seconds)
         self._medians[rows] = statistics.median(seen)
         self._known.clear()
@@ -107,6 +110,9 @@ class Curve:
     def sizes(self) -> int:
         """How many were measured."""
         return len(self._medians)
+
+    def trusted(self, rows: int) -> bool:
+        return len(self._seen.get(rows, ())) > TRUSTED
 
     def near(self, rows: int) -> bool:
         """Whether a size within a quarter was measured."""
@@ -227,7 +233,7 @@ class Controller:
         """A step of `rows` decodes, `total` with their drafts, not planned ahead, has given so many tokens. Of its
         seconds `drafting` were those of a model's `passes`."""
         kind = self.times[easy]
-        kind.verify.note(total, seconds - drafting)
+        kind.verify.note(total, seconds - drafting, self._verify(total, easy))
         if passes:
             self._passes.append(drafting / passes)
             self._pass = statistics.median(self._passes)
@@ -236,7 +242,8 @@ class Controller:
             return
         ledger, alone = self._ledger, kind.verify.at(total)
         assert alone is not None
-        ledger.spent += min(seconds - drafting, LATE * alone) + drafting
+        took = seconds - drafting
+        ledger.spent += drafting + (min(took, LATE * alone) if kind.verify.trusted(total) else took)
         ledger.saved += plain * tokens / rows
         ledger.steps += 1
         if ledger.spent - ledger.saved > LOSS * plain:

@@ -294,7 +294,6 @@ def test_a_step_without_memory_on_rank_0_ends_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "why"),
     [
-        ({"lora_paths": ["/nowhere"]}, "adapters"),
         ({"ops": "invariant"}, "same bits"),
         ({"enable_deterministic_inference": True}, "same bits"),
         ({"load_format": "dummy"}, "random weights"),

@@ -20,7 +20,7 @@ from phloem.layers.linear import Linear
 from phloem.layers.weight import Layer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import Tensor
 
@@ -51,9 +51,12 @@ class Place:
     rows: Part | None  # which of the module's outputs they are; None: all, in order
 
 
+Packed = tuple[int, int, list[bytes]]  # a fit as plain data: parts, rank, bytes of its tensors (b"": none)
+
+
 @dataclass(slots=True)
 class Fit:
-    """What one site keeps of an adapter."""
+    """What one site keeps of an adapter, of the whole model's layer."""
 
     rank: int
     down: Tensor  # [P, r, N]
@@ -65,22 +68,43 @@ class Fit:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.down, self.up, self.factor, self.shift) if t is not None)
 
+    def packed(self) -> Packed:
+        """For other ranks."""
+        tensors = self.down, self.up, self.factor, self.shift
+        data = [b"" if t is None else t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors]
+        return len(self.down), self.rank, data
+
+    @staticmethod
+    def of(packed: Packed, dtype: torch.dtype) -> Fit:
+        """What was packed, in the type that the stacks have."""
+        parts, rank, (down, up, *rest) = packed
+        factor, shift = (_tensor(data, torch.float32) if data else None for data in rest)
+        return Fit(rank, _tensor(down, dtype).view(parts, rank, -1), _tensor(up, dtype).view(rank, -1), factor, shift)
+
 
 class Site:
-    """What adapters add to one layer (`layers.linear.Additions`)."""
+    """What adapters add to one layer (`layers.linear.Additions`). `sizes`, `inputs` and `outputs` are the whole
+    model's; the stacks have this rank's share of them."""
 
     def __init__(self, layer: Linear, adapted: Adapted, entries: int, rank: int, dtype: torch.dtype) -> None:
         weight = layer.weight
         self.sizes = [shape[0] for shape in weight.shapes]
         self.inputs, self.outputs = weight.shapes[0][1], sum(self.sizes)
+        spans, starts = [weight.spans(part) for part in range(len(self.sizes))], np.cumsum([0, *self.sizes]).tolist()
+        own = [last - first for (first, last), _ in spans]
+        # Of a layer whose inputs ranks share out each has columns of A, and one of them what is added to outputs.
+        self._columns = slice(*spans[0][1])
+        self._rows = [slice(at + first, at + last) for at, ((first, last), _) in zip(starts, spans, strict=False)]
+        self._adds = layer.comm is None or layer.comm.rank == 0
+        inputs, outputs = spans[0][1][1] - spans[0][1][0], sum(own)
         self._adapted = adapted
         device = _device(weight.value)
         self.facts = _zeros((entries, 2), torch.int32, device)
-        self.down = _zeros((entries, len(self.sizes), rank, self.inputs), dtype, device)
-        self.up = _zeros((entries, rank, self.outputs), dtype, device)
-        self.factor = _zeros((entries, self.outputs), torch.float32, device)
-        self.shift = _zeros((entries, self.outputs), torch.float32, device)
-        self.ends = torch.tensor(np.cumsum(self.sizes), dtype=torch.int64)
+        self.down = _zeros((entries, len(self.sizes), rank, inputs), dtype, device)
+        self.up = _zeros((entries, rank, outputs), dtype, device)
+        self.factor = _zeros((entries, outputs), torch.float32, device)
+        self.shift = _zeros((entries, outputs), torch.float32, device)
+        self.ends = torch.tensor(np.cumsum(own), dtype=torch.int64)
         self._high = [0] * entries  # rows of an entry that are not zero
 
     def now(self) -> Adapters | None:
@@ -99,10 +123,15 @@ class Site:
         self._high[entry] = rank
         if fit is None:
             return
-        self.down[entry, :, :rank] = fit.down
-        self.up[entry, :rank] = fit.up
+        self.down[entry, :, :rank] = fit.down[:, :, self._columns]
+        self.up[entry, :rank] = self._own(fit.up)
         if fit.factor is not None and fit.shift is not None:
-            self.factor[entry], self.shift[entry] = fit.factor, fit.shift
+            shift = self._own(fit.shift)
+            self.factor[entry], self.shift[entry] = self._own(fit.factor), shift if self._adds else 0 * shift
+
+    def _own(self, outputs: Tensor) -> Tensor:
+        """Of the whole layer's outputs, along the last axis, those of this rank."""
+        return torch.cat([outputs[..., rows] for rows in self._rows], -1)
 
     @property
     def nbytes(self) -> int:
@@ -125,10 +154,10 @@ class Sites:
         layers = list(_linears(model)) if isinstance(model, Layer) else []
         if not layers or not isinstance(model, Layer) or "adapted" not in dir(model):
             raise ConfigError("enable_lora: the layers of this model take no adapters", param="enable_lora")
-        if any(layer.weight.cuts for layer in layers):
-            raise ConfigError("enable_lora: adapters are not served by several ranks", param="enable_lora")
         self.model: Adaptable = model  # pyright: ignore[reportAttributeAccessIssue] - as was just asked
         self.entries, self.rank = entries, rank
+        # Of rank 0, what tells the others of an adapter, before it is put into its own stacks.
+        self.tell: Callable[[int, Mapping[int, Fit]], None] | None = None
         self.dtype = ops.adapter_dtype or dtype
         adapted = Adapted()
         self.sites = [Site(layer, adapted, entries + 1, rank, self.dtype) for layer in layers]
@@ -158,7 +187,9 @@ class Sites:
         return None
 
     def put(self, entry: int, fits: Mapping[int, Fit]) -> None:
-        """An adapter into the stacks, between two steps."""
+        """An adapter into the stacks, of all ranks, between two steps."""
+        if self.tell is not None:
+            self.tell(entry, fits)
         with torch.inference_mode():
             for number, site in enumerate(self.sites):
                 site.put(entry, fits.get(number))
@@ -194,6 +225,10 @@ def bare(name: str) -> str:
     while parts and parts[0] in _AROUND:
         parts.pop(0)
     return ".".join(parts)
+
+
+def _tensor(data: bytes, dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.zeros(0, dtype=dtype)
 
 
 def _device(value: Any) -> torch.device:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from phloem import platforms
+from phloem.adapters._sites import Fit, Packed
 from phloem.core.batch import Batch
 from phloem.core.errors import BadRequest, ConfigError, EngineDead
 from phloem.core.nodes import Nodes
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from phloem.adapters._sites import Sites
     from phloem.attention import AttentionBackend
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.batch import Pending, Runner, StepOutput
@@ -103,6 +105,14 @@ class Moved(msgspec.Struct, frozen=True, array_like=True, tag=True):
     ranks: list[list[int]]
 
 
+class Worn(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """What an adapter's place holds from the next step on, by the number of the layer: whole, of which each rank keeps
+    its share."""
+
+    entry: int
+    fits: dict[int, Packed]
+
+
 class Busy(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """How long a rank's stage has computed so far is wanted, once it has done what it was told before."""
 
@@ -111,7 +121,7 @@ class End(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """No more steps."""
 
 
-Told = Pages | Plan | Go | Chosen | Moved | Busy | End
+Told = Pages | Plan | Go | Chosen | Moved | Worn | Busy | End
 encode_told = msgspec.msgpack.Encoder().encode
 _DECODER: msgspec.msgpack.Decoder[Told] = msgspec.msgpack.Decoder(Told)
 decode_told = _DECODER.decode
@@ -193,6 +203,11 @@ def shared(ctx: BuildContext, mesh: Mesh, groups: Groups, backend: str = "none")
 def has_experts(model: Any) -> bool:
     """Whether there are experts among a model's weights."""
     return not isinstance(model, Decoder) or any(weight.experts for weight in model.weights())
+
+
+def dress(sites: Sites, tell: Callable[[Told], None]) -> None:
+    """Rank 0's adapters are the other ranks' too."""
+    sites.tell = lambda entry, fits: tell(Worn(entry, {at: one.packed() for at, one in fits.items()}))
 
 
 class LostStep(EngineDead):
@@ -402,8 +417,11 @@ class Executor:
         shift: Callable[[Moved], object],
         busy: Callable[[float], None] = lambda _: None,
         recorded: FlexibleSteps | None = None,
+        sites: Sites | None = None,
     ) -> None:
-        """`shift`: what is to be done when experts move. `busy`: says how long this stage has computed."""
+        """`shift`: what is to be done when experts move. `busy`: says how long this stage has computed. `sites`: where
+        adapters go."""
+        self._sites = sites
         self._recorded, self._rank = recorded, whole.rank
         self._shift, self._busy = shift, busy
         self._whole, self._backend, self._pool = whole, backend, pool
@@ -422,6 +440,9 @@ class Executor:
                     self._undoably(told)
                 elif isinstance(told, Moved):
                     self._shift(told)
+                elif isinstance(told, Worn) and self._sites is not None:
+                    dtype = self._sites.dtype
+                    self._sites.put(told.entry, {at: Fit.of(packed, dtype) for at, packed in told.fits.items()})
                 elif isinstance(told, Busy):
                     self._busy(self._whole.busy)
 

@@ -45,6 +45,7 @@ class Plan(msgspec.Struct, frozen=True, array_like=True, tag=True):
     outputs: bytes | None = None
     tables: list[bytes | Cells] | None = None  # [R, P] each
     targets: dict[int, bytes] = {}
+    adapters: bytes | None = None  # None: no row has one
 
 
 @dataclass(slots=True)
@@ -57,9 +58,9 @@ class Packing:
         """What the other ranks need of a batch. Raises ValueError for one that they cannot execute."""
         last = self._last
         same = last is not None and batch.outputs is last.outputs
-        alone = batch.positions, batch.adapters, batch.drafting, batch.parents, batch.places
+        alone = batch.positions, batch.drafting, batch.parents, batch.places
         if batch.embeds or any(part is not None for part in alone):
-            raise ValueError("a batch with pictures, adapters, or drafts of a model runs on one rank alone")
+            raise ValueError("a batch with pictures, or drafts of a model, runs on one rank alone")
         self._last = batch
         rows = last is not None and (batch.slots is last.slots or np.array_equal(batch.slots, last.slots))
         tables: list[bytes | Cells] | None = None
@@ -76,6 +77,7 @@ class Packing:
             None if same else raw(batch.outputs),
             tables,
             {row: raw(targets) for row, targets in batch.prompt_targets.items()},
+            None if batch.adapters is None else raw(batch.adapters),
         )
 
 
@@ -124,6 +126,7 @@ class Unpacking:
             tables,
             last.outputs if plan.outputs is None else ints(plan.outputs),
             prompt_targets={row: ints(targets) for row, targets in plan.targets.items()},
+            adapters=None if plan.adapters is None else ints(plan.adapters),
             epoch=plan.epoch,
         )
         return found

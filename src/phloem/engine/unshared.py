@@ -27,8 +27,10 @@ def refuse_unshared(config: Config, checkpoint: Checkpoint) -> None:
         "diffusion pipelines run on one rank": checkpoint.pictures is not None,
         "models that do not generate run on one rank": checkpoint.pooling is not None,
         "transformers' own code runs on one rank (model_impl)": checkpoint.chosen.impl != "phloem",
-        "adapters are served on one rank (enable_lora, lora_paths)": config.lora.enable_lora
-        or bool(config.lora.lora_paths),
+        "adapters are served by ranks that share out each layer (tp_size) alone (enable_lora, lora_paths)": (
+            config.lora.enable_lora or bool(config.lora.lora_paths)
+        )
+        and max(config.runtime.pp_size, config.runtime.attn_dp_size, config.runtime.attn_cp_size) > 1,
         "sums over ranks are not the same bits for every tp_size (ops invariant, enable_deterministic_inference)": (
             config.runtime.tp_size > 1
             and (config.runtime.enable_deterministic_inference or config.runtime.ops == "invariant")

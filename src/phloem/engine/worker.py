@@ -412,6 +412,7 @@ def build_executor(config: Config, checkpoint: Checkpoint, team: Team, receive: 
     checkpoint = _bounded(config, checkpoint, decisions)
     machine = _machine(config, checkpoint, decisions)
     model = _loaded(config, checkpoint, machine, decisions, team)
+    sites = served.sites(config.lora, model, machine.ops, machine.dtype, True, decisions)
     kept = _kept(config, checkpoint, machine, model, decisions)
     team.loaded(_read(model))
     told = receive()
@@ -427,7 +428,7 @@ def build_executor(config: Config, checkpoint: Checkpoint, team: Team, receive: 
     shift = balancing.shifter_of(model, checkpoint, machine.spread, team)
     whole = Together(model, team.groups)
     recorded = _recorded(config, machine, whole, kept, pool, told.most, decisions)
-    return Executor(whole, kept.backend, pool, machine.ops, machine.running, shift, team.busy, recorded)
+    return Executor(whole, kept.backend, pool, machine.ops, machine.running, shift, team.busy, recorded, sites)
 
 
 def _desk(config: Config, model: Model, ops: Ops, running: int) -> Callable[[LastTokens], Desk] | None:

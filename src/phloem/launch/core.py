@@ -122,6 +122,8 @@ class EngineCore:
         prepare = _hearing(checkpoint, _no_grammar if self._grammars is None else self._grammars.prepare)
         self._encoders = encoders_of(config, checkpoint, built)
         self._sends = send
+        if team is not None and built.sites is not None:
+            parallel.dress(built.sites, team.tell)
         self._desk, self._keeper = _desk(config, built, starting.took), _keeper(config, checkpoint, built)
         self.scheduler = Scheduler(
             runner,
@@ -259,7 +261,7 @@ def _drafting(
     why = why if built.denoising is None else "a model of diffusion gives several tokens a pass by itself"
     if team is not None:
         recurrent = any(group.kind == "state" for group in runner.groups)
-        why = undrafted(config, by_model=drafts.algorithm in speculation.MODELS, recurrent=recurrent)
+        why = why or undrafted(config, by_model=drafts.algorithm in speculation.MODELS, recurrent=recurrent)
     drafter, decided = assemble.decide(drafts, runner, why)
     built.decisions.append(decided)
     inner = runner if team is None else parallel.ParallelRunner(runner, team.tell)

@@ -80,8 +80,12 @@ class Linear(Layer):
 
     def _summed(self, comm: Comm, x_TN: Tensor, norm: AnyNorm | None, residual: Tensor | None, gate: str) -> Tensor:
         """Over all ranks. Nothing is fused with a sum that is not whole yet."""
-        if norm is not None or residual is not None or gate or self.additions is not None:
-            raise ValueError("a linear layer whose inputs ranks share out has nothing before it, and no adapters")
+        if norm is not None or residual is not None or gate:
+            raise ValueError("a linear layer whose inputs ranks share out has nothing before it")
+        adapter = None if self.additions is None else self.additions.now()
+        if adapter is not None:  # it may scale the bias too
+            bias = self._bias if comm.rank == 0 else None
+            return comm.all_reduce(self.ops.linear(x_TN, self.weight.value, bias, adapter=adapter)[0])
         total_TM = comm.all_reduce(self.ops.linear(x_TN, self.weight.value, None)[0])
         return total_TM if self._bias is None else total_TM + self._bias.to(total_TM.dtype)
 

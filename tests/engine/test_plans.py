@@ -97,6 +97,14 @@ def test_of_rows_that_become_longer_only_new_pages_are_sent() -> None:
         same(one, unpacking.unpack(plan))
 
 
+def test_adapters_of_rows_are_told_where_there_are_any() -> None:
+    packing, unpacking = Packing(), Unpacking()
+    one = batch(1, [[[1, 2], [3, 4]]], adapters=np.array([0, 3], np.int32))
+    found = unpacking.unpack(told(packing, one))
+    assert found.adapters is not None and found.adapters.tolist() == [0, 3]
+    assert unpacking.unpack(told(packing, replace(one, step=2, adapters=None))).adapters is None
+
+
 def test_plans_that_never_run_count_and_what_was_told_before_stays() -> None:
     """Each batch that has come is its own, however many follow before it runs."""
     packing, unpacking = Packing(), Unpacking()
@@ -111,11 +119,13 @@ def test_what_differs_from_nothing_and_what_one_rank_runs_alone_is_refused() -> 
     packing = Packing()
     packing.pack(batch(1, [[[1, 2, 3]]]))
     plan = packing.pack(batch(2, [[[1, 2, 4]]]))
-    with pytest.raises(ValueError, match="a table of 1 rows differs from one that was never told"):
-        Unpacking().unpack(plan)
-    steady = packing.pack(replace(batch(3, [[[1, 2, 4]]]), slots=np.zeros(1, np.int32)))
     with pytest.raises(ValueError, match="a plan differs from one that was never told"):
-        Unpacking().unpack(msgspec.structs.replace(steady, slots=None))
-    with pytest.raises(ValueError, match="adapters, or drafts of a model runs on one rank alone"):
-        packing.pack(replace(batch(3, [[[1]]]), adapters=np.array([2], np.int32)))
+        Unpacking().unpack(plan)
+    other = Unpacking()
+    other.unpack(Packing().pack(batch(1, [[[1], [2]]])))
+    one = np.zeros(1, np.int32).tobytes()
+    with pytest.raises(ValueError, match="a table of 1 rows differs from one that was never told"):
+        other.unpack(msgspec.structs.replace(plan, slots=one))
+    with pytest.raises(ValueError, match="pictures, or drafts of a model, runs on one rank alone"):
+        packing.pack(replace(batch(3, [[[1]]]), parents=np.array([2], np.int32)))
     same(batch(4, [[[5]]]), Unpacking().unpack(packing.pack(batch(4, [[[5]]]))))

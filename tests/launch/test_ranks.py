@@ -121,7 +121,7 @@ def test_stages_have_the_bits_of_one_rank_where_those_are_promised(tmp_path: Pat
 @pytest.mark.skipif(not built(), reason="the native library is not built (no C++ compiler?)")
 @pytest.mark.parametrize(
     ("name", "size", "which"),
-    [("llama", 2, "all"), ("llama", 2, "rank 0"), ("qwen3_moe", 4, "all"), ("deepseek_v3", 2, "all")],
+    [("llama", 2, "all"), ("llama", 2, "rank 0"), ("qwen3_moe", 4, "all"), ("qwen3", 2, "all")],
     ids=lambda value: str(value).replace(" ", "-"),
 )
 def test_recorded_steps_of_ranks_answer_as_one_rank_does(
@@ -175,10 +175,10 @@ def test_recorded_steps_of_ranks_answer_as_one_rank_does(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not built(), reason="the native library is not built (no C++ compiler?)")
-@pytest.mark.parametrize("starving", [(0,), (1,), (2,), (0, 2)], ids=str)
+@pytest.mark.parametrize("starving", [0, 1, 2])
 @pytest.mark.parametrize("ops", ["reference", None], ids=["plain", "recorded"])
 def test_a_step_without_memory_on_one_rank_is_undone_on_all(
-    starving: tuple[int, ...], ops: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    starving: int, ops: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several times, in the middle of a layer and in the head: with fewer tokens the steps run again, and nobody's
     answer is another one."""
@@ -199,7 +199,7 @@ def test_a_step_without_memory_on_one_rank_is_undone_on_all(
 
     def starves(rank: int, what: str, every: int) -> None:
         steps[rank, what] = steps.get((rank, what), 0) + 1
-        if rank in starving and steps[rank, what] % every == 0:
+        if rank == starving and steps[rank, what] % every == 0:
             raise MemoryError("not enough memory")
 
     def late(whole: Any, step: Any) -> Any:

@@ -259,7 +259,7 @@ def _drafting(
     why = why if built.denoising is None else "a model of diffusion gives several tokens a pass by itself"
     if team is not None:
         recurrent = any(group.kind == "state" for group in runner.groups)
-        why = undrafted(config, by_model=drafts.algorithm in speculation.MODELS, recurrent=recurrent)
+        why = why or undrafted(config, by_model=drafts.algorithm in speculation.MODELS, recurrent=recurrent)
     drafter, decided = assemble.decide(drafts, runner, why)
     built.decisions.append(decided)
     inner = runner if team is None else parallel.ParallelRunner(runner, team.tell)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from phloem.checkpoint.describe import described
-from phloem.core.config import Config
+from phloem.core.config import Config, log_format
 from phloem.core.errors import PhloemError
 from phloem.core.messages import Failed, Progress, decode_to_engine, encode, refusal
 from phloem.utils import log, machine, memory
@@ -34,7 +34,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     config = Config.from_flat(order["config"])
-    log.configure(config.server.log_level, "engine")
+    log.configure(config.server.log_level, "engine", log_format())
     pipe = EnginePipe(order["pipe"])
     try:
         _serve(config, pipe)

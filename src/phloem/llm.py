@@ -18,7 +18,7 @@ import msgspec
 from phloem.administration import Administered
 from phloem.client.pooled import Reading
 from phloem.client.start import make_client
-from phloem.core.config import Config
+from phloem.core.config import Config, log_format
 from phloem.core.errors import BadRequest, ConfigError, EngineDead
 from phloem.launch.door import EngineDoor, beginning
 from phloem.launch.replicas import engine_of
@@ -65,7 +65,7 @@ class Engine(Administered):
         if "model" in settings:
             settings["model_path"] = settings.pop("model")
         self.config = Config.from_flat({"log_level": "warning", **settings})
-        log.configure(self.config.server.log_level)
+        log.configure(self.config.server.log_level, form=log_format())
         with beginning():
             self._client, self.info, checkpoint = make_client(self.config)
             if self.info.draws:

@@ -9,6 +9,7 @@ from datetime import datetime
 
 import pytest
 
+from phloem.core.config import log_format
 from phloem.core.errors import ConfigError
 from phloem.utils import log
 
@@ -28,7 +29,7 @@ def test_a_line_of_json_has_what_a_request_was(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PHLOEM_LOG_FORMAT", "json")
-    log.configure("info", "engine")
+    log.configure("info", "engine", log_format())
     log.get("router").info("request %s: done\nand over", "a", extra=log.fields(request_id="a", status=200, why=None))
     try:
         raise ValueError("odd")
@@ -48,9 +49,9 @@ def test_lines_are_text_unless_asked_otherwise(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PHLOEM_LOG_FORMAT", raising=False)
-    log.configure("warning")
+    log.configure("warning", form=log_format())
     log.get("router").warning("a %s", "word", extra=log.fields(status=1))
     assert capsys.readouterr().err.endswith("WARNING phloem.router: a word\n")
     monkeypatch.setenv("PHLOEM_LOG_FORMAT", "xml")
     with pytest.raises(ConfigError, match="PHLOEM_LOG_FORMAT: 'xml' is not one of text, json"):
-        log.configure("info")
+        log_format()

@@ -579,6 +579,14 @@ def environment_of(name: str) -> str | None:
     return os.environ.get(name) or None
 
 
+def log_format() -> str:
+    """What `PHLOEM_LOG_FORMAT` says of log lines: text or json. Raises ConfigError."""
+    asked = environment_of("PHLOEM_LOG_FORMAT") or "text"
+    if asked not in ("text", "json"):
+        raise ConfigError(f"PHLOEM_LOG_FORMAT: {asked!r:.40} is not one of text, json")
+    return asked
+
+
 def child_environment(defaults: dict[str, str]) -> dict[str, str]:
     """The environment for a process that we start: ours, with these values where ours has none."""
     return {**defaults, **os.environ}

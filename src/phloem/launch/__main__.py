@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from phloem.checkpoint.describe import described
-from phloem.core.config import Config
+from phloem.core.config import Config, log_format
 from phloem.core.errors import PhloemError
 from phloem.core.messages import Failed, Progress, decode_to_engine, encode, refusal
 from phloem.utils import garbage, log, machine, memory
@@ -46,7 +46,7 @@ def main() -> int:
     die_with_parent(door)
     order: dict[str, Any] = msgspec.json.decode(line)
     config = Config.from_flat(order["config"])
-    log.configure(config.server.log_level, "engine")
+    log.configure(config.server.log_level, "engine", log_format())
     pipe = EnginePipe(descriptor)
     try:
         if isinstance(engine, Exception):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from phloem.checkpoint.describe import described
+from phloem.core.config import log_format
 from phloem.core.errors import ConfigError
 from phloem.core.nodes import Nodes
 from phloem.engine.unshared import refuse_unshared
@@ -74,7 +75,7 @@ def run(config: Config) -> int:
         PhloemError: several ranks do not serve this, node 0 is not there in time, or something here differs from it.
     """
     nodes = Nodes.of(config)
-    log.configure(config.server.log_level, f"node {nodes.rank}")
+    log.configure(config.server.log_level, f"node {nodes.rank}", log_format())
     machine.allow_open_files()
     checkpoint = described(config.model)
     refuse_unshared(config, checkpoint)  # as node 0 does, which then listens to nobody

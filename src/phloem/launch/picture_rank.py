@@ -16,7 +16,7 @@ import torch
 
 from phloem import platforms
 from phloem.checkpoint.describe import described
-from phloem.core.config import Config
+from phloem.core.config import Config, log_format
 from phloem.core.errors import EngineDead, PhloemError
 from phloem.diffusion import models, wire
 from phloem.diffusion.quantised import quantise
@@ -99,7 +99,7 @@ def main() -> int:
     order: dict[str, Any] = msgspec.json.decode(line)
     die_with_parent(order["parent"])
     config, rank = Config.from_flat(order["config"]), order["rank"]
-    log.configure(config.server.log_level, f"rank {rank}")
+    log.configure(config.server.log_level, f"rank {rank}", log_format())
     pipe = RankPipe(order["pipe"])
     try:
         drawer = PictureRank(config, rank, order["comm"])

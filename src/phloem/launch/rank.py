@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from phloem.checkpoint.describe import described
-from phloem.core.config import Config
+from phloem.core.config import Config, log_format
 from phloem.core.errors import PhloemError
 from phloem.core.resolve import Decision
 from phloem.engine.parallel import End, Team, decode_told, mesh_of
@@ -62,7 +62,7 @@ def main() -> int:
     order: dict[str, Any] = msgspec.json.decode(line)
     die_with_parent(order["parent"])
     config, rank = Config.from_flat(order["config"]), order["rank"]
-    log.configure(config.server.log_level, f"rank {rank}")
+    log.configure(config.server.log_level, f"rank {rank}", log_format())
     pipe = _Pipe(order["pipe"], rank, order["ring"])
     try:
         pipe.say("here")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
+from phloem.core.config import log_format
 from phloem.router.app import Router
 from phloem.server.connections import bounded_protocol
 from phloem.server.serve import BACKLOG, KEEP_ALIVE_SECONDS, LAST_BYTES_SECONDS, Server
@@ -37,7 +38,7 @@ def run(settings: Settings, tokens: Tokens | None = None) -> int:
     Raises:
         ConfigError: a setting is wrong, or the address cannot be listened on.
     """
-    log.configure(settings.log_level)
+    log.configure(settings.log_level, form=log_format())
     if settings.otlp_traces_endpoint:
         tracing.check(settings.otlp_traces_endpoint)
     machine.allow_open_files()

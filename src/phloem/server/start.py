@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from phloem.core.config import log_format
 from phloem.core.errors import ConfigError
 from phloem.server.videos.folder import FilmFolder
 from phloem.utils import garbage, log, machine, tracing
@@ -27,7 +28,7 @@ def run(config: Config, start_engine: Callable[[], EngineLink]) -> int:
         PhloemError: the configuration or the checkpoint is wrong; no port was opened.
     """
     began = time.perf_counter()
-    log.configure(config.server.log_level)
+    log.configure(config.server.log_level, form=log_format())
     if config.server.otlp_traces_endpoint:
         tracing.check(config.server.otlp_traces_endpoint)
     files = machine.open_files()

@@ -12,13 +12,9 @@ from datetime import UTC, datetime
 from time import perf_counter
 from typing import Any
 
-from phloem.core.config import environment_of
-from phloem.core.errors import ConfigError
-
 FORMAT = "%(asctime)s.%(msecs)03d %(levelname)-7s %(name)s: %(message)s"
 
 
-FORMATS = ("text", "json")
 _FIELDS = "phloem_fields"  # of a record that has some
 
 
@@ -46,25 +42,17 @@ class Lines(logging.Formatter):
         return json.dumps(found, default=str)
 
 
-def _formatter(role: str) -> logging.Formatter:
-    """Raises ConfigError: the environment asks for a format that there is not."""
-    asked = environment_of("PHLOEM_LOG_FORMAT") or "text"
-    if asked not in FORMATS:
-        raise ConfigError(f"PHLOEM_LOG_FORMAT: {asked!r:.40} is not one of {', '.join(FORMATS)}")
-    if asked == "json":
-        return Lines(role)
-    return logging.Formatter(f"{role + ' ' if role else ''}{FORMAT}", datefmt="%H:%M:%S")
-
-
 def get(name: str) -> logging.Logger:
     """The logger `phloem.<name>`."""
     return logging.getLogger(f"phloem.{name}")
 
 
-def configure(level: str, role: str = "") -> None:
-    """Send our log lines to standard error; `role` marks the lines of a child process. Raises ConfigError."""
+def configure(level: str, role: str = "", form: str = "text") -> None:
+    """Send our log lines to standard error; `role` marks the lines of a child process. `form`: text, or json
+    (`core.config.log_format`)."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_formatter(role))
+    text = logging.Formatter(f"{role + ' ' if role else ''}{FORMAT}", datefmt="%H:%M:%S")
+    handler.setFormatter(Lines(role) if form == "json" else text)
     root = logging.getLogger("phloem")
     root.handlers[:] = [handler]
     root.setLevel(level.upper())

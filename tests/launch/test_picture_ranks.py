@@ -102,9 +102,11 @@ def test_a_picture_whose_rank_is_killed_fails_with_the_reason_and_the_next_is_dr
         studio = Studio(painter, Settings(budget=1 << 20), told.append)
         studio.beside, (pid,) = company, company.processes
         studio.submit(draws[0])
+        while studio.steps < 1:
+            studio.step()
+        os.kill(pid, signal.SIGKILL)
         while studio.step():
-            if studio.steps == 1:
-                os.kill(pid, signal.SIGKILL)
+            pass
         (end,) = (one for one in told if isinstance(one, Painted) and one.done)
         assert "rank 1 of 2 has gone" in end.error and "SIGKILL" in end.error, end
         assert not studio.jobs and not company.processes

@@ -206,8 +206,7 @@ class StepWork:
             self.masks.begin(slots, wanted)
         count, beside, coming = len(ids), list[Later](), None
         if count:
-            entries = self._ends.entries(batch, wanted)
-            choice = Choice(wanted, slots, easy, hidden_LN[:count], output, before, entries)
+            choice = Choice(wanted, slots, easy, hidden_LN[:count], output, before, self._ends.entries(batch, wanted))
             coming = self.chooser.run(choice)
             beside = [*choice.late, *keep_hidden(output, wanted, slots, hidden_LN, self.last.down)]
             after(coming)

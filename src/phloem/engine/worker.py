@@ -267,8 +267,7 @@ def _build(
         led, backend, pool, ops, running, facts=platform.facts, recorded=ways,
         streams=platform.streams, give_back=platform.empty_cache, begin=platform.begin_steps, sharing=sharing,
         kernels=warming.told if warming is not None else None, logprobs=config.model.logprobs_mode,
-        desk=_desk(config, model, ops, running), leading=leading, drafting=drafting, mover=mover,
-        wardrobe=sites,
+        desk=_desk(config, model, ops, running), leading=leading, drafting=drafting, mover=mover, wardrobe=sites,
     )  # fmt: skip
     sizes = running, chunk, machine.mixed, min(chunk, platform.worthwhile_chunk), sizing.tokens
     info = _info(machine, runner, kv_dtype, sizing.facts.bytes_per_token)

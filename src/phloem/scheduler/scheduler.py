@@ -268,8 +268,7 @@ class Scheduler:
 
     def _accept(self, submit: Submit) -> None:
         request = Request(submit, self.clock())
-        known = 0 if self.lender is None or not submit.adapter else self.lender.tokens(submit.adapter)
-        check(request, self.settings, self.cache, self._most_tokens, known)
+        check(request, self.settings, self.cache, self._most_tokens, self.lender)
         request.unshared = submit.return_routed and not self._lasting
         params = request.params
         further = self.settings.context_length - reach(submit.media, request.num_prompt)

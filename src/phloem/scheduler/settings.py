@@ -15,6 +15,7 @@ from phloem.scheduler.plan import Pace
 from phloem.scheduler.policies import WaitingQueue
 
 if TYPE_CHECKING:
+    from phloem.core.adapters import Lender
     from phloem.kvcache.manager import CacheManager
     from phloem.scheduler.state import Request
 
@@ -66,12 +67,12 @@ class ScheduleSettings:
 
 
 def check(
-    request: Request, settings: ScheduleSettings, cache: CacheManager, most_tokens: int, adapter_tokens: int = 0
+    request: Request, settings: ScheduleSettings, cache: CacheManager, most_tokens: int, lender: Lender | None = None
 ) -> None:
-    """Raise BadRequest for what can never be served; `most_tokens`: of a text, prompt and answer; `adapter_tokens`:
-    token ids that its adapter knows."""
-    count, params = request.num_prompt, request.params
-    vocab_size = max(settings.vocab_size, adapter_tokens)
+    """Raise BadRequest for what can never be served; `most_tokens`: of a text, prompt and answer; `lender`: knows how
+    many tokens the request's adapter does."""
+    count, params, adapter = request.num_prompt, request.params, request.submit.adapter
+    vocab_size = max(settings.vocab_size, 0 if lender is None or not adapter else lender.tokens(adapter))
     if count == 0:
         raise BadRequest("the prompt is empty", param="input_ids")
     media = request.submit.media

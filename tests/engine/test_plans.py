@@ -128,4 +128,4 @@ def test_what_differs_from_nothing_and_what_one_rank_runs_alone_is_refused() -> 
         other.unpack(msgspec.structs.replace(plan, slots=one))
     with pytest.raises(ValueError, match="pictures, or drafts of a model, runs on one rank alone"):
         packing.pack(replace(batch(3, [[[1]]]), parents=np.array([2], np.int32)))
-    same(batch(4, [[[5]]]), Unpacking().unpack(packing.pack(batch(4, [[[5]]]))))
+    same(batch(4, [[[5]]]), Unpacking().unpack(Packing().pack(batch(4, [[[5]]]))))

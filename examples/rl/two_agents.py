@@ -143,7 +143,7 @@ def train(
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--rate", type=float, default=1e-2, help="of learning; 3e-5 for a model that was trained before")
+    parser.add_argument("--rate", type=float, default=1e-2, help="of learning; 3e-5 for a trained model")
     parser.add_argument("--group", type=int, default=16, help="dialogues of an opening")
     parser.add_argument("--log", default="", help="a file for a line of JSON for each step")
     options = parser.parse_args()

@@ -33,9 +33,12 @@ router = APIRouter(tags=["openai"])
 
 def _card(door: Door, adapter: str = "") -> ModelCard:
     info, base = door.info, door.info.served_model_name
+    # smg tells by the owner how the servers of a pair are to be spoken to: ours as SGLang's are.
+    owner = "phloem" if info.role == "null" else "sglang"
     return ModelCard(
         id=adapter or base,
         created=info.created,
+        owned_by=owner,
         root=door.adapters[adapter] if adapter else info.model_path,
         parent=base if adapter else None,
         max_model_len=info.context_length,

@@ -90,7 +90,7 @@ def test_ranks_answer_as_one_does(name: str, sizes: dict[str, Any], tmp_path: Pa
     decisions = {name: (value, why) for name, value, why in core.info["decisions"]}
     assert decisions["tp_size"][0] == sizes.get("tp_size", 1)
     verified = sum(int((batch.outputs > 1).any()) for batch in planned(ranks.told))
-    assert verified > 3 if "speculative_algorithm" in sizes else not verified
+    assert verified > 1 if "speculative_algorithm" in sizes else not verified
     assert any("p_size" in why for name, (_, why) in decisions.items() if "graph" in name), decisions
 
 

@@ -219,7 +219,7 @@ def _stored(path: Path) -> Iterator[tuple[str, Tensor]]:
         raise refuse(path, why or f"there is no {WEIGHTS}")
     try:
         if file.stat().st_size <= SMALL:  # one read and one copy: hundreds of small tensors one by one take longer
-            yield from load(file.read_bytes()).items()
+            yield from sorted(load(file.read_bytes()).items())
             return
         with safe_open(str(file), framework="pt", device="cpu") as tensors:
             for key in tensors.keys():  # noqa: SIM118 - not a dict

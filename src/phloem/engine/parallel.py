@@ -361,7 +361,11 @@ def run_shared(
     found = None if recorded is None else recorded.run(step, _nothing)
     if found is None:
         inputs = step.inputs
-        return run_forward(whole, backend, pool, inputs, inputs.logit_index)
+        wanted = inputs.logit_index
+        if len(wanted):
+            return run_forward(whole, backend, pool, inputs, wanted)
+        # As recorded steps do, of other ranks perhaps: one position stands for none, so that all make the same sums.
+        return run_forward(whole, backend, pool, inputs, wanted.new_zeros(1))[:0]
     if whole.comm is not None:
         whole.comm.check()
     return found

@@ -100,8 +100,8 @@ def _ranks(file: AdapterFile, wanted: dict[str, list[Place]]) -> dict[int, int]:
     found: dict[int, int] = {}
     for name, places in wanted.items():
         down = file.modules[name].down
-        for place in places if down is not None else ():
-            found[place.site] = max(found.get(place.site, 0), len(down))
+        if down is not None:
+            found |= {place.site: max(found.get(place.site, 0), len(down)) for place in places}
     return found
 
 

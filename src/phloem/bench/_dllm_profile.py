@@ -117,7 +117,7 @@ def profiled() -> Generator[Profile]:
         return saying
 
     RecordedStep.replay = timed  # pyright: ignore[reportAttributeAccessIssue]
-    Filler.run = noted
+    Filler.run = noted  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield found
     finally:

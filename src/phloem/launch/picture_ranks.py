@@ -156,7 +156,8 @@ class _Team:
         """All find each other anew, and begin from nothing. Raises PhloemError when one has gone."""
         self.sender = wire.Sender()
         self._meetings += 1
-        place, found = self._place / str(self._meetings), Future["Comm"]()
+        place = self._place / str(self._meetings)
+        found: Future[Comm] = Future()
         self.tell(wire.Meet(str(place)))
 
         def find() -> None:

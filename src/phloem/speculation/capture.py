@@ -22,7 +22,6 @@ from phloem.checkpoint.describe import describe
 from phloem.core import resolve
 from phloem.core.errors import ConfigError
 from phloem.core.media import places
-from phloem.engine.dtypes import tower_of
 from phloem.layers.context import BuildContext, ForwardBatch
 from phloem.models._common import Decoder
 from phloem.utils import machine
@@ -122,7 +121,7 @@ def capture(
 
 def _see(model: Decoder, step: ForwardBatch, lengths: Sequence[int], media: Sequence[Sequence[Media]]) -> None:
     """Put what the tower makes of pictures in the place of their tokens' embeddings, and tokens where they are."""
-    tower = tower_of(model)
+    tower = model.tower
     if tower is None or tower.whole:
         why = "it takes none" if tower is None else "their tokens see each other both ways, which whole texts do not"
         raise ConfigError(f"hidden states of pictures cannot be captured: {why}", param="model_path")

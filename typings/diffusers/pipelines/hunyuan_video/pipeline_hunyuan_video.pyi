@@ -1,0 +1,1 @@
+DEFAULT_PROMPT_TEMPLATE: dict[str, str | int]

@@ -24,7 +24,7 @@ from phloem.layers.moe import SparseMLP
 from phloem.layers.weight import Layer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Generator, Iterator, Mapping
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -248,7 +248,7 @@ class Sites:
         return [entry for entry in sorted(set(entries.tolist())) if entry in self.own]
 
     @contextmanager
-    def wearing(self, entry: int) -> Iterator[None]:
+    def wearing(self, entry: int) -> Generator[None]:
         """While the rows of this adapter are computed, and no others: its own weights are in their places. For the
         thread that runs the steps."""
         own, model = self.own[entry], self.model

@@ -143,7 +143,7 @@ def evenly(vocab: int) -> Generator[None]:
             made.input_ids[asked.at + settings.shifted] = uniforms(numbers, asked.draws.astype(np.uint64)) * vocab
         return made
 
-    CanvasRunner._drawn = other  # pyright: ignore[reportPrivateUsage]
+    CanvasRunner._drawn = other  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
     try:
         yield
     finally:

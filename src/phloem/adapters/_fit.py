@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from phloem.adapters._fits import Fit
-from phloem.adapters._peft import refuse, some
+from phloem.adapters._peft import check_finite, refuse, some
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,6 +55,9 @@ def fit(file: AdapterFile, sites: Sites, base: Base) -> dict[int, Fit]:
                 own = sites.resolve(name)
                 assert own is not None  # as was checked
                 _outputs(own, module, wanted[name], sites, found, base)
+    names = {place.site: name for name, places in wanted.items() for place in places}
+    for number, one in found.items():
+        check_finite(file.path, names[number], one.down, one.up, one.factor, one.shift)
     return found
 
 

@@ -55,10 +55,16 @@ def fit(file: AdapterFile, sites: Sites, base: Base) -> dict[int, Fit]:
                 own = sites.resolve(name)
                 assert own is not None  # as was checked
                 _outputs(own, module, wanted[name], sites, found, base)
-    names = {place.site: name for name, places in wanted.items() for place in places}
-    for number, one in found.items():
-        check_finite(file.path, names[number], one.down, one.up, one.factor, one.shift)
+    _check_kept(file, wanted, found)
     return found
+
+
+def _check_kept(file: AdapterFile, wanted: dict[str, list[Place]], found: dict[int, Fit]) -> None:
+    for name, places in wanted.items():
+        for place in places:
+            one, columns = found[place.site], slice(place.start, place.start + place.size)
+            outputs = (None if values is None else values[columns] for values in (one.factor, one.shift))
+            check_finite(file.path, name, one.down[place.part], one.up[:, columns], *outputs)
 
 
 def _checked(file: AdapterFile, sites: Sites) -> dict[str, list[Place]]:

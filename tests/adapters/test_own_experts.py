@@ -124,6 +124,23 @@ def test_rows_with_and_without_in_one_batch_give_what_each_gives_alone(
         assert together[1]["output_ids"] == before["output_ids"] != together[0]["output_ids"]
 
 
+@pytest.mark.skipif(not built(), reason="the native library is not built")
+def test_a_token_has_its_bits_in_any_company_and_as_part_of_a_prompt(bases: dict[str, Path], tmp_path: Path) -> None:
+    base, prompts = bases["qwen3_moe"], [[7, 99, 31], [5, 180, 44, 44, 9, 12], [250]]
+    adapter = of_experts(base, tmp_path / "every", seed=2)
+    with engine_of(base, ops="invariant", disable_radix_cache=True) as engine:
+        engine.load_lora_adapter("every", str(adapter))
+        asked: dict[str, Any] = {"sampling_params": GREEDY, "lora_path": "every", "return_logprob": True}
+        several: Any = engine.generate(input_ids=prompts, **asked)
+        for prompt, one in zip(prompts, several, strict=True):
+            alone: Any = engine.generate(input_ids=prompt, **asked)
+            scored = {**asked, "sampling_params": {"max_new_tokens": 0}, "logprob_start_len": 0}
+            later: Any = engine.generate(input_ids=[*prompt, *one["output_ids"]], **scored)
+            found = [value for value, *_ in one["meta_info"]["output_token_logprobs"]]
+            assert found == [value for value, *_ in alone["meta_info"]["output_token_logprobs"]]
+            assert found == [value for value, *_ in later["meta_info"]["input_token_logprobs"]][len(prompt) :]
+
+
 BAD: list[tuple[dict[str, tuple[int, ...]], dict[str, Any], str]] = [
     ({"experts.9.gate_proj.lora_A.weight": (3, 32), "experts.9.gate_proj.lora_B.weight": (24, 3)}, {}, r"experts\.9"),
     ({"experts.1.gate_proj.lora_A.weight": (3, 31), "experts.1.gate_proj.lora_B.weight": (24, 3)}, {}, "31 inputs"),

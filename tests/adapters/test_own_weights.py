@@ -176,6 +176,40 @@ def test_other_rows_have_the_bits_that_they_have_without(bases: dict[str, Path],
     assert beside[1] == base and beside[2] == plain and beside[0] != base
 
 
+@pytest.mark.skipif(not built(), reason="the native library is not built")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_token_has_its_bits_in_any_company_and_as_part_of_a_prompt(
+    dtype: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    kinds = {**{name: KINDS[name] for name in ("head and embedding", "tokens")}, "all": {}}
+    kinds["all"] = {"target_modules": ["embed_tokens", "lm_head"], "r": 16, "lora_bias": False}
+    kinds["all tokens"] = {"target_modules": ["q_proj"], "trainable_token_indices": list(range(4, VOCAB))}
+    asked = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
+
+    def bits(answer: Any, part: str) -> list[float]:
+        return [value for value, *_ in answer["meta_info"][f"{part}_token_logprobs"]]
+
+    with engine_of(bases["llama"], ops="invariant", dtype=dtype, disable_radix_cache=True) as engine:
+        for number, (name, kind) in enumerate(kinds.items()):
+            adapter = write_adapter(bases["llama"], tmp_path / str(number), number, strong=2.0, **kind)
+            engine.load_lora_adapter(name, str(adapter))
+        for name in kinds:
+            several: Any = engine.generate(
+                input_ids=PROMPTS, sampling_params=asked, lora_path=name, return_logprob=True
+            )
+            for prompt, one in zip(PROMPTS, several, strict=True):
+                alone: Any = engine.generate(
+                    input_ids=prompt, sampling_params=asked, lora_path=name, return_logprob=True
+                )
+                assert bits(one, "output") == bits(alone, "output"), name
+                whole = [*prompt, *one["output_ids"]]
+                later: Any = engine.generate(
+                    input_ids=whole, sampling_params={"max_new_tokens": 0}, lora_path=name, return_logprob=True,
+                    logprob_start_len=0,
+                )  # fmt: skip
+                assert bits(later, "input")[len(prompt) :] == bits(one, "output"), name
+
+
 def resized(base: Path, out: Path, more: int, **config: Any) -> torch.Tensor:
     """An adapter of a base with added tokens, as PEFT saves it; the log probabilities of its model behind TOKENS and
     the added ones."""
@@ -344,6 +378,16 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({_DELTA: torch.ones(2, 32)}, {"trainable_token_indices": [1, 1]}, "trainable_token_indices has not as many"),
     ({_DELTA: torch.ones(1, 31)}, {"trainable_token_indices": [1]}, "rows of 31 values"),
     ({_DELTA: torch.ones(1, 32)}, {}, "trainable_token_indices has not as many"),
+    (
+        {_DELTA: torch.full((1, 32), 1e60, dtype=torch.float64)},
+        {"trainable_token_indices": [1]},
+        "embed_tokens has values that are too large",
+    ),
+    (
+        {f"{_AT}model.norm.weight": torch.full((32,), 1e60, dtype=torch.float64)},
+        {},
+        r"model\.norm has values that are too large",
+    ),
     (
         {f"{_AT}model.norm.trainable_tokens_delta": torch.ones(1, 32)},
         {"trainable_token_indices": [1]},

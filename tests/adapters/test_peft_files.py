@@ -78,6 +78,8 @@ def altered(good: Path, out: Path, tensors: Callable[[Tensors], Any] | None = No
         ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern must map names to numbers"),
         ({"rank_pattern": [1]}, "rank_pattern must map names to whole numbers"),
         ({"rank_pattern": {"(": 4}}, "no regular expression"),
+        ({"rank_pattern": {"(?i)q_proj": 4}}, "no regular expression"),
+        ({"r": 10**12}, "r must be a whole number above 0, at most"),
     ],
 )
 def test_a_config_that_asks_for_more_is_refused_by_name(
@@ -108,6 +110,19 @@ def test_tensors_that_do_not_belong_together_are_refused(
 ) -> None:
     with pytest.raises(BadRequest, match=names):
         read(altered(good, tmp_path / "altered", change))
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_numbers_that_are_none_as_they_are_kept_are_refused(
+    engine: Engine, good: Path, tmp_path: Path, side: str
+) -> None:
+    key = f"{PREFIX}q_proj.lora_{side}.weight"
+
+    def change(tensors: Tensors) -> None:
+        tensors[key] = tensors[key].double() * 1e60
+
+    with pytest.raises(PhloemError, match="q_proj has values that are too large"):
+        engine.load_lora_adapter("large", str(altered(good, tmp_path / "large", change)))
 
 
 def test_copies_are_known_as_alike_wherever_their_base_lies_and_others_are_not(good: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import pickle
+import re
 from collections.abc import Iterator
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -135,6 +136,21 @@ def test_what_is_wrong_with_one_is_told_and_changes_nothing(
     assert answer.status_code == 400 and names in answer.text, answer.text
     assert said(engine, "sent") == before
     engine.unload_lora_adapter("sent")
+
+
+@pytest.mark.parametrize(
+    ("given", "config", "names"),
+    [
+        (tensors(), None, "its config must be a dict, got None"),
+        (tensors(), "r=4", "its config must be a dict"),
+        ([("a",)], CONFIG, "a list of (name, tensor) is needed"),
+        ([("a", 5)], CONFIG, "a list of (name, tensor) is needed"),
+        ({name: one.numpy() for name, one in tensors().items()}, CONFIG, "a list of (name, tensor) is needed"),
+    ],
+)
+def test_what_python_hands_over_is_looked_at(engine: Engine, given: Any, config: Any, names: str) -> None:
+    with pytest.raises(PhloemError, match=re.escape(names)):
+        engine.load_lora_adapter_from_tensors("wrong", given, config)
 
 
 def test_a_payload_that_would_run_code_is_refused(engine: Engine, http: httpx.Client, tmp_path: Path) -> None:

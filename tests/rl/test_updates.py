@@ -247,3 +247,16 @@ def test_a_checkpoint_may_go_as_soon_as_it_was_read(engine: Engine, new: Path, t
     with pytest.raises(PhloemError, match="given back"):
         engine.get_weights_by_name("model.norm.weight")
     assert "No such file" in engine.resume_memory_occupation()
+
+
+def test_weights_go_by_the_names_of_their_file_where_these_are_others(tmp_path: Path) -> None:
+    old, new = (tiny_checkpoint("gpt2", tmp_path / str(seed), seed=seed) for seed in (0, 9))
+    name = "transformer.h.1.attn.c_attn.weight"
+    with Engine(model_path=str(old), dtype="float32", **SETTINGS) as engine:
+        assert torch.equal(torch.tensor(engine.get_weights_by_name(name)), stored(old)[name])
+        engine.update_weights_from_tensor([(name, stored(new)[name])], weight_version=7)  # type: ignore[arg-type]
+        assert engine.get_weight_version() == "7"
+        assert torch.equal(torch.tensor(engine.get_weights_by_name(name)), stored(new)[name])
+        for wrong in ("transformer.h.7.attn.c_attn.weight", "transformer", ""):
+            with pytest.raises(PhloemError, match=r"no weight is called|name"):
+                engine.get_weights_by_name(wrong)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from phloem.adapters._fits import Fit
-from phloem.adapters._peft import refuse, some
+from phloem.adapters._peft import check_finite, refuse, some
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,7 +55,16 @@ def fit(file: AdapterFile, sites: Sites, base: Base) -> dict[int, Fit]:
                 own = sites.resolve(name)
                 assert own is not None  # as was checked
                 _outputs(own, module, wanted[name], sites, found, base)
+    _check_kept(file, wanted, found)
     return found
+
+
+def _check_kept(file: AdapterFile, wanted: dict[str, list[Place]], found: dict[int, Fit]) -> None:
+    for name, places in wanted.items():
+        for place in places:
+            one, columns = found[place.site], slice(place.start, place.start + place.size)
+            outputs = (None if values is None else values[columns] for values in (one.factor, one.shift))
+            check_finite(file.path, name, one.down[place.part], one.up[:, columns], *outputs)
 
 
 def _checked(file: AdapterFile, sites: Sites) -> dict[str, list[Place]]:

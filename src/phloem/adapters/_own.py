@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from phloem.adapters._peft import refuse, some, token_ids
+from phloem.adapters._peft import check_finite, refuse, some, token_ids
 from phloem.adapters._sites import block_key
 from phloem.adapters._worn import Own
 from phloem.layers.worn import LowRank, TokenRows, WornEmbedding, WornExperts, WornHead
@@ -112,6 +112,7 @@ class _Split:
             raise self._other(f"{name}.{what} is {list(tensor.shape)}, that of the model {list(shape)}")
         for weight, _ in index.slots[stored]:
             kept = tensor.to(self.sites.dtype) if weight.role == "matrix" else tensor.float()
+            check_finite(self.file.path, name, kept)
             self._stands.setdefault(id(weight), (weight, {}))[1][stored] = kept
         return True
 
@@ -139,7 +140,7 @@ class _Split:
         sizes, expected = (module.down.shape[1], module.up.shape[0]), self._sizes(block, which)
         if sizes != expected:
             raise self._other(f"{name} is of {sizes[0]} inputs and {sizes[1]} outputs, an expert's here {expected}")
-        worn.add(expert, which, self._low(module.down, module.up.float() * module.scale))
+        worn.add(expert, which, self._low(name, module.down, module.up.float() * module.scale))
         return True
 
     def _stacked(self, name: str, down: Tensor, up: Tensor, block: SparseMLP, worn: WornExperts) -> None:
@@ -155,22 +156,24 @@ class _Split:
         downs, ups = down.unflatten(0, (count, -1)), up.unflatten(1, (-1, count)).permute(2, 0, 1)
         for expert in range(count):
             if sizes != before:
-                worn.add(expert, last, self._low(downs[expert], ups[expert]))
+                worn.add(expert, last, self._low(name, downs[expert], ups[expert]))
                 continue
             for which in range(last):
                 names = block.config.names
                 rows = slice(which, None, last) if names.alternating else slice(which * (len(up) // last), None)
                 part = ups[expert][rows][: len(up) // last]
-                worn.add(expert, which, self._low(downs[expert], part))
+                worn.add(expert, which, self._low(name, downs[expert], part))
 
     def _sizes(self, block: SparseMLP, which: int) -> tuple[int, int]:
         """(inputs, outputs) of an expert's matrix."""
         rows, cols = (block.gate_up if which < 1 + block.spec.gated else block.down).shapes[0]
         return cols, rows
 
-    def _low(self, down: Tensor, up: Tensor) -> LowRank:
+    def _low(self, name: str, down: Tensor, up: Tensor) -> LowRank:
         dtype, device = self.sites.dtype, self.sites.device
-        return LowRank(down.to(device, dtype).contiguous(), up.to(device, dtype).contiguous())
+        found = LowRank(down.to(device, dtype).contiguous(), up.to(device, dtype).contiguous())
+        check_finite(self.file.path, name, found.down, found.up)
+        return found
 
     def _check_rank(self, name: str, rank: int) -> None:
         if rank > self.sites.rank:
@@ -215,7 +218,9 @@ class _Split:
         index = torch.tensor(ids, dtype=torch.int64, device=device)
         places = torch.full((rows,), -1, dtype=torch.int64, device=device)
         places[index] = torch.arange(len(ids), device=device)
-        return TokenRows(index, delta.to(device, self.sites.dtype).contiguous(), places)
+        own = delta.to(device, self.sites.dtype).contiguous()
+        check_finite(self.file.path, name, own)
+        return TokenRows(index, own, places)
 
     def made(self) -> Own:
         """Prepares what was checked."""
@@ -248,7 +253,7 @@ class _Split:
         if module.tokens is not None:
             found.tokens = self._tokens(name, module.tokens, rows)
         if module.embedding:
-            found.added = self._low(module.embedding["A"], module.embedding["B"].float() * module.scale)
+            found.added = self._low(name, module.embedding["A"], module.embedding["B"].float() * module.scale)
         return found
 
     def _head(self, name: str, module: Module, rows: int) -> WornHead:
@@ -258,7 +263,7 @@ class _Split:
         if module.tokens is not None:
             found.tokens = self._tokens(name, module.tokens, rows)
         if module.down is not None and module.up is not None:
-            found.added = self._low(module.down, module.up.float() * module.scale)
+            found.added = self._low(name, module.down, module.up.float() * module.scale)
         device, bias = self.sites.device, torch.zeros(rows)
         if self.sites.head_bias and (module.bias is not None or module.magnitude is not None):
             own = self.base(self.sites.head_bias).float().cpu()
@@ -272,6 +277,7 @@ class _Split:
         shift = (bias if module.bias is None else module.bias.float()) - factor * bias
         if module.up_bias is not None:
             shift = shift + factor * module.scale * module.up_bias.float()
+        check_finite(self.file.path, name, factor, shift)
         if bool(shift.any()):
             found.shift = shift.to(device)
         return found
@@ -306,6 +312,7 @@ class _Split:
 
     def _prepared(self, name: str, whole: Tensor) -> Any:
         kept = whole.to(self.sites.dtype)
+        check_finite(self.file.path, name, kept)
         return self.between(lambda: self.sites.model.index.prepared(f"{name}.weight", kept))
 
     def _other(self, why: str) -> Exception:

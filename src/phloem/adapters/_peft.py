@@ -29,6 +29,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LARGEST_CONFIG = 16 << 20  # bytes
 SMALL = 64 << 20  # bytes of a file that is read at once
 LARGEST_SCALE = 1e9  # of an alpha: products beyond are no numbers any more
+LARGEST_RANK = 1 << 16
 # Settings that change what is computed, and are not served: each with the values that ask for nothing.
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "use_qalora": (False,),
@@ -118,6 +119,8 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def check_config(path: Path, config: dict[str, Any]) -> None:
     """Raises BadRequest: it is no LoRA, or asks for what is not served."""
+    if not isinstance(config, dict):  # pyright: ignore[reportUnnecessaryIsInstance] - of a caller in Python
+        raise refuse(path, f"its config must be a dict, got {config!r:.80}")
     kind = config.get("peft_type")
     if kind not in ("LORA", None):
         raise refuse(path, f"peft_type {kind!r} is not served: LORA alone is")
@@ -131,7 +134,7 @@ def check_config(path: Path, config: dict[str, Any]) -> None:
             path, f"init_lora_weights {begun!r} took a part out of the base's weights: convert it to a plain LoRA"
         )
     if not _whole(config.get("r")):
-        raise refuse(path, f"r must be a whole number above 0, got {config.get('r')!r:.80}")
+        raise refuse(path, f"r must be a whole number above 0, at most {LARGEST_RANK}, got {config.get('r')!r:.80}")
     if not _finite(config.get("lora_alpha", 8)):
         raise refuse(path, f"lora_alpha must be a number, got {config['lora_alpha']!r:.80}")
     for name, fits, what in (("rank_pattern", _whole, "whole numbers above 0"), ("alpha_pattern", _finite, "numbers")):
@@ -140,7 +143,7 @@ def check_config(path: Path, config: dict[str, Any]) -> None:
             raise refuse(path, f"{name} must map names to {what}, got {table!r:.80}")
         for key in table:
             try:
-                re.compile(key)
+                _ending(key)
             except (re.error, RecursionError, OverflowError) as error:
                 raise refuse(path, f"{name}: {key!r:.80} is no regular expression: {error}") from None
     _check_names(path, config)
@@ -159,7 +162,7 @@ def _check_names(path: Path, config: dict[str, Any]) -> None:
 
 
 def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST_RANK
 
 
 def _finite(value: Any) -> bool:
@@ -257,6 +260,12 @@ def _modules(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Mod
     return found
 
 
+def check_finite(path: Path, name: str, *tensors: Tensor | None) -> None:
+    """Raises BadRequest: numbers of the file are none any more as they are kept, in another type and with the scale."""
+    if not all(_all_finite(tensor) for tensor in tensors if tensor is not None):
+        raise refuse(path, f"{name} has values that are too large for the type that it is kept in")
+
+
 def _all_finite(tensor: Tensor) -> bool:
     """In one pass without a copy, nearly always: the sum is finite of finite numbers alone, unless it overflows."""
     return math.isfinite(tensor.sum(dtype=torch.float32).item()) or bool(tensor.isfinite().all())
@@ -290,9 +299,14 @@ def _scale(path: Path, config: dict[str, Any], name: str, down: Tensor, up: Tens
 def _pattern(patterns: Any, name: str, default: Any) -> Any:
     """Of a table from regular expressions to values, that of the first one that ends the module's name."""
     for key, value in (patterns or {}).items():
-        if re.match(rf"(?:.*\.)?(?:{key})$", name):
+        if _ending(key).match(name):
             return value
     return default
+
+
+def _ending(pattern: str) -> re.Pattern[str]:
+    """Finds names that end in it, as PEFT does. Raises re.error."""
+    return re.compile(rf"(?:.*\.)?(?:{pattern})$")
 
 
 def token_ids(file: AdapterFile, name: str, rows: Tensor, most: int) -> list[int]:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from phloem.adapters._fit import fit
 from phloem.adapters._own import split
 from phloem.adapters._peft import AdapterFile, assembled, check_config, content, read
@@ -443,7 +445,12 @@ class Desk(Lender):
             blobs = [*sent.blobs, *(Path(file).read_bytes() for file in sent.files)]
             assert self._unpacked is not None
             return assembled(path, sent.config, self._unpacked(blobs, sent.load_format, self._largest()))
-        return assembled(path, sent.config, ((name, tensor.detach().cpu().clone()) for name, tensor in tensors))
+        pairs = list(tensors)
+        if not all(
+            isinstance(one, list | tuple) and len(one) == 2 and isinstance(one[1], torch.Tensor) for one in pairs
+        ):
+            raise BadRequest("tensors: a list of (name, tensor) is needed, or a dict of them", param="tensors")
+        return assembled(path, sent.config, ((str(name), tensor.detach().cpu().clone()) for name, tensor in pairs))
 
     def _largest(self) -> int:
         """Bytes that the tensors of one adapter may take: twice those of the highest rank and of two matrices of the

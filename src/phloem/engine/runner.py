@@ -396,9 +396,11 @@ class ModelRunner:
         return self._steps.between(work)
 
     def read_weight(self, name: str, rows: int) -> NDArray[np.float32]:
-        if name not in self.model.weight_names():
+        names = self.model.weight_names()
+        found = name if name in names else self.model.checkpoint_name(name)
+        if found is None or found not in names:
             raise BadRequest(f"no weight is called {name!r:.200}", param="name")
-        values = self.model.get_weight(name, rows)
+        values = self.model.get_weight(found, rows)
         if values.numel() > MOST_READ:
             shape = " x ".join(str(size) for size in values.shape)
             raise BadRequest(f"{shape} numbers of {name} are too many for an answer", param="truncate_size")

@@ -9,6 +9,7 @@ V), r rank, k choices of a token, F inner size.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,8 @@ from torch.nn import functional as F
 from phloem.kernels.reference_models import activate
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from phloem.kernels.ops import Ops
@@ -71,7 +74,8 @@ class WornEmbedding:
             own_TN = self.tokens.rows[places_T.clamp_min(0)].float() * scale
             x_TN = torch.where(places_T.unsqueeze(1) < 0, x_TN, own_TN.to(x_TN.dtype))
         if self.added is not None:
-            more_TN = self.added.down[:, ids_T].float().T @ self.added.up.float().T
+            up_rN = self.added.up.float().T
+            more_TN = _rows(ops, self.added.down[:, ids_T].float().T, lambda each: each @ up_rN)
             x_TN = (x_TN.float() + scale * more_TN).to(x_TN.dtype)
         return x_TN
 
@@ -93,9 +97,10 @@ class WornHead:
         logits_LW = ops.linear(hidden_LN, own, None)[0].to(torch.float32, copy=True)
         wide_LN = hidden_LN.float()
         if self.tokens is not None:
-            logits_LW[:, self.tokens.ids] = wide_LN @ self.tokens.rows.float().T
+            rows_Nn = self.tokens.rows.float().T
+            logits_LW[:, self.tokens.ids] = _rows(ops, wide_LN, lambda each: each @ rows_Nn)
         if self.added is not None:
-            logits_LW += self.added.of(wide_LN)
+            logits_LW += _rows(ops, wide_LN, self.added.of)
         if bias is not None:
             logits_LW[:, : len(bias)] += bias.float()
         if self.factor is not None:
@@ -130,13 +135,19 @@ class WornExperts:
             weight = weights_Tk[token, choice].float().unsqueeze(1)
             read = x_TN[token].float()
             read = read * weight if spec.scale_input else read
-            inner = [self._product(read, expert, which, gate_up, expert * count + which) for which in range(count)]
-            part = self._product(activate(torch.cat(inner, -1), spec), expert, count, down, expert)
+            matrices = [gate_up(expert * count + which, x_TN.device) for which in range(count)]
+            made = partial(self._one, expert, [*matrices, down(expert, x_TN.device)], spec)
+            part = _rows(gate_up.ops, read, made)
             total_TN.index_add_(0, token, part if spec.scale_input else part * weight)
         return total_TN
 
-    def _product(self, x: Tensor, expert: int, which: int, reader: Reader, number: int) -> Tensor:
-        out = F.linear(x, reader(number, x.device))
+    def _one(self, expert: int, matrices: list[Tensor], spec: ExpertSpec, x: Tensor) -> Tensor:
+        """What an expert gives; `matrices`: its own."""
+        inner = [self._product(x, expert, which, matrix) for which, matrix in enumerate(matrices[:-1])]
+        return self._product(activate(torch.cat(inner, -1), spec), expert, len(inner), matrices[-1])
+
+    def _product(self, x: Tensor, expert: int, which: int, matrix: Tensor) -> Tensor:
+        out = F.linear(x, matrix)
         for one in self.added[expert].get(which, ()):
             out = out + one.of(x)
         return out
@@ -156,3 +167,11 @@ class Reader:
             return value[rows].float()
         # Whatever a packed weight is, the table's `embedding` reads its rows.
         return self.ops.embedding(torch.arange(rows.start, rows.stop, device=device), value, 1.0).float()
+
+
+def _rows(ops: Ops, x: Tensor, made: Callable[[Tensor], Tensor]) -> Tensor:
+    """What is made of each row of x. A table that promises bits has each by itself: torch's products add in an order
+    that depends on how many rows there are."""
+    if ops.name != "invariant" or not len(x):
+        return made(x)
+    return torch.cat([made(row.clone(memory_format=torch.contiguous_format)) for row in x.split(1)])

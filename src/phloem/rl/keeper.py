@@ -266,7 +266,7 @@ class Keeper(updates.Keeper):
             self._index.lost = set(self._index.names())
             return
         assert push is not None
-        self.version = self.version if version is None else version
+        self.version = self.version if version is None else str(version)  # callers in Python count steps
         if push.names:
             self._origin = self._read
         self._index.lost -= push.names

@@ -63,12 +63,9 @@ def as_urgent_as(niceness: int) -> None:
     try:
         os.setpriority(os.PRIO_PROCESS, 0, niceness)
     except OSError as error:
+        why = f"niceness {here}, node 0 has {niceness}: {error.strerror}"
         remedy = f"start Ray here with RAY_worker_niceness={niceness} in its environment"
-        print(
-            f"this node's ranks yield to other work (niceness {here}, node 0 has {niceness}: {error.strerror}), and all "
-            f"wait for them: {remedy}",
-            flush=True,
-        )
+        print(f"this node's ranks yield to other work ({why}), and all wait for them: {remedy}", flush=True)
 
 
 def main() -> int:

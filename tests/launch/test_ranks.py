@@ -28,7 +28,7 @@ from phloem.distributed.shm import SharedMemory
 from phloem.engine.parallel import Chosen, Go, Plan
 from phloem.engine.recorded import choice
 from phloem.engine.stages import Together
-from phloem.launch.child import sweep
+from phloem.launch.child import Child, sweep, watch
 from phloem.launch.core import EngineCore
 from phloem.testing.checkpoints import tiny_checkpoint
 
@@ -479,6 +479,24 @@ def test_what_killed_starts_have_left_is_removed_when_it_is_old(tmp_path: Path) 
         os.utime(tmp_path / name, (time.time() - age,) * 2)
     sweep(tmp_path)
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["another", "phloem-ranks-new"]
+
+
+@linux
+def test_who_sends_to_a_rank_that_is_stopped_does_not_wait_for_it() -> None:
+    """In the middle of a message that fills the socket, as an adapter's weights do."""
+    told: queue.SimpleQueue[str] = queue.SimpleQueue()
+    child = Child(1, lambda *_: None, lambda _, why: told.put(why), "code")  # it reads its input, and no socket
+    child.patience(60.0)
+    try:
+        os.kill(child.process.pid, signal.SIGSTOP)
+        with ThreadPoolExecutor(1) as pool:
+            sending = pool.submit(child.send, bytes(8 << 20))
+            watch([child], lambda: not told.empty(), lambda _, why: told.put(why))
+            with pytest.raises(OSError, match="Broken pipe"):
+                sending.result(timeout=20)
+        assert "was stopped by a signal" in told.get_nowait()
+    finally:
+        child.close()
 
 
 def stop_one(server: Server, which: int) -> list[int]:

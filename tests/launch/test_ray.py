@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import signal
@@ -24,6 +25,7 @@ from phloem.core.config import Config
 from phloem.core.errors import ConfigError
 from phloem.core.nodes import Nodes
 from phloem.launch.ray_driver import Driver, Refusal
+from phloem.launch.ray_node import as_urgent_as
 
 SMALL: dict[str, Any] = {"dtype": "float32", "ops": "reference", "max_total_tokens": 2048, "threads": 1}
 there = pytest.mark.skipif(
@@ -60,16 +62,19 @@ def test_nodes_need_no_address_where_ray_knows_it() -> None:
         Nodes.of(config.with_(use_ray=False))
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Two nodes of Ray, with two processors each; whoever asks for a cluster finds this one."""
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    found = started()
-    try:
-        monkeypatch.setenv("RAY_ADDRESS", found.address)
-        yield found
-    finally:
-        found.shutdown()
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two nodes of Ray, with two processors each, for all cases: each gives back what it took. Whoever asks for a
+    cluster meanwhile finds this one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_niceness", "0")  # else Ray's workers come up behind all other work of the machine
+        found = started()
+        try:
+            patch.setenv("RAY_ADDRESS", found.address)
+            yield found
+        finally:
+            found.shutdown()
 
 
 def started(attempts: int = 4) -> Any:
@@ -159,6 +164,31 @@ def free_processors() -> float:
         return ray.available_resources().get("CPU", 0)
     finally:
         ray.shutdown()
+
+
+@pytest.mark.parametrize(("here", "others", "set_to"), [(15, 0, 0), (15, 5, 5), (0, 0, None), (0, 5, None)])
+def test_a_node_is_as_urgent_as_node_0(
+    here: int, others: int, set_to: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray starts its workers behind all other work, and every step waits for its slowest rank."""
+    asked: list[int] = []
+    monkeypatch.setattr(os, "getpriority", lambda which, who: here)
+    monkeypatch.setattr(os, "setpriority", lambda which, who, value: asked.append(value))
+    as_urgent_as(others)
+    assert asked == ([] if set_to is None else [set_to])
+
+
+def test_a_node_that_may_not_be_as_urgent_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(which: int, who: int, value: int) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "getpriority", lambda which, who: 15)
+    monkeypatch.setattr(os, "setpriority", refuse)
+    as_urgent_as(0)
+    said = capsys.readouterr().out
+    assert "niceness 15, node 0 has 0: Permission denied" in said and "RAY_worker_niceness=0" in said
 
 
 @pytest.mark.slow

@@ -87,6 +87,11 @@ class Child:
         """Raises OSError when the rank has gone, or does not read."""
         self._ours.sendall(data)
 
+    def hush(self) -> None:
+        """Let nobody wait any longer for it to take a message: it never will."""
+        with contextlib.suppress(OSError):
+            self._ours.shutdown(socket.SHUT_RDWR)  # one direction alone wakes nobody who polls
+
     def _listen(self) -> None:
         frames, why = Frames(), ""
         # A descriptor of its own, which outlives the other; it waits by `poll`, for that one's time-out is its too.
@@ -119,8 +124,7 @@ class Child:
         self.close()
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._ours.shutdown(socket.SHUT_RDWR)
+        self.hush()
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
@@ -138,6 +142,7 @@ def watch(children: Sequence[Child], over: Callable[[], bool], stopped: Ended) -
         for child in children:
             if looks[child.rank].seen(child.process.pid):
                 stopped(child, f"its process ({child.process.pid}) was stopped by a signal")
+                child.hush()
         threading.Event().wait(LOOK)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import signal
 import socket
 import sys
@@ -84,13 +85,14 @@ class Driver:
         """The further nodes, each on a machine of its own."""
         strategies = importlib.import_module("ray.util.scheduling_strategies")
         flat = {**self._flat, "dist_init_addr": self._given or address_text(address, self._port)}
+        niceness = os.getpriority(os.PRIO_PROCESS, 0)  # the engine's, as this is its child
         for number in range(1, self._nodes):
             strategy = strategies.PlacementGroupSchedulingStrategy(
                 placement_group=self._group, placement_group_bundle_index=number
             )
             # Not started again by itself: all ranks are, with the engine.
             options = {"num_cpus": self._each, "max_restarts": 0, "scheduling_strategy": strategy}
-            actor = self._ray.remote(RayNode).options(**options).remote({**flat, "node_rank": number})
+            actor = self._ray.remote(RayNode).options(**options).remote({**flat, "node_rank": number}, niceness)
             self._actors.append(actor)
             self._watching[actor.watch.remote()] = number
 

@@ -22,9 +22,13 @@ LAST_LINES = 3  # of what it has printed, for whoever asks why it ended
 
 
 class RayNode:
-    """The actor. It is made of `config.flat()`, with the node's own `node_rank`; its process ends with it."""
+    """The actor. It is made of `config.flat()`, with the node's own `node_rank`; its process ends with it.
 
-    def __init__(self, flat: dict[str, Any]) -> None:
+    `niceness`: of node 0's processes, which wait in every step for those that are started here.
+    """
+
+    def __init__(self, flat: dict[str, Any], niceness: int) -> None:
+        as_urgent_as(niceness)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "phloem.launch.ray_node"],
             stdin=subprocess.PIPE,
@@ -48,6 +52,20 @@ class RayNode:
         code = self._process.wait()
         said = " | ".join(line for line in last if line)
         return f"its process {how_ended(code)}{': ' if said else ''}{said}" if code else ""
+
+
+def as_urgent_as(niceness: int) -> None:
+    """Let this process, and what it starts, yield to others no more than node 0's do: Ray starts its workers with a
+    niceness of 15, behind all other work of a machine. Where that is not allowed it is said."""
+    here = os.getpriority(os.PRIO_PROCESS, 0)
+    if here <= niceness:
+        return
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, niceness)
+    except OSError as error:
+        why = f"niceness {here}, node 0 has {niceness}: {error.strerror}"
+        remedy = f"start Ray here with RAY_worker_niceness={niceness} in its environment"
+        print(f"this node's ranks yield to other work ({why}), and all wait for them: {remedy}", flush=True)
 
 
 def main() -> int:

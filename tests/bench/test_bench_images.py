@@ -50,4 +50,5 @@ def test_a_classifier_says_what_step_caches_cost(tmp_path: Path, capsys: pytest.
     assert (never["cached_steps"], never["most_pixel_difference"], never["psnr_db"]) == (0, 0.0, float("inf"))
     assert often["steps"] // 4 < often["cached_steps"] <= often["steps"] - 20  # the first of each row is computed
     assert often["mean_pixel_difference"] > 0 and 0 <= often["recognised"] <= 10
+    assert often["cpu_seconds"] > 0 and often["cpu_seconds_without"] > 0
     assert "recognised" in capsys.readouterr().out

@@ -251,7 +251,8 @@ def test_defaults_of_the_operator_are_checked() -> None:
     assert defaults('{"size": "64x32", "steps": 4, "guidance_scale": 0}')["size"] == (64, 32)
     steps = ('{"steps": "4"}', '{"steps": true}', '{"steps": -1}', '{"steps": 0}')
     others = ('{"max_pixels": 0}', '{"guidance_scale": NaN}', '{"guidance_scale": Infinity}')
-    for text in ("[", "[]", '{"sise": "8x8"}', '{"size": "8"}', *steps, *others):
+    sizes = ('{"size": "8"}', '{"size": "0x8"}', '{"size": "²x8"}', '{"size": "8x' + 5000 * "8" + '"}')
+    for text in ("[", "[]", 9999 * "[", '{"sise": "8x8"}', '{"fps": 1e300}', *sizes, *steps, *others):
         with pytest.raises(ConfigError):
             defaults(text)
 

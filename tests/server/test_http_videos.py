@@ -194,6 +194,24 @@ async def test_a_deleted_job_ends_at_once_and_leaves_nothing(tmp_path: Path) -> 
 
 
 @on_loop
+async def test_a_film_that_breaks_after_it_was_deleted_does_not_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with filming({"video_output_path": str(tmp_path)}) as door:
+        loop = asyncio.get_running_loop()
+
+        def add(writer: FilmWriter, pixels: bytes) -> None:
+            gone = door.http.delete(f"{PATH}/{door.engine.draws[0].id}")
+            assert asyncio.run_coroutine_threadsafe(gone, loop).result(10).status_code == 200
+            raise RuntimeError("an encoder that breaks")
+
+        monkeypatch.setattr(FilmWriter, "add", add)
+        await door.post(PATH, {"prompt": "a"})
+        await until(lambda: door.engine.draws and not door.app.state.door.videos.tasks)
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+@on_loop
 async def test_jobs_are_listed_in_pages() -> None:
     async with filming() as door:
         keys = [(await door.post(PATH, {"prompt": str(at), "num_frames": 1})).json()["id"] for at in range(5)]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from browser import chromium, why_not
 from served_pictures import serving
@@ -26,6 +27,20 @@ new MutationObserver(() => {
     if (one.parentElement.querySelector("img")) window.captions.push(one.textContent);
   }
 }).observe(document.getElementById("gallery"), { childList: true, subtree: true, characterData: true });
+"""
+
+# Answers of jobs that are asked for come a second late.
+SLOW = """
+const real = window.fetch;
+window.asked = 0;
+window.fetch = async (path, options) => {
+  const answer = await real(path, options);
+  if (options?.method === "POST") {
+    await new Promise((wake) => { setTimeout(wake, 1000); });
+    window.asked += 1;
+  }
+  return answer;
+};
 """
 
 
@@ -53,6 +68,16 @@ def ask(page: Any, prompt: str, **fields: object) -> None:
         page.execute_script("document.getElementById(arguments[0]).value = arguments[1]", name, str(value))
     page.execute_script("document.getElementById('draw-prompt').value = ''")
     page.find_element("css selector", "#draw-prompt").send_keys(prompt + "\n")
+
+
+def wait_for_jobs(url: str, wanted: list[str], seconds: float = 20) -> None:
+    end, found = time.monotonic() + seconds, list[str]()
+    while time.monotonic() < end:
+        found = [job["status"] for job in httpx.get(f"{url}/v1/videos").json()["data"]]
+        if found == wanted:
+            return
+        time.sleep(0.1)
+    raise AssertionError(found)
 
 
 def sources(page: Any) -> list[str]:
@@ -89,6 +114,9 @@ def test_pictures_are_previewed_kept_refused_and_stopped(page: Any) -> None:
     ask(page, "draw a two", width=15, height=16)
     wait_for(page, "#gallery .problem", 2)
     assert "multiples" in page.find_element("css selector", "#gallery .problem").text
+    ask(page, "draw a two", count=10**9)  # and no place is made for each
+    wait_for(page, "#gallery .problem", 3)
+    assert page.find_element("css selector", "#gallery .problem").text.startswith("n:")
 
     ask(page, "draw a two", steps=1000)
     wait_for(page, ".drawn.growing", 1)
@@ -119,4 +147,15 @@ def test_films_are_asked_for_looked_after_and_shown(tmp_path: Path) -> None:
         time.sleep(0.5)  # its job is there
         driver.find_element("css selector", "#draw-stop").click()
         wait_for(driver, ".drawn.growing", 0)
+        wait_for_jobs(url, ["completed"])
+
+        driver.execute_script(SLOW)
+        ask(driver, "draw a red cat", steps=1000)
+        wait_for(driver, ".drawn.growing", 1)
+        driver.find_element("css selector", "#draw-stop").click()  # before its job is there
+        wait_for(driver, ".drawn.growing", 0)
+        assert driver.execute_script("return window.asked") == 1
+        wait_for_jobs(url, ["completed"])
+        driver.find_element("css selector", "#gallery-clear").click()
+        wait_for(driver, "#gallery figure", 0)
         assert not [entry for entry in driver.get_log("browser") if "Content Security" in entry["message"]]

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from math import inf, log10
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -96,16 +96,18 @@ def compare(config: Config, draws: list[Draw], rules: Sequence[StepCaching], out
         raise BadRequest(f"step_caches: {why.reason}; it has no step cache")
     judge = Judge.of(folder)
     draws = draws[:FEW] if judge is None else judge.draws(draws)
-    exact, base = _drawn(painter, draws, NONE)
+    exact, base, base_cpu = _drawn(painter, draws, NONE)
     first = draws[0]
     size = f"{first.width}x{first.height}"
     told = "" if judge is None else f", {judge.right(exact)} recognised"
-    print(f"{len(draws)} pictures of {size}, {first.steps} steps, without a cache: {base:.2f} s{told}")
+    took = f"{base:.2f} s, {base_cpu:.2f} of processors"
+    print(f"{len(draws)} pictures of {size}, {first.steps} steps, without a cache: {took}{told}")
     for rule in rules:
         for cache in painter.step_caches:
             cache.saved = cache.asked = cache.steps = cache.idle = 0
-        made, seconds = _drawn(painter, draws, rule)
+        made, seconds, cpu = _drawn(painter, draws, rule)
         record = {**_record(painter, rule, made, exact), "seconds": seconds, "seconds_without": base}
+        record |= {"cpu_seconds": cpu, "cpu_seconds_without": base_cpu}
         if judge is not None:
             record |= {"recognised": judge.right(made), "recognised_without": judge.right(exact)}
         _show(record)
@@ -140,7 +142,8 @@ def _show(record: dict[str, Any]) -> None:
         f"{record['kind']} {record['threshold']:g}: {record['cached_steps'] / max(1, record['steps']):6.1%} of steps "
         f"cached, {record['saved_blocks'] / max(1, record['blocks']):6.1%} of blocks saved, latents differ by "
         f"{record['latent_difference']:.4f}, pixels by {record['mean_pixel_difference']:.2f} of 255, PSNR "
-        f"{record['psnr_db']:.1f} dB (median {record['median_psnr_db']:.1f}), {record['seconds']:.2f} s{seen}"
+        f"{record['psnr_db']:.1f} dB (median {record['median_psnr_db']:.1f}), {record['seconds']:.2f} s, "
+        f"{record['cpu_seconds']:.2f} of processors{seen}"
     )
     print(json.dumps(record), flush=True)
 
@@ -151,20 +154,21 @@ def _psnr(one: np.ndarray, other: np.ndarray) -> float:
     return inf if error == 0 else 10 * log10(255**2 / error)
 
 
-def _drawn(painter: Family, draws: Sequence[Draw], rule: StepCaching) -> tuple[list[Made], float]:
-    """(what each has become, seconds); one after the other."""
+def _drawn(painter: Family, draws: Sequence[Draw], rule: StepCaching) -> tuple[list[Made], float, float]:
+    """(what each has become, seconds, those of processors); one after the other."""
     found: dict[str, Tensor] = {}
     pixels: dict[str, np.ndarray] = {}
     errors: list[str] = []
     studio = Studio(painter, Settings(1, step_cache=rule), lambda told: _note(told, errors, pixels))
-    begun = perf_counter()
+    begun, cpu = perf_counter(), process_time()
     for draw in draws:
         studio.submit(draw)
     while studio.step():
         found |= {job.id: job.latents for job in studio.jobs.values() if job.latents is not None}
     if errors:
         raise BadRequest(errors[0])
-    return [Made(found[draw.id], pixels[draw.id]) for draw in draws], perf_counter() - begun
+    made = [Made(found[draw.id], pixels[draw.id]) for draw in draws]
+    return made, perf_counter() - begun, process_time() - cpu
 
 
 def _note(told: FromEngine, errors: list[str], pixels: dict[str, np.ndarray]) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Callable
-from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 _log = log.get("launch")
 
 BEAT = 1.0  # seconds
+SIZE = re.compile(r"0*([1-9]\d{0,5})x0*([1-9]\d{0,5})", re.ASCII)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -342,22 +344,23 @@ def defaults(text: str | None) -> dict[str, Any]:
     where = "image_defaults"
     try:
         found = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: not JSON: {error}", param=where) from None
     known: dict[str, Any] = {"size": str, "steps": int, "guidance_scale": int | float, "max_pixels": int}
     known |= {"frames": int, "max_frames": int, "fps": int | float}
     least: dict[str, float] = {"steps": 1, "guidance_scale": 0, "max_pixels": 1}
     least |= {"frames": 1, "max_frames": 1, "fps": 0.1}
+    most = {"guidance_scale": 1000, "fps": 240}  # as of requests
     if not isinstance(found, dict) or set(found) - set(known):
         raise ConfigError(f"{where}: expected a JSON object with {', '.join(known)}", param=where)
     for name, value in found.items():
         if not isinstance(value, known[name]) or isinstance(value, bool):
             raise ConfigError(f"{where}: {name} cannot be {value!r}", param=where)
-        if name != "size" and not least[name] <= value < inf:
-            raise ConfigError(f"{where}: {name} cannot be {value!r}", param=where)
+        if name != "size" and not least[name] <= value <= most.get(name, sys.maxsize):
+            raise ConfigError(f"{where}: {name} cannot be {value!r:.40}", param=where)
     if "size" in found:
-        width, _, height = found["size"].partition("x")
-        if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
-            raise ConfigError(f"{where}: size is {found['size']!r}, expected such as 512x512", param=where)
-        found["size"] = (int(width), int(height))
+        sides = SIZE.fullmatch(found["size"])
+        if sides is None:
+            raise ConfigError(f"{where}: size is {found['size']!r:.40}, expected such as 512x512", param=where)
+        found["size"] = (int(sides[1]), int(sides[2]))
     return found

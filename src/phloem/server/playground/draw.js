@@ -4,6 +4,7 @@ import { blob, get, post, remove, stream } from "./api.js";
 
 const byId = (id) => document.getElementById(id);
 const PREVIEWS = 3; // as many as the server sends
+const MOST = 10; // pictures of one request
 const LOOK = 700; // milliseconds between looks at a film
 let facts = null; // what the model takes
 let given = null; // the picture to begin with, as a data address
@@ -104,7 +105,7 @@ async function pictures(prompt, signal, places) {
   if (given) body.image = given;
   const begun = performance.now();
   const route = given ? "/v1/images/edits" : "/v1/images/generations";
-  for (let at = 0; at < body.n; at += 1) places.push({ ...frame("waiting"), prompt });
+  for (let at = 0; at < Math.min(body.n, MOST); at += 1) places.push({ ...frame("waiting"), prompt });
   for await (const event of stream(route, body, signal)) {
     const place = places[event.index ?? 0];
     show(place, event);
@@ -117,6 +118,7 @@ async function pictures(prompt, signal, places) {
       place.caption.textContent = `preview ${event.partial_image_index + 1}`;
     }
   }
+  if (places.some((place) => !place.done)) throw new Error("The answer ended before the picture was finished.");
 }
 
 async function film(prompt, signal, places) {
@@ -126,8 +128,10 @@ async function film(prompt, signal, places) {
   if (given) body.input_reference = { image_url: given };
   const place = { ...frame("waiting"), prompt };
   places.push(place);
-  let job = await post("/v1/videos", body);
+  let job = await post("/v1/videos", body); // not ended by a stop: who has no id cannot delete the job
   const leave = () => remove(`/v1/videos/${job.id}`).catch(() => { /* it has gone by itself */ });
+  if (signal.aborted) leave(); // while it was asked for
+  signal.throwIfAborted();
   signal.addEventListener("abort", leave, { once: true });
   while (["queued", "in_progress"].includes(job.status)) {
     place.caption.textContent = job.status === "queued" ? "waiting" : `${job.progress} %`;
@@ -177,7 +181,11 @@ function begin(file) {
   byId("given-clear").hidden = true;
   if (!file?.type.startsWith("image/")) return;
   const reader = new FileReader();
-  reader.addEventListener("load", () => { given = reader.result; byId("given-clear").hidden = false; });
+  reader.addEventListener("load", () => {
+    if (byId("given").files[0] !== file) return; // another one was chosen meanwhile
+    given = reader.result;
+    byId("given-clear").hidden = false;
+  });
   reader.readAsDataURL(file);
 }
 
@@ -193,7 +201,11 @@ byId("draw-stop").addEventListener("click", () => running?.abort());
 byId("given").addEventListener("change", (event) => begin(event.target.files[0]));
 byId("given-clear").addEventListener("click", () => { byId("given").value = ""; begin(null); });
 byId("gallery-clear").addEventListener("click", () => {
-  for (const one of byId("gallery").querySelectorAll("figure:not(.growing), .problem")) one.remove();
+  for (const one of byId("gallery").querySelectorAll("figure:not(.growing), .problem")) {
+    const video = one.querySelector("video");
+    if (video) URL.revokeObjectURL(video.src); // else the film stays in memory
+    one.remove();
+  }
   byId("gallery-empty").hidden = byId("gallery").children.length > 1;
   byId("drawn").textContent = "";
 });

@@ -72,7 +72,8 @@ async def _work(store: VideoStore, kept: Kept, call: Painting) -> None:
             store.fail(kept, code, why)
     except Exception as error:
         log.exception("video %s failed", key)
-        store.fail(kept, "internal_error", f"internal error: {type(error).__name__}")
+        if key in store:
+            store.fail(kept, "internal_error", f"internal error: {type(error).__name__}")
     finally:
         call.cancel()
         made.drop()

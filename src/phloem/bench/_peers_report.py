@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from phloem.core.errors import PhloemError
+from phloem.utils import plots
 
 WORKLOAD_NAMES: tuple[str, ...] = ("single", "prefill", "throughput", "shared-prefix", "conversations", "structured")
 _OUTPUT, _TTFT, _PREFILL = "output_tok_per_s", "ttft_mean_ms", "prefill_tok_per_s"
@@ -108,12 +108,7 @@ def _cell(line: dict[str, Any] | None, first: str) -> str:
 
 def draw(lines: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     """A panel per workload and metric with a bar per peer (whiskers: the lowest and the highest round), as a PNG."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise PhloemError("the chart needs matplotlib: pip install 'phloem[bench]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = plots.pyplot()
 
     peers = list(dict.fromkeys(line["peer"] for line in lines))
     keys = list(dict.fromkeys((line["workload"], line["metric"]) for line in lines))

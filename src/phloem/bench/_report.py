@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from phloem.bench._client import Result
-from phloem.core.errors import PhloemError
-from phloem.utils import machine
+from phloem.utils import machine, plots
 from phloem.utils.cores import available_cores
 
 
@@ -122,12 +121,7 @@ def _number(value: float | None) -> str:
 
 def plot(results: Sequence[Result], record: dict[str, Any], path: Path) -> None:
     """Requests over time, and how TTFT and ITL are distributed, as a PNG."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise PhloemError("the plot needs matplotlib: pip install 'phloem[bench]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = plots.pyplot()
 
     good = [item for item in results if not item.error]
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4.5))

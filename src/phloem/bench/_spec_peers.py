@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from phloem.bench._peers import PHLOEM, Peer, llama_cpp, phloem, running
 from phloem.core.errors import BadRequest, PhloemError
+from phloem.utils import plots
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -251,12 +252,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> None:
 
 def plot(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Tokens a second by workload and server, as a PNG."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise PhloemError("the plot needs matplotlib: pip install 'phloem[bench]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = plots.pyplot()
 
     workloads = list(dict.fromkeys(one["workload"] for one in records))
     servers = list(dict.fromkeys((one["engine"], one["mode"]) for one in records))
@@ -268,7 +264,7 @@ def plot(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         mine = server in ours
         among = ours if mine else [one for one in servers if one not in ours]
         shade = 0.35 + 0.6 * (among.index(server) + 1) / len(among)
-        colour = (pyplot.cm.Blues if mine else pyplot.cm.Oranges)(shade)  # pyright: ignore[reportAttributeAccessIssue]
+        colour = (pyplot.cm.Blues if mine else pyplot.cm.Oranges)(shade)
         at = [number + place * width for number in range(len(workloads))]
         axes.bar(at, [of_server[name] for name in workloads], width, label=" ".join(server), color=colour)
     axes.set_xticks([number + 0.425 - width / 2 for number in range(len(workloads))], workloads)

@@ -27,12 +27,12 @@ from phloem.cli._options import parse
 from phloem.client.start import make_client
 from phloem.core.caching import StepCaching, parsed
 from phloem.core.config import opt
-from phloem.core.errors import BadRequest, PhloemError
+from phloem.core.errors import BadRequest
 from phloem.core.messages import Draw
 from phloem.launch.door import EngineDoor, beginning
 from phloem.launch.thread import EngineThread
 from phloem.testing.pictures import KINDS, tiny_pictures
-from phloem.utils import log
+from phloem.utils import log, plots
 from phloem.utils.cores import available_cores
 
 if TYPE_CHECKING:
@@ -221,12 +221,7 @@ def _record(name: str, latencies: list[float], seconds: float, options: Options)
 
 def _plot(records: list[dict[str, Any]], title: str, path: str) -> None:
     """How many pictures are there after how long, and how many pixels a second. Raises PhloemError."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise PhloemError("the plot needs matplotlib: pip install 'phloem[bench]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = plots.pyplot()
 
     pyplot.rcParams["font.size"] = 10
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), width_ratios=(2, 1))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from phloem.bench._report import context, write_line
 from phloem.cli._options import parse_own
 from phloem.core.config import opt
-from phloem.core.errors import BadRequest, ConfigError, PhloemError
+from phloem.core.errors import BadRequest, ConfigError
 from phloem.core.targets import Targets
 from phloem.planning.layouts import Layout, memory, stages
 from phloem.planning.machines import GIB, machine
@@ -33,6 +33,7 @@ from phloem.simulation.clockwork import Measured, Planned
 from phloem.simulation.fleet import Fleet
 from phloem.simulation.replica import Size
 from phloem.simulation.traces import MIXES, Mix, conversations, read_trace, single
+from phloem.utils import plots
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -232,12 +233,7 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
 
 def plot(runs: dict[str, Seen], path: Path) -> None:
     """How times to the first token are distributed, and how much each replica had to do, as a PNG."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise PhloemError("the plot needs matplotlib: pip install 'phloem[bench]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = plots.pyplot()
 
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4.5))
     for name, seen in runs.items():

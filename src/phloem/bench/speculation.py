@@ -29,10 +29,11 @@ from phloem.bench._spec_texts import KINDS, Asked, Writer, draw
 from phloem.checkpoint.describe import describe
 from phloem.cli._options import parse
 from phloem.core.config import opt
-from phloem.core.errors import BadRequest, PhloemError
+from phloem.core.errors import BadRequest
 from phloem.core.speculation import MODELS, wanted
 from phloem.speculation.drafters import DRAFTERS, of_texts
 from phloem.speculation.texts import Text
+from phloem.utils import plots
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -248,12 +249,7 @@ def _table(records: Sequence[dict[str, Any]]) -> None:
 
 def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Speed beside plain decoding by workload and batch, as a PNG."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise PhloemError("the plot needs matplotlib: pip install 'phloem[bench]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = plots.pyplot()
 
     names = list(dict.fromkeys(record["workload"] for record in records))
     sizes = sorted({record["batch"] for record in records})

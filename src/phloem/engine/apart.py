@@ -73,3 +73,18 @@ def cut(batch: Batch, lens: NDArray[np.int32]) -> Batch:
         prompt_targets=targets,
         adapters=None if batch.adapters is None else batch.adapters[rows],
     )
+
+
+def part(batch: Batch, rows: NDArray[np.integer], tokens: NDArray[np.integer]) -> Batch:
+    """These rows of a batch, with their tokens."""
+    return replace(
+        batch,
+        slots=batch.slots[rows],
+        query_lens=batch.query_lens[rows],
+        prefix_lens=batch.prefix_lens[rows],
+        input_ids=batch.input_ids[tokens],
+        tables=tuple(table[rows] for table in batch.tables),
+        outputs=batch.outputs[rows],
+        prompt_targets={},
+        positions=None if batch.positions is None else batch.positions[..., tokens],
+    )

@@ -12,7 +12,6 @@ Legend: R rows, T tokens, P pages of a row, L wanted positions, N hidden size.
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from phloem.core import speculation
 from phloem.core.errors import BadRequest, ConfigError, EngineDead
 from phloem.core.resolve import Decision
 from phloem.distributed.mesh import Mesh
+from phloem.engine.apart import part
 from phloem.engine.forward import run_forward
 from phloem.engine.inputs import StepInputs, host_arrays, padded
 from phloem.engine.memory import first_line, is_out_of_memory
@@ -300,18 +300,3 @@ class CompiledSteps:
             raise ConfigError(why, param="mem_fraction_static") from error
         why = f"the largest two in {perf_counter() - begun:.1f} s before ready; others, by powers of two, on first use"
         decisions.append(Decision("compiled_steps", "on", why))
-
-
-def part(batch: Batch, rows: NDArray[np.integer], tokens: NDArray[np.integer]) -> Batch:
-    """These rows of a batch, with their tokens."""
-    return replace(
-        batch,
-        slots=batch.slots[rows],
-        query_lens=batch.query_lens[rows],
-        prefix_lens=batch.prefix_lens[rows],
-        input_ids=batch.input_ids[tokens],
-        tables=tuple(table[rows] for table in batch.tables),
-        outputs=batch.outputs[rows],
-        prompt_targets={},
-        positions=None if batch.positions is None else batch.positions[tokens],
-    )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
+from phloem.engine.apart import part
 from phloem.engine.inputs import Step
 from phloem.engine.sampler import EXCLUDED
 from phloem.engine.wanted import Wanted
@@ -200,14 +201,7 @@ def picked(batch: Batch, rows: NDArray[np.int64]) -> Batch:
     place[at] = np.arange(len(at))
     new = {int(row): number for number, row in enumerate(rows)}
     return replace(
-        batch,
-        slots=batch.slots[rows],
-        query_lens=batch.query_lens[rows],
-        prefix_lens=batch.prefix_lens[rows],
-        input_ids=batch.input_ids[at],
-        tables=tuple(table[rows] for table in batch.tables),
-        outputs=batch.outputs[rows],
-        positions=None if batch.positions is None else batch.positions[..., at],
+        part(batch, rows, at),
         adapters=adapters if adapters is not None and adapters.any() else None,
         admissions=[],
         prompt_targets={new[row]: targets for row, targets in batch.prompt_targets.items() if row in new},

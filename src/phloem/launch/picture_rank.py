@@ -5,19 +5,15 @@ It has the denoiser and the VAE's settings, computes the passes that the first r
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import sys
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import torch
 
 from phloem import platforms
 from phloem.checkpoint.describe import described
-from phloem.core.config import Config, log_format
-from phloem.core.errors import EngineDead, PhloemError
+from phloem.core.config import Config
+from phloem.core.errors import EngineDead
 from phloem.diffusion import models, wire
 from phloem.diffusion.quantised import quantise
 from phloem.diffusion.sequence import SECONDS, Share
@@ -25,11 +21,7 @@ from phloem.distributed.choose import connect
 from phloem.engine.memory import first_line
 from phloem.launch.picture_ranks import device_of
 from phloem.launch.pictures import defaults, dtype_of, threads_of
-from phloem.launch.rank_pipe import RankPipe
-from phloem.utils import log, machine
-from phloem.utils.processes import die_with_parent
-
-_log = log.get("launch")
+from phloem.launch.rank_pipe import RankPipe, carried_out, ordered
 
 
 class PictureRank:
@@ -90,30 +82,18 @@ class PictureRank:
 
 
 def main() -> int:
-    # Both may reach the whole process group at once; the first rank ends us.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    line = sys.stdin.buffer.readline()
-    if not line:  # who would give the order has gone first
+    found = ordered()
+    if found is None:
         return 1
-    order: dict[str, Any] = msgspec.json.decode(line)
-    die_with_parent(order["parent"])
-    config, rank = Config.from_flat(order["config"]), order["rank"]
-    log.configure(config.server.log_level, f"rank {rank}", log_format())
+    order, config, rank = found
     pipe = RankPipe(order["pipe"])
-    try:
+
+    def work() -> None:
         drawer = PictureRank(config, rank, order["comm"])
         pipe.say("loaded")
         drawer.run(pipe)
-    except Exception as error:
-        reason = machine.exhausted(error) or str(error)
-        if not isinstance(error, PhloemError):
-            _log.exception("this rank stops")
-            reason = f"{type(error).__name__}: {reason}"
-        with contextlib.suppress(OSError):  # the first rank has gone
-            pipe.say("failed", reason)
-        return 1
-    return 0
+
+    return carried_out(work, pipe)
 
 
 if __name__ == "__main__":

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import msgspec
+from typing import TYPE_CHECKING
 
 from phloem.checkpoint.describe import described
-from phloem.core.config import Config, log_format
-from phloem.core.errors import PhloemError
 from phloem.core.resolve import Decision
 from phloem.engine.parallel import End, Team, decode_told, mesh_of
 from phloem.engine.worker import build_executor
-from phloem.launch.rank_pipe import RankPipe
+from phloem.launch.rank_pipe import RankPipe, carried_out, ordered
 from phloem.launch.ranks import Way, join
 from phloem.launch.ring import RingReader
-from phloem.utils import log, machine
-from phloem.utils.processes import die_with_parent
 
 if TYPE_CHECKING:
     from phloem.engine.parallel import Told
-
-_log = log.get("launch")
 
 
 class _Pipe(RankPipe):
@@ -53,18 +43,13 @@ class _Pipe(RankPipe):
 
 
 def main() -> int:
-    # Both may reach the whole process group at once, and while nodes are waited for; rank 0 ends us.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    line = sys.stdin.buffer.readline()
-    if not line:  # who would give the order has gone first
+    found = ordered()
+    if found is None:
         return 1
-    order: dict[str, Any] = msgspec.json.decode(line)
-    die_with_parent(order["parent"])
-    config, rank = Config.from_flat(order["config"]), order["rank"]
-    log.configure(config.server.log_level, f"rank {rank}", log_format())
+    order, config, rank = found
     pipe = _Pipe(order["pipe"], rank, order["ring"])
-    try:
+
+    def work() -> None:
         pipe.say("here")
         board = order["board"]
         way = Way(order["comm"], Path(order["place"]), None if board is None else (*board,), order["here"])
@@ -74,15 +59,8 @@ def main() -> int:
         executor = build_executor(config, described(config.model), team, pipe.receive)
         gc.freeze()
         executor.run(pipe.receive)
-    except Exception as error:
-        reason = machine.exhausted(error) or str(error)
-        if not isinstance(error, PhloemError):
-            _log.exception("this rank stops")
-            reason = f"{type(error).__name__}: {reason}"
-        with contextlib.suppress(OSError):  # rank 0 has gone first
-            pipe.say("failed", reason)
-        return 1
-    return 0
+
+    return carried_out(work, pipe)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phloem.core.errors import PhloemError
+from phloem.utils import plots
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -58,12 +59,7 @@ def plot(folder: Path) -> Path | None:
     steps, looks = [one for one in lines if "loss" in one], [one for one in lines if "accept_length" in one]
     if not steps:
         return None
-    try:
-        import matplotlib
-    except ImportError:
-        raise PhloemError("the plot needs matplotlib: pip install 'phloem[bench]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = plots.pyplot()
 
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4.5))
     at = [one["step"] for one in steps]

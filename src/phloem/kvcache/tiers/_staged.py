@@ -17,7 +17,7 @@ from phloem.kvcache.tiers._segments import checksum
 from phloem.utils import log, memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Sequence
 
     from phloem.kvcache.tiers import Row
     from phloem.utils.memory import Bytes
@@ -63,6 +63,18 @@ class Stage:
         place = self._places[at]
         row[:] = place[:-CHECK_BYTES]
         return int(place[-CHECK_BYTES:].view("<u8")[0]) == _check(key, row)
+
+
+def in_calls(keys: Sequence[bytes], rows: Sequence[Row], move: Callable[[Sequence[bytes], Sequence[Row]], int]) -> int:
+    """`move` for `AT_ONCE` rows at a time, until one comes short: how many it has moved, the first ones of all."""
+    done = 0
+    while done < len(keys):
+        some = keys[done : done + AT_ONCE]
+        count = move(some, rows[done : done + AT_ONCE])
+        done += count
+        if count < len(some):
+            break
+    return done
 
 
 def _check(key: bytes, row: Row) -> int:
@@ -155,6 +167,15 @@ class Distant:
         with self._lock:
             self.corrupt += 1
         _log.warning("a page of %s is not what was written: it is computed again", self._what)
+
+    def believed(self, stage: Stage, keys: Sequence[bytes], rows: Sequence[Row], drop: Callable[[bytes], None]) -> int:
+        """Rows out of the stage, up to the first one that is not what was written, which is dropped: how many."""
+        for at, (key, row) in enumerate(zip(keys, rows, strict=False)):
+            if not stage.get(at, key, row):
+                self.broken()
+                drop(key)
+                return at
+        return len(keys)
 
     def end(self) -> list[Stage]:
         """Stages that nobody uses, and it rests no more: for `close`."""

@@ -19,7 +19,7 @@ import msgspec
 
 from phloem.core.errors import ConfigError
 from phloem.core.ranges import parse_bytes
-from phloem.kvcache.tiers._staged import AT_ONCE, REST, Distant, StoreFailed
+from phloem.kvcache.tiers._staged import REST, Distant, StoreFailed, in_calls
 from phloem.utils import machine
 
 if TYPE_CHECKING:
@@ -86,14 +86,7 @@ class Tier:
         return self._distant.ask(lambda: _run(self._store.batch_is_exist(names)), 0)
 
     def read(self, keys: Sequence[bytes], rows: Sequence[Row]) -> int:
-        done = 0
-        while done < len(keys):
-            some = keys[done : done + AT_ONCE]
-            count = self._read(some, rows[done : done + AT_ONCE])
-            done += count
-            if count < len(some):
-                break
-        return done
+        return in_calls(keys, rows, self._read)
 
     def _read(self, keys: Sequence[bytes], rows: Sequence[Row]) -> int:
         with self._distant.stage() as stage:
@@ -103,28 +96,22 @@ class Tier:
             codes: list[int] = self._distant.ask(lambda: self._store.batch_get_into(names, places, sizes), [], stage)
             # A row that is longer or shorter is of no use, as one that is not there.
             came = next((at for at, code in enumerate(codes) if code != stage.nbytes), len(codes))
-            for at in range(came):
-                if not stage.get(at, keys[at], rows[at]):
-                    self._distant.broken()
-                    self.drop(keys[at : at + 1])
-                    return at
+            right = self._distant.believed(stage, keys[:came], rows, lambda key: self.drop([key]))
+            if right < came:
+                return right
             if came < len(codes) and codes[came] < 0 and codes[came] != NOT_THERE:
                 self._distant.fault(f"reading fails: {codes[came]}")
             return came
 
     def write(self, keys: Sequence[bytes], rows: Sequence[Row]) -> int:
-        done = 0
-        while done < len(keys) and monotonic() >= self._full_until:
-            some = keys[done : done + AT_ONCE]
-            count = self._write(some, rows[done : done + AT_ONCE])
-            done += count
-            if count < len(some):
-                break
+        done = in_calls(keys, rows, self._write)
         with self._lock:
             self.written += done
         return done
 
     def _write(self, keys: Sequence[bytes], rows: Sequence[Row]) -> int:
+        if monotonic() < self._full_until:
+            return 0
         with self._distant.stage() as stage:
             if stage is None:
                 return 0

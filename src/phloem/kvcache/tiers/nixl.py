@@ -21,7 +21,7 @@ import msgspec
 
 from phloem.core.errors import ConfigError
 from phloem.kvcache.tiers import KEY_BYTES
-from phloem.kvcache.tiers._staged import AT_ONCE, CHECK_BYTES, Distant, StoreFailed
+from phloem.kvcache.tiers._staged import CHECK_BYTES, Distant, StoreFailed, in_calls
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -105,25 +105,14 @@ class Tier:
             return False
 
     def read(self, keys: Sequence[bytes], rows: Sequence[Row]) -> int:
-        done = 0
-        while done < len(keys):
-            some = keys[done : done + AT_ONCE]
-            count = self._read(some, rows[done : done + AT_ONCE])
-            done += count
-            if count < len(some):
-                break
-        return done
+        return in_calls(keys, rows, self._read)
 
     def _read(self, keys: Sequence[bytes], rows: Sequence[Row]) -> int:
         with self._distant.stage() as stage:
             if stage is None:
                 return 0
             came = self._distant.ask(lambda: self._bring(stage, keys), 0, stage)
-            for at in range(came):
-                if not stage.get(at, keys[at], rows[at]):
-                    self._distant.broken()
-                    self.drop(keys[at : at + 1])
-                    return at
+            came = self._distant.believed(stage, keys[:came], rows, lambda key: self.drop([key]))
             self._use(keys[:came])
             return came
 
@@ -143,14 +132,7 @@ class Tier:
             return len(files)
 
     def write(self, keys: Sequence[bytes], rows: Sequence[Row]) -> int:
-        done = 0
-        while done < len(keys):
-            some = keys[done : done + AT_ONCE]
-            count = self._write(some, rows[done : done + AT_ONCE])
-            done += count
-            if count < len(some):
-                break
-        return done
+        return in_calls(keys, rows, self._write)
 
     def _write(self, keys: Sequence[bytes], rows: Sequence[Row]) -> int:
         with self._distant.stage() as stage:

@@ -16,6 +16,7 @@
 #endif
 
 #include "next_cache.h"
+#include "pause.h"
 #include "team.h"
 
 namespace phl {
@@ -28,14 +29,6 @@ NextCache& next_cache() {
 namespace {
 
 constexpr int64_t kSpinNanoseconds = 40'000;
-
-void pause_core() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
 
 // A word that threads wait on: spin for a while, then sleep until it changes.
 struct alignas(64) WaitWord {

@@ -4,6 +4,7 @@
 #include <time.h>
 
 #include "../op.h"
+#include "../pause.h"
 #include "../simd.h"
 
 namespace phl {
@@ -35,14 +36,6 @@ int64_t now() {
   timespec at;
   clock_gettime(CLOCK_MONOTONIC, &at);
   return int64_t(at.tv_sec) * 1'000'000'000 + at.tv_nsec;
-}
-
-void pause_core() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
 }
 
 // Whether nobody must be waited for: sets why.

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 @contextmanager
 def left_alone() -> Generator[None]:
     """Nothing is looked through within: of what a start imports and builds nearly all stays, and looking through it
-    again and again takes a fifth of the time. Nor is it afterwards: at the end it is frozen."""
+    again and again takes time. Nor is it afterwards: at the end it is frozen, and so are the cycles that died meanwhile."""
     looks = gc.isenabled()
     gc.disable()
     try:

@@ -206,7 +206,9 @@ class Administered:
         Raises:
             PhloemError: a name, shape or type is wrong; nothing has been changed.
         """
-        tensors = named_tensors if isinstance(named_tensors, dict) else list(named_tensors)
+        tensors: Any = named_tensors  # what is none at all is refused where it is read
+        if isinstance(tensors, Iterable) and not isinstance(tensors, dict):
+            tensors = list(tensors)
         args = {"source": "tensors", "tensors": tensors, "load_format": load_format}
         return self._update(**args, version=weight_version, flush=flush_cache, abort_all=abort_all_requests)
 

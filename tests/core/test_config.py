@@ -15,6 +15,7 @@ from phloem.core.ranges import parse_bytes
         ({"port": 70000}, ["port", "70000"]),
         ({"dtype": "bfloat17"}, ["dtype", "bfloat17", "float32", "did you mean 'bfloat16'"]),
         ({"page_size": 0}, ["page_size", "0"]),
+        ({"watchdog_timeout": 1e13}, ["watchdog_timeout", "10000000 seconds"]),
         ({"mem_fraction_static": 1.5}, ["mem_fraction_static"]),
         ({"kv_memory": "much"}, ["kv_memory", "much", "512MiB"]),
         ({"port": "many"}, ["port", "many"]),

@@ -113,6 +113,14 @@ def test_one_wrong_tensor_changes_nothing(engine: Engine, new: Path, bad: Any, t
     assert ids(engine) == before and engine.get_weight_version() == "default"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("bad", [None, 3, [("a",)], ["model.norm.weight"]], ids=repr)
+def test_what_is_no_list_of_tensors_is_named(engine: Engine, bad: Any) -> None:
+    with pytest.raises(PhloemError, match="named_tensors: a list of"):
+        engine.update_weights_from_tensor(bad)
+
+
+@pytest.mark.slow
 def test_a_damaged_checkpoint_changes_nothing(engine: Engine, new: Path, tmp_path: Path) -> None:
     before = ids(engine)
     for file in new.iterdir():

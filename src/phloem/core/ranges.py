@@ -47,6 +47,9 @@ _POSITIVE = (
     "max_loaded_loras",
 )
 
+_SECONDS = ("watchdog_timeout", "grammar_timeout", "dist_timeout", "header_timeout", "body_timeout")
+LONGEST = 10_000_000  # seconds: what systems' clocks and waits take
+
 
 def check_ranks(flat: dict[str, Any]) -> None:
     """Raises ConfigError for ranks, or for experts over them, that no model can have: before any process is started."""
@@ -97,6 +100,9 @@ def check_ranges(flat: dict[str, Any]) -> None:
     for name in _POSITIVE:
         if flat[name] is not None and not flat[name] > 0:
             raise ConfigError(f"{name}: {flat[name]!r} must be above 0", param=name)
+    for name in _SECONDS:
+        if flat[name] is not None and flat[name] > LONGEST:
+            raise ConfigError(f"{name}: {flat[name]!r} is above {LONGEST} seconds", param=name)
     for name in _NOT_BELOW_0:
         if flat[name] is not None and flat[name] < 0:
             raise ConfigError(f"{name}: {flat[name]!r} is below 0", param=name)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
 from pathlib import Path
@@ -218,8 +219,9 @@ class Keeper(updates.Keeper):
             tensors = flattened(tensors["flattened_tensor"].cpu(), places)
         else:
             check_format(load_format)
-        pairs = list(tensors.items()) if isinstance(tensors, dict) else list(tensors)
-        if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in pairs):
+        pairs = list(tensors.items()) if isinstance(tensors, dict) else tensors
+        pairs = list(pairs) if isinstance(pairs, Iterable) else [pairs]
+        if not all(_is_named(pair) for pair in pairs):
             raise BadRequest("named_tensors: a list of (name, tensor) is needed", param="named_tensors")
         return [(name, tensor.detach().clone() if self.collecting else tensor.detach()) for name, tensor in pairs]
 
@@ -379,6 +381,15 @@ class Keeper(updates.Keeper):
 
 
 _PLACE = ("name", "shape", "dtype", "start_idx", "end_idx")
+
+
+def _is_named(pair: Any) -> bool:
+    return (
+        isinstance(pair, tuple | list)
+        and len(pair) == 2
+        and isinstance(pair[0], str)
+        and isinstance(pair[1], torch.Tensor)
+    )
 
 
 def _afresh(checkpoint: Checkpoint) -> Checkpoint:

@@ -376,8 +376,8 @@ class Scheduler:
         self.flush_results()
         end = self.clock()
         self.meter.turn(begin, end, worked)
-        if self.meter.due(end, busy := bool(self.live)):
-            self.send(self._stats(end, busy))
+        if self.meter.due(end, bool(self.live)):
+            self.send(self._stats(end))
         return worked
 
     def check(self) -> None:
@@ -389,7 +389,7 @@ class Scheduler:
     def flush_results(self) -> None:
         self.results.flush(self.send)
 
-    def _stats(self, now: float, busy: bool) -> FromEngine:
+    def _stats(self, now: float) -> FromEngine:
         counts: dict[str, Any] = {
             "running": self.slots.num_running,
             "waiting": self.num_waiting,
@@ -397,7 +397,7 @@ class Scheduler:
             **self.results.drafts(),
         }
         counts |= usage(self.cache) | ({} if self.further is None else {"tiers": self.further.stats()})
-        return self.meter.stats(now, busy, self.results.output_tokens, counts, self.planner.state())
+        return self.meter.stats(now, bool(self.live), self.results.output_tokens, counts, self.planner.state())
 
     def wait_for(self, request_id: str, late: Late) -> None:
         """Launch nothing more of a live request until this is ready; a running one keeps slot and pages meanwhile.
@@ -475,7 +475,7 @@ class Scheduler:
             return False
         now = self.clock()
         for request in plan.entered:
-            request.admitted = now if request.admitted < 0 else request.admitted
+            request.admit(now)
         try:
             for slot, follower in plan.followers:
                 self.runner.constrain(slot, follower)

@@ -150,6 +150,11 @@ class Request:
                 end = first if first > start else last if more else start
         return end - start
 
+    def admit(self, now: float) -> None:
+        """It is in a step: when that was for the first time counts."""
+        if self.admitted < 0:
+            self.admitted = now
+
     def forget_inflight(self) -> None:
         """The steps in flight are dropped: what they have of this request must be launched again."""
         self.inflight = 0

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 @contextmanager
 def left_alone() -> Generator[None]:
     """Nothing is looked through within: of what a start imports and builds nearly all stays, and looking through it
-    again and again takes time. Nor is it afterwards: at the end it is frozen, and so are the cycles that died meanwhile."""
+    again and again takes time. It is frozen at the end, with the cycles that died meanwhile: nobody looks again."""
     looks = gc.isenabled()
     gc.disable()
     try:

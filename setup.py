@@ -57,6 +57,9 @@ LEVELS["avxvnni"] = [*LEVELS["avx2"], "-DPHL_VNNI=1", *VNNI]
 PARTIAL = {"avxvnni": VNNI, "amx": AMX, "i8mm": I8MM}
 # A library that runs with glibc 2.28: functions that newer ones have twice are taken in their first form.
 OLD_GLIBC = ["-include", str(CSRC / "old_glibc.h")]
+# gcc 12 finds, at -O3, that unpacking a block of Q2_K for AVX-512 writes nothing, and leaves the call out: what functions
+# do to memory is not concluded from their bodies, by the compilers that know these words.
+CAREFUL = ["-fno-ipa-modref", "-fno-ipa-pure-const"]
 MOST_JOBS = 8  # compilers at a time; each takes up to half a gigabyte
 
 
@@ -95,7 +98,7 @@ def shared_code() -> ModuleType:
 def kept_folder(compiler: list[str]) -> Path:
     """Where objects of this compiler with these flags stay. Raises `OSError` where there is no compiler."""
     version = subprocess.run([compiler[0], "--version"], capture_output=True, text=True, check=False).stdout
-    key = hashlib.sha256(repr((compiler, version, COMMON, LEVELS)).encode()).hexdigest()[:12]
+    key = hashlib.sha256(repr((compiler, version, COMMON, CAREFUL, LEVELS)).encode()).hexdigest()[:12]
     folder = ROOT / "build" / "native" / key
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -155,6 +158,7 @@ class BuildNative(build_ext):
         wanted = units(CSRC, target_machine())
         used = {level for _, level in wanted}
         known = {level: accepts(compiler, flags, objects) for level, flags in PARTIAL.items() if level in used}
+        common = [*COMMON, *(CAREFUL if accepts(compiler, CAREFUL, objects) else [])]
         for source, level in [*wanted, (self._stamp(objects), "portable")]:
             if not known.get(level, True):
                 continue
@@ -162,7 +166,7 @@ class BuildNative(build_ext):
             outputs.append(str(target))
             if fresh(target, source):
                 continue
-            flags = ["-MMD", "-MF", str(target.with_suffix(".d")), *COMMON, *OLD_GLIBC, *LEVELS[level]]
+            flags = ["-MMD", "-MF", str(target.with_suffix(".d")), *common, *OLD_GLIBC, *LEVELS[level]]
             flags += [f"-I{path}" for path in self.include_dirs]
             todo.append((source, target, [*compiler, *flags, "-c", str(source), "-o", str(target)]))
         # The long ones first, so that none of them is left to run alone.

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+from phloem.utils.queues import within
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -147,13 +149,13 @@ class Pipeline(Generic[J]):
                 self._land()
                 continue
             try:
-                return source.get(timeout=POLL_SECONDS)
+                return within(source, POLL_SECONDS)
             except queue.Empty:
                 pass
         wait = IDLE_SECONDS
         while self._idle is not None:
             try:
-                return source.get(timeout=wait)
+                return within(source, wait)
             except queue.Empty:
                 if not self._idle():
                     break

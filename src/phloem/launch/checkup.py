@@ -17,6 +17,7 @@ from phloem.launch.agree import facts_of
 from phloem.launch.node import heard, joined
 from phloem.launch.nodes import FurtherNodes, Node
 from phloem.launch.wire import LOOK, Beat, Bye, Echo, Ping, Word
+from phloem.utils.queues import within
 
 if TYPE_CHECKING:
     from phloem.core.config import Config
@@ -110,7 +111,7 @@ def _next(node: Node, echoes: queue.SimpleQueue[Echo]) -> Echo:
     while monotonic() < until:
         gone = node.over.is_set()  # read before the queue, in which its last answer may lie
         with contextlib.suppress(queue.Empty):
-            return echoes.get(timeout=0 if gone else LOOK)
+            return within(echoes, 0 if gone else LOOK)
         if gone:
             raise EngineDead(f"{node.name} has gone")
     raise EngineDead(f"{node.name} does not answer within {SECONDS:g} s")

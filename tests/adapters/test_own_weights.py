@@ -71,6 +71,7 @@ CASES = [("llama", kind) for kind in KINDS] + [("tied", kind) for kind in TIED]
 CASES += [("qwen2", "whole modules"), ("qwen2", "head")]
 
 
+@pytest.mark.some(7)
 @pytest.mark.parametrize(("family", "kind"), CASES)
 def test_logits_are_those_of_peft(
     family: str, kind: str, bases: dict[str, Path], engines: dict[str, Engine], tmp_path: Path

@@ -53,6 +53,7 @@ def engines(bases: dict[str, Path]) -> Any:
         engine.shutdown()
 
 
+@pytest.mark.some(7)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("kind", PARAMS)

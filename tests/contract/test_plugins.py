@@ -217,6 +217,7 @@ def test_attention_backends(name: str) -> None:
     assert members(attention.AttentionBackend) <= set(dir(backend))
 
 
+@pytest.mark.some(28)
 @each(FAMILIES)
 def test_models(name: str, tmp_path: Any) -> None:
     from phloem.checkpoint.describe import describe

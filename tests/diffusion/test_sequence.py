@@ -65,6 +65,7 @@ def far(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     return max(float((one[key] - other[key]).abs().max()) for key in one)
 
 
+@pytest.mark.some(7)
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("family", list(ASKED))
 def test_what_ranks_draw_is_what_one_draws(tmp_path: Path, family: str, ranks: int) -> None:
@@ -108,6 +109,7 @@ def test_what_ranks_draw_with_flux_2_is_what_one_draws(kind: str) -> None:
     assert far(*found) < 1e-5
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("name", ["shm", "gloo"])
 @pytest.mark.parametrize("family", ["qwen_image", "wan_two", "hunyuan_video"])
 def test_ranks_may_be_processes(tmp_path: Path, family: str, name: str) -> None:

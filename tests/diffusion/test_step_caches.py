@@ -117,6 +117,7 @@ def _before(forward: Any, told: Any) -> Any:
     return run
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_rows_that_compute_and_rows_that_do_not_share_passes_and_are_what_they_are_alone(
     tmp_path: Path, family: str

@@ -142,6 +142,7 @@ def same(found: Serving, want: Serving) -> None:
         assert np.allclose(found.logprobs[name], values, atol=1e-4)
 
 
+@pytest.mark.some(16)
 @pytest.mark.slow
 @pytest.mark.parametrize(("late", "overlap"), [(False, False), (False, True), (True, True)], ids=str)
 @pytest.mark.parametrize("place", PLACES)

@@ -50,6 +50,7 @@ def test_one_starved_step_changes_no_token(overlap: bool, step: int, caplog: pyt
     assert state is not None and state.data["out_of_memory"] == 1
 
 
+@pytest.mark.some(16)
 @pytest.mark.slow
 @both
 @pytest.mark.parametrize("cache", [True, False], ids=["tree", "no-tree"])

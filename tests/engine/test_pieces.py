@@ -168,6 +168,7 @@ def same_cache(got: KVPool, want: KVPool) -> None:
         assert not a[0].any()  # padding writes nothing, not even to the scratch page
 
 
+@pytest.mark.some(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("check", [False, True])
 def test_pieces_equal_eager_steps_bit_for_bit(family: Path, check: bool) -> None:

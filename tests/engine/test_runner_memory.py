@@ -88,6 +88,7 @@ def undisturbed(model: Model) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.some(11)
 @pytest.mark.slow
 @pytest.mark.parametrize("verify", [False, True], ids=["plain", "verify"])
 @pytest.mark.parametrize("late", [False, True], ids=["here", "late"])

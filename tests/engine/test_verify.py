@@ -113,6 +113,7 @@ def drafter(plain: list[Row], seed: int, right: float, most: int = 6) -> Any:
     return draft
 
 
+@pytest.mark.some(4)
 @pytest.mark.slow
 @pytest.mark.parametrize("right", [0.0, 0.8, 1.0])
 @pytest.mark.parametrize("late", [False, True], ids=["host", "device"])

@@ -48,6 +48,7 @@ BOTH: dict[str, Any] = {
 }
 
 
+@pytest.mark.some(18)
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 @pytest.mark.parametrize("name", NAMES)

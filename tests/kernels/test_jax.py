@@ -72,6 +72,7 @@ class Compiled:
         return [torch.from_numpy(array.astype(np.int32)) for array in arrays]
 
 
+@pytest.mark.some(6)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_file_gives_the_logits_of_the_reference_table_compiled_by_jax(name: str, tmp_path: Path) -> None:
     wanted = Engine(tiny_checkpoint(name, tmp_path))

@@ -43,6 +43,7 @@ def error(ours: torch.Tensor, want: torch.Tensor) -> float:
     return ((ours.double() - want).norm() / want.norm()).item()
 
 
+@pytest.mark.some(210)
 @pytest.mark.slow
 @pytest.mark.parametrize("invariant", [False, True])
 @pytest.mark.parametrize("kind", KINDS)

@@ -92,6 +92,7 @@ def run(ops: Ops, layer: Sparse, tokens: int, n: int, k: int, renormalise: bool 
         assert (got - close).norm() < (1e-5 if exact else 4e-3) * close.norm()
 
 
+@pytest.mark.some(28)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", GGUF_TYPES)
 def test_quantised(table: Ops, kind: str) -> None:
@@ -101,6 +102,7 @@ def test_quantised(table: Ops, kind: str) -> None:
         run(table, layer, tokens, layer.dense_up.shape[1], 2)
 
 
+@pytest.mark.some(22)
 @pytest.mark.parametrize("kind", FLOATS)
 @pytest.mark.parametrize("n,inner", [(48, 32), (33, 24), (70, 17)])
 def test_dense(table: Ops, kind: str, n: int, inner: int) -> None:
@@ -250,6 +252,7 @@ def test_recorded_step_routes_anew() -> None:
         rt.library.set_threads(2)
 
 
+@pytest.mark.some(10)
 @pytest.mark.parametrize("tokens", [1, 2, 40])
 def test_experts_that_were_chosen_elsewhere(table: Ops, tokens: int) -> None:
     layer = Sparse("BF16", 5, 96, 32, int4)

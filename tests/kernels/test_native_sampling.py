@@ -109,6 +109,7 @@ FILTERS = [
 ]
 
 
+@pytest.mark.some(20)
 @pytest.mark.parametrize("vocab", [2, 63, 1000, pytest.param(49152, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("spread", [0.1, 4.0])
 def test_draws_are_those_of_the_specification(ops: Ops, vocab: int, spread: float) -> None:

@@ -60,6 +60,7 @@ def test_the_token_is_that_of_whole_rows(linear: NativeLinear, kind: str, rows: 
     assert isinstance(weight.screen, torch.Tensor)
 
 
+@pytest.mark.some(7)
 @pytest.mark.parametrize("random_bits", [True, False])
 def test_a_tall_head_of_bytes_is_split(linear: NativeLinear, random_bits: bool) -> None:
     """Its halves lie apart, and every op gives the bits that it gives of one that is whole."""

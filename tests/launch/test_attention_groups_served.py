@@ -29,6 +29,7 @@ SMALL: dict[str, Any] = {"dtype": "float32", "ops": "reference", "max_total_toke
 PAIR: dict[str, Any] = {"tp_size": 2, "attn_dp_size": 2}
 
 
+@pytest.mark.some(4)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "sizes", "tokens"),

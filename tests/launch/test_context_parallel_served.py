@@ -40,6 +40,7 @@ def alike(found: dict[str, Any], expected: dict[str, Any]) -> None:
         assert found[key][2] == pytest.approx(prompt, abs=1e-4, nan_ok=True), key
 
 
+@pytest.mark.some(3)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "sizes"),

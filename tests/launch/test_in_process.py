@@ -341,6 +341,7 @@ def ends(path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tupl
     return {name: (codes[at], (folder / str(at)).read_text()) for at, name in enumerate(ENDINGS)}
 
 
+@pytest.mark.some(4)
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("ending", ENDINGS)

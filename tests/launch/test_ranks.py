@@ -37,6 +37,7 @@ DRAFTS: dict[str, Any] = {"speculative_algorithm": "suffix", "disable_speculativ
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc of Linux")
 
 
+@pytest.mark.some(4)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "sizes"),
@@ -173,6 +174,7 @@ def test_recorded_steps_of_ranks_answer_as_one_rank_does(
     assert decisions["rank_steps"][0] == "recorded" and "sums included" in decisions["rank_steps"][1]
 
 
+@pytest.mark.some(3)
 @pytest.mark.slow
 @pytest.mark.skipif(not built(), reason="the native library is not built (no C++ compiler?)")
 @pytest.mark.parametrize("starving", [0, 1, 2])

@@ -24,6 +24,7 @@ from phloem.launch.core import EngineCore
 from phloem.testing.checkpoints import tiny_checkpoint
 
 
+@pytest.mark.some(3)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "values"),

@@ -82,6 +82,7 @@ def compare(name: str, path: Path, dp: int, tp: int, ep: int = 1) -> None:
     assert (alone - whole[-1:]).abs().max() <= LIMIT, name
 
 
+@pytest.mark.some(23)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in families()]
 )

@@ -58,6 +58,7 @@ WITHOUT = (
 )
 
 
+@pytest.mark.some(21)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in families() if name not in WITHOUT])
 def test_every_family_does_without_its_prefix(made: Any, tmp_path: Path, name: str) -> None:

@@ -92,6 +92,7 @@ def compare(name: str, path: Path, cp: int, tp: int = 1, ep: int = 1, a2a: bool 
     assert [int(whole[-1].argmax()), *(int(row.argmax()) for row in decodes)] == tokens
 
 
+@pytest.mark.some(23)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in families()]
 )

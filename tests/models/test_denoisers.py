@@ -198,6 +198,7 @@ def test_requests_that_lose_their_pages_give_the_same_answers(name: str, path: A
     assert [one["output_ids"] for one in found] == wanted
 
 
+@pytest.mark.some(3)
 @needs_native
 @pytest.mark.slow
 @pytest.mark.parametrize("kept", ["auto", "int8"])

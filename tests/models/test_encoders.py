@@ -64,6 +64,7 @@ def near(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-4) -> N
     assert float((ours - theirs).abs().max()) <= tolerance
 
 
+@pytest.mark.some(6)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_states_are_those_of_transformers_for_texts_of_mixed_lengths(name: str, tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ def work(engine: Engine, tokens: list[int]) -> tuple[torch.Tensor, list[int]]:
     return whole, found
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("name", some())
 def test_copies_and_moves_change_no_token(name: str, tmp_path: Path) -> None:
     path = path_of(name, tmp_path)

@@ -38,6 +38,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("name", every if every is not None else PREEMPTED)
 
 
+@pytest.mark.some(6)
 @pytest.mark.slow
 def test_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     base, _, variant = name.partition("-")
@@ -51,6 +52,7 @@ def test_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> N
     assert again[0]["meta_info"]["cached_tokens"] >= (len(LONG) - 1) // 4 * 4 - 4
 
 
+@pytest.mark.some(3)
 @pytest.mark.slow
 def test_rows_that_lose_their_pages_go_on_with_the_same_tokens(name: str, tmp_path: Path) -> None:
     """A pool too small for all: some are preempted, and begin again from what the tree has kept."""

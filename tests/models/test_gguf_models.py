@@ -35,6 +35,7 @@ LLAMA3_ROPE = {
 }
 
 
+@pytest.mark.some(18)
 @pytest.mark.parametrize("name", KNOWN)
 def test_gguf_gives_the_same_logits(name: str, tmp_path: Path) -> None:
     """F32 tensors, so that only names, permutation, norms and the translated configuration are at stake."""

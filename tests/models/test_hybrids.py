@@ -49,6 +49,7 @@ def settings(path: Path, ops: str, **more: Any) -> dict[str, Any]:
     return {"model_path": str(path), "ops": ops, "debug_invariants": True, **base, **more}
 
 
+@pytest.mark.some(6)
 @pytest.mark.slow
 @pytest.mark.parametrize("ops", TABLES)
 @pytest.mark.parametrize("name", SERVED)

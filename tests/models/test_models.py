@@ -43,11 +43,13 @@ def test_every_family_says_how_a_tiny_one_is_made() -> None:
     assert not aliases & set(families())
 
 
+@pytest.mark.some(23)
 @pytest.mark.parametrize("name", families())
 def test_logits(made: Any, name: str) -> None:
     check_modes(*made(name))
 
 
+@pytest.mark.some(26)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_logits_of_variants(made: Any, name: str) -> None:

@@ -96,6 +96,7 @@ def test_every_family_with_experts_is_named_here(tmp_path: Path) -> None:
     assert named <= set(SPARSE) and set(SPARSE) <= set(families())
 
 
+@pytest.mark.some(10)
 @pytest.mark.parametrize("name", some(SPARSE))
 def test_experts_over_ranks_give_the_logits_and_tokens_of_one(name: str, tmp_path: Path) -> None:
     path = checkpoint(name, tmp_path)
@@ -105,6 +106,7 @@ def test_experts_over_ranks_give_the_logits_and_tokens_of_one(name: str, tmp_pat
         compare(together(tp, lambda comm, ep=ep: work(engine_of(path, comm, ep), tokens))[0], whole, tokens)
 
 
+@pytest.mark.some(18)
 @pytest.mark.parametrize("name", some([name for name in families() if name not in (*NO_STAGES, *TOWERS)]))
 def test_stages_of_layers_give_the_logits_and_tokens_of_one(name: str, tmp_path: Path) -> None:
     path = checkpoint(name, tmp_path)

@@ -40,6 +40,7 @@ def wanted(whole: Weight, share: Weight, number: int) -> torch.Tensor:
     return values[tuple(slice(first, last) for first, last in share.spans(number))]
 
 
+@pytest.mark.some(69)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", families())
 @pytest.mark.parametrize("options", [{"tp": 2}, {"tp": 4}, {"tp": 4, "ep": 2}], ids=["tp2", "tp4", "ep2"])

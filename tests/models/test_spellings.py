@@ -34,6 +34,7 @@ def test_scaling_added_by_hand(made: Any, tmp_path: Path, family: str, scaling: 
     check(made, tmp_path, family, {"rope_scaling": scaling})
 
 
+@pytest.mark.some(22)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [name for name in families() if name not in ("phi3", "phimoe")])  # LongRoPE alone
 def test_scaling_added_by_hand_to_any_family(made: Any, tmp_path: Path, family: str) -> None:

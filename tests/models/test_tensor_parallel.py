@@ -42,6 +42,7 @@ def compare(path: Path, size: int, whole: torch.Tensor, tokens: list[int]) -> No
     assert found == tokens
 
 
+@pytest.mark.some(23)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in families()]
 )

@@ -97,6 +97,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return get
 
 
+@pytest.mark.some(6)
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in KINDS])
 def test_logits_are_those_of_transformers(written: Any, name: str) -> None:
     check_modes(written(name), reference(written(name), PROMPT), kind=Foreign)
@@ -126,6 +127,7 @@ def test_windows_heads_and_sinks_are_those_of_the_calls(written: Any) -> None:
     assert all(abs(spec.scale - 20**-0.5) < 1e-9 for spec in caps)
 
 
+@pytest.mark.some(5)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*ALONE, "vaultgemma", "llama"])
 def test_greedy_tokens_are_those_of_transformers(written: Any, name: str) -> None:

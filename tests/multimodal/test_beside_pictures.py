@@ -64,6 +64,7 @@ def made(request: Any, tmp_path_factory: Any) -> Iterator[tuple[Theirs, Path]]:
     yield Theirs(request.param, path), path
 
 
+@pytest.mark.some(9)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
@@ -107,6 +108,7 @@ def adapters(path: Path, out: Path, target: Any, count: int = 2) -> list[Any]:
     return found
 
 
+@pytest.mark.some(3)
 @pytest.mark.slow
 def test_adapters_share_what_the_tower_made_and_no_keys_and_values(made: Any, tmp_path: Path) -> None:
     """The same prompt about the same picture under two adapters and none: the text is PEFT's, the tower runs once."""

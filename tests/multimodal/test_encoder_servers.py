@@ -183,6 +183,7 @@ def same(path: Path, media: list[bytes], field: str, distinct: int, **settings: 
         eventually(lambda: encoder.counts == (distinct, distinct))
 
 
+@pytest.mark.some(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_vl", "llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "llava_next", "mistral3"])
 def test_pictures_as_one_server(family: str, tmp_path: Path) -> None:

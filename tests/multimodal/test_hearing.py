@@ -102,6 +102,7 @@ def ask(engine: Engine, name: str, which: list[int] | None = None, **more: Any) 
     return found
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("settings", [{}, {"chunked_prefill_size": 3, "max_running_requests": 2, "page_size": 4}])
 def test_logits_and_greedy_text_are_those_of_transformers(pair: Any, settings: dict[str, Any]) -> None:
     theirs, path = pair

@@ -62,6 +62,7 @@ def check(theirs: Theirs, found: dict[str, Any], name: str) -> None:
     assert found["output_ids"] == theirs.greedy(ids, images, 8)
 
 
+@pytest.mark.some(11)
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"chunked_prefill_size": 3, "max_running_requests": 2, "page_size": 4}])
 def test_logits_and_greedy_text_are_those_of_transformers(pair: Any, settings: dict[str, Any]) -> None:
@@ -74,6 +75,7 @@ def test_logits_and_greedy_text_are_those_of_transformers(pair: Any, settings: d
         engine.shutdown()
 
 
+@pytest.mark.some(6)
 @pytest.mark.slow
 def test_pictures_are_found_by_content(pair: Any) -> None:
     """The same prompt again is neither encoded nor computed; the same text about another picture shares no more than
@@ -99,6 +101,7 @@ def test_pictures_are_found_by_content(pair: Any) -> None:
         engine.shutdown()
 
 
+@pytest.mark.some(6)
 @pytest.mark.slow
 def test_many_at_once_are_as_alone(pair: Any) -> None:
     """Pictures and texts in the same steps, several continuations, preemptions: each answer is the one it has alone."""

@@ -89,6 +89,7 @@ def check(theirs: Theirs, found: dict[str, Any], name: str) -> None:
     assert found["output_ids"] == theirs.greedy(ids, images, 8, clips)
 
 
+@pytest.mark.some(5)
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"chunked_prefill_size": 5, "max_running_requests": 2, "page_size": 4}])
 def test_logits_and_greedy_text_are_those_of_transformers(pair: Any, settings: dict[str, Any]) -> None:
@@ -98,6 +99,7 @@ def test_logits_and_greedy_text_are_those_of_transformers(pair: Any, settings: d
             check(theirs, ask(engine, name, return_logprob=True, logprob_start_len=0), name)
 
 
+@pytest.mark.some(3)
 @pytest.mark.slow
 def test_videos_are_found_by_content(pair: Any) -> None:
     """The same prompt again is neither encoded nor computed; the same text about another video shares what is before
@@ -116,6 +118,7 @@ def test_videos_are_found_by_content(pair: Any) -> None:
         assert (state["pictures_encoded"], state["pictures_found"]) == (2, 0)
 
 
+@pytest.mark.some(3)
 @pytest.mark.slow
 def test_videos_pictures_and_texts_in_the_same_steps_are_as_alone(pair: Any) -> None:
     _, path = pair

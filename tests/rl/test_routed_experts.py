@@ -167,6 +167,7 @@ GEMMA: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.some(8)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*SPARSE, "gemma4_text"])
 def test_every_family_tells_the_experts_that_a_plain_recomputation_chooses(name: str, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ def test_answers_equal_the_oracle(memory: tuple[MemorySpec, ...], overlap: bool,
     assert (hits > 0) is cache
 
 
+@pytest.mark.some(12)
 @pytest.mark.slow
 @every
 @both
@@ -58,6 +59,7 @@ def test_under_pressure_with_steps_that_never_happened(
     assert driver.tokens == want and driver.runner.starved > 3
 
 
+@pytest.mark.some(21)
 @pytest.mark.slow
 @every
 @both

@@ -300,6 +300,7 @@ def test_a_body_over_the_limit_on_a_real_socket() -> None:
         assert httpx.post(server.url + CHAT, json={"messages": HI, "max_tokens": 1}).status_code == 200
 
 
+@pytest.mark.some(4)
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"stream_options": {"include_usage": True}}, {"n": 2}, {"stop": ["zz"]}])
 @pytest.mark.parametrize(

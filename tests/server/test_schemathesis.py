@@ -51,6 +51,7 @@ def takes_input(operation: Any) -> bool:
     return bool(operation.body) or bool(operation.query) or bool(operation.path_parameters)
 
 
+@pytest.mark.some(26)
 @pytest.mark.parametrize("label", OPERATIONS)
 def test_requests_from_the_document(label: str, server: Served) -> None:
     operation = OPERATIONS[label]

@@ -218,6 +218,7 @@ def test_without_adaption_all_drafts_are_verified_always() -> None:
     assert found.on
 
 
+@pytest.mark.some(16)
 @pytest.mark.slow
 @pytest.mark.parametrize("right", [0.0, 0.2, 0.5, 0.9])
 @pytest.mark.parametrize("slope", [0.03, 0.15, 0.4, 1.0])

@@ -194,6 +194,7 @@ EAGLE3: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.some(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", list(EAGLE3))
 def test_an_eagle3_head_says_what_plain_torch_says(

@@ -75,6 +75,7 @@ def called(form: str) -> str:
     return GOOD[form].replace(": ", ":").replace(", ", ",") if form == "llama3" else GOOD[form]
 
 
+@pytest.mark.some(16)
 @pytest.mark.slow
 @pytest.mark.parametrize(("form", "special"), CASES)
 def test_an_answer_is_calls_or_keeps_to_the_format(form: str, special: bool) -> None:
@@ -107,6 +108,7 @@ def test_an_answer_is_calls_or_keeps_to_the_format(form: str, special: bool) -> 
         assert not fits(grammar, own, wrong), wrong
 
 
+@pytest.mark.some(16)
 @pytest.mark.slow
 @pytest.mark.parametrize(("form", "special"), CASES)
 def test_random_answers_beside_tools_are_valid(form: str, special: bool) -> None:

@@ -232,6 +232,7 @@ BEGIN = {
 }
 
 
+@pytest.mark.some(18)
 @pytest.mark.slow
 @pytest.mark.parametrize(("form", "special", "walks"), WALKS)
 def test_strict_calls_are_read_back_and_valid(form: str, special: bool, walks: int) -> None:
@@ -249,6 +250,7 @@ def test_strict_calls_are_read_back_and_valid(form: str, special: bool, walks: i
         assert len(names) >= seeds // 3, names
 
 
+@pytest.mark.some(18)
 @pytest.mark.slow
 @pytest.mark.parametrize(("form", "special", "walks"), WALKS)
 def test_forced_calls_are_read_back_and_valid(form: str, special: bool, walks: int) -> None:

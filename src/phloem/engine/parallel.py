@@ -362,7 +362,7 @@ def run_shared(
     if found is None:
         inputs = step.inputs
         wanted = inputs.logit_index
-        if len(wanted):
+        if len(wanted) or whole.comm is None:
             return run_forward(whole, backend, pool, inputs, wanted)
         # As recorded steps do, of other ranks perhaps: one position stands for none, so that all make the same sums.
         return run_forward(whole, backend, pool, inputs, wanted.new_zeros(1))[:0]

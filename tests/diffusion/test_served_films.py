@@ -110,8 +110,9 @@ def test_films_wear_adapters_that_come_and_go_over_http(tmp_path: Path) -> None:
         assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "lora")
 
 
-@pytest.mark.parametrize("family", ["hunyuan_video", "wan", "wan_image_to_video"])
-def test_the_openai_client_asks_looks_lists_fetches_and_deletes(family: str, tmp_path: Path) -> None:
+# In 0.3 seconds HunyuanVideo has 7.2 of its 24 pictures a second, Wan 4.8 of 16: the nearest of 1, 5, 9, ...
+@pytest.mark.parametrize(("family", "frames"), [("hunyuan_video", 9), ("wan", 5), ("wan_image_to_video", 5)])
+def test_the_openai_client_asks_looks_lists_fetches_and_deletes(family: str, frames: int, tmp_path: Path) -> None:
     """A whole life of jobs of each family, to their expiry, over a real server."""
     openai: Any = pytest.importorskip("openai")
     folder, films, sees = tiny_films(tmp_path / "model", family), tmp_path / "films", family == "wan_image_to_video"
@@ -135,7 +136,7 @@ def test_the_openai_client_asks_looks_lists_fetches_and_deletes(family: str, tmp
         with pytest.raises(openai.NotFoundError):
             client.videos.retrieve(long.id)
         content = client.videos.download_content(first.id).read()
-        assert frames_in(content) == [(32, 16)] * 5
+        assert frames_in(content) == [(32, 16)] * frames
         again = client.videos.create_and_poll(**asked, extra_body={"seed": 3}, poll_interval_ms=100)
         assert client.videos.download_content(again.id).read() == content  # the seed alone says what is drawn
         assert client.videos.delete(again.id).deleted and not (films / f"{again.id}.mp4").exists()

@@ -126,6 +126,6 @@ def test_what_differs_from_nothing_and_what_one_rank_runs_alone_is_refused() -> 
     one = np.zeros(1, np.int32).tobytes()
     with pytest.raises(ValueError, match="a table of 1 rows differs from one that was never told"):
         other.unpack(msgspec.structs.replace(plan, slots=one))
-    with pytest.raises(ValueError, match="pictures, or drafts of a model, runs on one rank alone"):
+    with pytest.raises(ValueError, match="pictures, or drafts of a model runs on one rank alone"):
         packing.pack(replace(batch(3, [[[1]]]), parents=np.array([2], np.int32)))
     same(batch(4, [[[5]]]), Unpacking().unpack(Packing().pack(batch(4, [[[5]]]))))

@@ -100,11 +100,15 @@ class Meet(msgspec.Struct, frozen=True, tag=True):
     place: str
 
 
+class Leave(msgspec.Struct, frozen=True, tag=True):
+    """Another rank has failed of the pass: whoever waits for it in there is to leave. It is heard meanwhile."""
+
+
 class End(msgspec.Struct, frozen=True, tag=True):
     """Nothing comes any more."""
 
 
-Order = Pass | Meet | End
+Order = Pass | Meet | End | Leave
 encode: Callable[[Order], bytes] = msgspec.msgpack.Encoder().encode
 decode: Callable[[bytes], Order] = msgspec.msgpack.Decoder(Order).decode
 

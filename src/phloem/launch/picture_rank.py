@@ -5,7 +5,9 @@ It has the denoiser and the VAE's settings, computes the passes that the first r
 
 from __future__ import annotations
 
+import queue
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -48,16 +50,25 @@ class PictureRank:
 
     def run(self, pipe: RankPipe) -> None:
         """Until nothing comes any more. Raises EngineDead where the others do not come."""
-        while True:
-            data = pipe.next()
-            order = wire.End() if data is None else wire.decode(data)
-            if isinstance(order, wire.End):
-                return
+        orders: queue.SimpleQueue[wire.Order] = queue.SimpleQueue()
+        threading.Thread(target=self._listen, args=(pipe, orders), name="phloem-orders", daemon=True).start()
+        while not isinstance(order := orders.get(), wire.End):
             if isinstance(order, wire.Meet):
                 self._meet(order)
             else:
                 what, why = self._computed(order)
                 pipe.say(what, why, number=order.number)
+
+    def _listen(self, pipe: RankPipe, orders: queue.SimpleQueue[wire.Order]) -> None:
+        """In a thread, as a pass may wait for a rank that will not come: not every comm tells by itself."""
+        order: wire.Order | None = None
+        while not isinstance(order, wire.End):
+            data = pipe.next()
+            order = wire.End() if data is None else wire.decode(data)
+            if isinstance(order, wire.Leave | wire.End) and self._share is not None:
+                self._share.comm.abort()
+            if not isinstance(order, wire.Leave):
+                orders.put(order)
 
     def _meet(self, order: wire.Meet) -> None:
         comm = connect(self._name, self._rank, self._size, Path(order.place), SECONDS)

@@ -107,6 +107,7 @@ class PictureRanks:
         """What the pass has failed of, with the ranks ready for the next one, or gone."""
         team.comm.abort()
         try:
+            team.tell(wire.Leave())
             why = team.settled(self._number) if told else ""
             team.meet()
         except PhloemError as gone:
@@ -223,6 +224,8 @@ class _Team:
     # --- in threads of those who tell of it
 
     def _heard(self, child: Child, said: Said) -> None:
+        if said.what == "broke" and self._comm is not None:
+            self._comm.abort()  # the first rank would wait for it
         with self._changed:
             self._said[child.rank] = said
             self._changed.notify_all()

@@ -72,6 +72,7 @@ def made(folder: Path, family: str) -> Path:
     return tiny_films(folder, family) if family in FILMS else tiny_pictures(folder, family)
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("device", [CPU, OTHER], ids=["shared weights", "copied weights"])
 @pytest.mark.parametrize("family", list(GUIDED))
 def test_latents_are_those_of_rows_in_one_pass(tmp_path: Path, family: str, device: torch.device) -> None:

@@ -156,6 +156,7 @@ def of_ours(run: Run, family: str, latents: torch.Tensor) -> torch.Tensor:
     return run.painter.latents_CHW(latents, *size_of(family)) if family == "flux_2_klein" else latents
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("family", list(LAYERS))
 def test_what_is_made_is_what_the_pipeline_makes_with_the_adapters_loaded(tmp_path: Path, family: str) -> None:
     """Two adapters with a scale each, together and alone, beside rows that wear none."""

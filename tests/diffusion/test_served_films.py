@@ -111,6 +111,7 @@ def test_films_wear_adapters_that_come_and_go_over_http(tmp_path: Path) -> None:
 
 
 # In 0.3 seconds HunyuanVideo has 7.2 of its 24 pictures a second, Wan 4.8 of 16: the nearest of 1, 5, 9, ...
+@pytest.mark.some(2)
 @pytest.mark.parametrize(("family", "frames"), [("hunyuan_video", 9), ("wan", 5), ("wan_image_to_video", 5)])
 def test_the_openai_client_asks_looks_lists_fetches_and_deletes(family: str, frames: int, tmp_path: Path) -> None:
     """A whole life of jobs of each family, to their expiry, over a real server."""

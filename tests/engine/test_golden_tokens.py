@@ -40,6 +40,7 @@ def test_a_tiny_model_says_what_it_said_with_few_pages(recording: dict[str, Any]
     check(recording, got)
 
 
+@pytest.mark.some(5)
 @pytest.mark.slow
 @pytest.mark.parametrize("model", golden_tokens.MODELS)
 def test_a_model_says_what_it_said(recording: dict[str, Any], folder: Path, model: str) -> None:

@@ -37,6 +37,7 @@ def kv_type(**settings: Any) -> tuple[str, str]:
     return told.value, told.reason
 
 
+@pytest.mark.some(2)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "value", "reason"),

@@ -82,6 +82,7 @@ def plainly(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **
     return out if given["add"] is None else out + given["add"]
 
 
+@pytest.mark.some(171)
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: " ".join(k for k, v in o.items() if v) or "plain")
 def test_every_option_of_every_table(ops: Ops, options: dict[str, Any], rows: int) -> None:

@@ -33,6 +33,7 @@ CASES: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("name", CASES)
 def test_the_kernel_gives_what_the_reference_gives_and_never_reads_what_nobody_sees(name: str) -> None:
     from phloem.kernels.jax.pallas import paged_attention

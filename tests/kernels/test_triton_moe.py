@@ -60,6 +60,7 @@ def test_sorting(tokens: int, top_k: int, experts: int) -> None:
     assert sum(-(-int((ids == e).sum()) // 16) for e in range(experts)) == int(used.sum())
 
 
+@pytest.mark.some(5)
 @pytest.mark.parametrize("renormalise", [False, True])
 @pytest.mark.parametrize(
     ("tokens", "top_k", "experts", "tile"), [(5, 2, 8, 16), (33, 3, 6, 16), (64, 8, 128, 16), (7, 4, 60, 32)]

@@ -49,6 +49,7 @@ CASES = [
 ]
 
 
+@pytest.mark.some(8)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("queries", [[1] * 7, [1, 3, 2, 1, 4, 30, 1]])

@@ -74,6 +74,7 @@ def far(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     return max(float((one[key] - other[key]).abs().max()) for key in one)
 
 
+@pytest.mark.some(2)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "name"), [(family, "shm") for family in ASKED] + [("qwen_image", "gloo"), ("wan_two", "gloo")]

@@ -41,6 +41,7 @@ def served(path: str, submits: list[Submit], **sizes: Any) -> tuple[dict[str, An
         core.close()
 
 
+@pytest.mark.some(2)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "sizes"),

@@ -54,6 +54,7 @@ def form(request: pytest.FixtureRequest) -> dict[str, Any]:
     return request.param
 
 
+@pytest.mark.some(2)
 @pytest.mark.slow
 def test_answers_are_those_of_a_fresh_start_whatever_way_the_weights_came(
     old: Path, new: Path, form: dict[str, Any]

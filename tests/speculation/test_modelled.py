@@ -79,6 +79,7 @@ WORDS = ("the dog ", "a page table ", "Paris is ", "x y z ", "sugar, ", "1 2 3 4
 PROMPT = st.lists(st.sampled_from(WORDS), min_size=1, max_size=12).map("".join)
 
 
+@pytest.mark.some(2)
 @pytest.mark.slow
 @settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
 @given(requests=st.lists(st.tuples(PROMPT, PARAMS), min_size=1, max_size=7))

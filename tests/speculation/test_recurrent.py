@@ -48,6 +48,7 @@ def answers(path: Path, ops: str, **more: Any) -> list[Any]:
     return [*first, *second]
 
 
+@pytest.mark.some(2)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "ops"),

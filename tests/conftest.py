@@ -59,7 +59,7 @@ def _spaced(count: int, of: int) -> set[int]:
 
 
 def leave_some(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of a test marked `some(n)`, n of its cases are run: all of them with --every, and those that are asked for by name."""
+    """Of a test marked `some(n)`, n of its cases are run; all of them with --every, and where a case is named."""
     if config.getoption("--every") or any("[" in argument for argument in config.args):
         return
     cases: dict[str, list[pytest.Item]] = {}

@@ -50,7 +50,7 @@ class PictureRank:
 
     def run(self, pipe: RankPipe) -> None:
         """Until nothing comes any more. Raises EngineDead where the others do not come."""
-        orders: queue.SimpleQueue[wire.Order] = queue.SimpleQueue()
+        orders: queue.SimpleQueue[wire.Pass | wire.Meet | wire.End] = queue.SimpleQueue()
         threading.Thread(target=self._listen, args=(pipe, orders), name="phloem-orders", daemon=True).start()
         while not isinstance(order := orders.get(), wire.End):
             if isinstance(order, wire.Meet):
@@ -59,7 +59,7 @@ class PictureRank:
                 what, why = self._computed(order)
                 pipe.say(what, why, number=order.number)
 
-    def _listen(self, pipe: RankPipe, orders: queue.SimpleQueue[wire.Order]) -> None:
+    def _listen(self, pipe: RankPipe, orders: queue.SimpleQueue[wire.Pass | wire.Meet | wire.End]) -> None:
         """In a thread, as a pass may wait for a rank that will not come: not every comm tells by itself."""
         order: wire.Order | None = None
         while not isinstance(order, wire.End):

@@ -144,18 +144,20 @@ class Dynamo(Cached):
 class Booked(Load):
     """What Dynamo is to hear of a request."""
 
-    __slots__ = ("dynamo", "name")
+    def __init__(self, plain: Load, dynamo: Dynamo) -> None:
+        super().__init__(plain.worker, plain.prompt, plain.output, plain.cached)
+        self._dynamo, self._name = dynamo, dynamo.booked.popleft()
 
     def first(self) -> None:
         if not self.began and not self.ended:
-            self.dynamo.began(self.name)
+            self._dynamo.began(self._name)
         super().first()
 
     def end(self) -> None:
         done = self.ended
         super().end()
         if not done:
-            self.dynamo.ended(self.name)
+            self._dynamo.ended(self._name)
 
 
 def fleet_of(name: str, size: Size, replicas: int) -> Fleet:
@@ -166,17 +168,14 @@ def fleet_of(name: str, size: Size, replicas: int) -> Fleet:
 
     class Account(Worker):
         def take(self, prompt: float, output: float, cached: float) -> Load:
-            plain = super().take(prompt, output, cached)
-            load = Booked(plain.worker, plain.prompt, plain.output, plain.cached)
-            load.dynamo, load.name = dynamo, dynamo.booked.popleft()
-            return load
+            return Booked(super().take(prompt, output, cached), dynamo)
 
     def account(number: int, settings: Settings) -> Worker:
         made = Worker.at(f"http://replica-{number}:80", settings, number)
         return Account(made.url, made.host, made.port, settings, number, made.pool, made.breaker)
 
     found = Fleet(size, Measured(), replicas, "round_robin", events=True, cached=dynamo, accounts=account)
-    found.gateway = dynamo  # type: ignore[assignment]
+    found.gateway = dynamo  # pyright: ignore[reportAttributeAccessIssue]
     return found
 
 

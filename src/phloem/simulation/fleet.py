@@ -55,8 +55,8 @@ def _account(number: int, settings: Settings) -> Worker:
 
 @dataclass
 class Fleet:
-    """`run` once. `cached`: what hears of the replicas' caches, where `events` says so. `accounts`: a replica's number ->
-    its worker as the gateway knows it; others than the gateway's own for what is compared with it."""
+    """`run` once. `cached`: what hears of the replicas' caches, where `events` says so. `accounts`: makes the worker by
+    which the gateway knows the replica of a number."""
 
     size: Size
     seconds: StepTime
@@ -66,13 +66,12 @@ class Fleet:
     events: bool = False  # the gateway follows cache events
     settings: Settings = field(default_factory=Settings)
     cached: Cached = field(default_factory=Cached)
-    accounts: Callable[[int, Settings], Worker] | None = None
+    accounts: Callable[[int, Settings], Worker] = _account
 
     def __post_init__(self) -> None:
         follows = self.cached if self.events else None
         self.members = [Replica(number, self.size, self.seconds, follows) for number in range(self.replicas)]
-        account = self.accounts or _account
-        self.workers = [account(number, self.settings) for number in range(self.replicas)]
+        self.workers = [self.accounts(number, self.settings) for number in range(self.replicas)]
         made = POLICIES.get(self.policy)
         self.gateway: Policy = made(self.settings, self.cached, random.Random(self.seed))
         self.seen = Seen(self.replicas)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import socket
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from disagg_support import FACTS, FakeLender, Pair, until
 
-from phloem.disagg import arrivals
+from phloem.disagg import arrivals, rooms
 from phloem.disagg.bootstrap import Book, Bootstrap, Directory, Unknown, machine_id
 from phloem.disagg.transports import TRANSPORTS
 from phloem.disagg.wire import Alive, Ask, Done, Link, LinkLost, Pages, Refused, digest_of
@@ -271,6 +272,39 @@ def test_an_abort_at_decode_frees_both_sides(when: str) -> None:
     pair.decode.abort("a")
     pair.run()
     assert "a" not in pair.decode.tokens
+    pair.close()
+
+
+def room_state(pair: Pair, state: str) -> bool:
+    rooms = pair.rooms._rooms.values()  # pyright: ignore[reportPrivateUsage]
+    if state == "prefill has not heard of it":
+        return pair.rooms._links > pair.rooms._new  # pyright: ignore[reportPrivateUsage]
+    if state == "it waits to be computed":
+        return any(room.served for room in rooms)
+    return (pair.arrivals.counts.pages if state == "pages come" else pair.arrivals.counts.fetched) > 0
+
+
+@pytest.mark.parametrize(
+    "state", ["prefill has not heard of it", "it waits to be computed", "pages come", "all of it is there"]
+)
+def test_a_peer_that_is_gone_in_any_state_costs_time_alone(state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the system closes what a killed process had: either side sees the other one go."""
+    links: list[Link] = []
+    monkeypatch.setattr(rooms, "Link", lambda sock: links.append(Link(sock)) or links[-1])
+    pair = Pair()
+    pair.to_decode("a", PROMPT)
+    if state != "prefill has not heard of it":
+        pair.to_prefill("a", PROMPT)
+    computing = () if state == "it waits to be computed" else (pair.prefill,)
+    until(lambda: room_state(pair, state), *computing)
+    for link in links:
+        with contextlib.suppress(OSError):  # it may have ended by itself
+            link.sock.shutdown(socket.SHUT_RDWR)
+    pair.run()
+    assert answered(pair, "a", PROMPT) and fetched(pair) == ((1, 0) if state == "all of it is there" else (0, 1))
+    pair.both("b", PROMPT[3:])
+    pair.run()
+    assert answered(pair, "b", PROMPT[3:])
     pair.close()
 
 

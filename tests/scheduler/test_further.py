@@ -3,8 +3,11 @@ pages and rows are accounted for."""
 
 from __future__ import annotations
 
+import errno
 import random
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 from tier_support import Slow, Tiered, disk_in
 
 from phloem.core.messages import Control
+from phloem.kvcache.tiers import _segments as segments
 from phloem.testing.driver import Driver, random_tokens, storm
 
 both = pytest.mark.parametrize("overlap", [False, True], ids=["plain", "overlapped"])
@@ -292,6 +296,53 @@ def test_a_store_that_fails_costs_no_answer(what: str, cached: int) -> None:
     in_store(tiered)
     assert sum(tiered.ask("b", PROMPTS[0]).values()) == cached
     assert tiered.ask("c", PROMPTS[0])["device"] == 56
+    tiered.close()
+
+
+def full(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(segments.os, "pwritev", refuse)
+
+
+def spoilt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes of every row are others."""
+    for path in folder.glob("replica-0/*.kv"):
+        data = np.fromfile(path, np.uint8)
+        data[::512] ^= 4
+        path.write_bytes(data.tobytes())
+
+
+def gone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.parametrize("state", ["exists", "read", "write"])
+@pytest.mark.parametrize("fault", [full, spoilt, gone])
+def test_a_disk_that_fails_in_any_state_costs_no_answer(
+    fault: Callable[[Path, pytest.MonkeyPatch], None], state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`state`: what the store is asked for when it happens: what it has, rows that it has, or to take some."""
+    store = disk_in(tmp_path)
+    tiered, struck = Tiered(driver_of(), store, 16), list[str]()
+    in_store(tiered)
+    call = getattr(store, state)
+
+    def strike(*given: Any) -> Any:
+        if not struck:
+            struck.append(state)
+            fault(tmp_path, monkeypatch)
+        return call(*given)
+
+    monkeypatch.setattr(store, state, strike)
+    fresh = [random_tokens(random.Random(seed), 60) for seed in range(20, 26)]
+    found = sum(tiered.ask("b", PROMPTS[0]).values())
+    for at, prompt in enumerate(fresh):  # these are written
+        assert sum(tiered.ask(f"c{at}", prompt).values()) == 0
+    assert struck and (found == 56 if fault is full or state == "write" else found < 56)
+    for at, prompt in enumerate([*PROMPTS, *fresh]):
+        tiered.ask(f"d{at}", prompt)
     tiered.close()
 
 

@@ -110,6 +110,10 @@ class FakeMooncake:
         return 0
 
 
+class _Sync:
+    NIXL_THREAD_SYNC_STRICT = "strict"
+
+
 class FakeNixl:
     """`nixl_agent` whose transfers are `os.pread` and `os.pwrite`."""
 
@@ -118,6 +122,7 @@ class FakeNixl:
     def __init__(self, name: str, config: dict[str, Any]) -> None:
         if config["backends"] != ["POSIX"]:
             raise KeyError(config["backends"][0])
+        assert config["sync_mode"] == _Sync.NIXL_THREAD_SYNC_STRICT, "it is called from several threads"
         self._name = name
         self._known: list[tuple[list[Any], str]] = []
 
@@ -180,7 +185,7 @@ def stand_in(name: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterat
             yield Stores(name, {"master_server_address": address, "global_segment_size": 1 << 20}, fault, None)
         return
     kind = type("Fake", (FakeNixl,), {"fault": fault})
-    _module(monkeypatch, "nixl._api", nixl_agent=kind, nixl_agent_config=lambda backends: {"backends": backends})
+    _module(monkeypatch, "nixl._api", nixl_agent=kind, nixl_agent_config=dict, nixl_thread_sync_t=_Sync)
     yield Stores(name, {}, fault, folder)
 
 

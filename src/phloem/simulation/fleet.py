@@ -10,7 +10,7 @@ import gc
 import heapq
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -49,9 +49,14 @@ class _Flight:
     load: Load
 
 
+def _account(number: int, settings: Settings) -> Worker:
+    return Worker.at(f"http://replica-{number}:80", settings, number)
+
+
 @dataclass
 class Fleet:
-    """`run` once. `longest`: tokens of a prompt at most."""
+    """`run` once. `cached`: what hears of the replicas' caches, where `events` says so. `accounts`: makes the worker by
+    which the gateway knows the replica of a number."""
 
     size: Size
     seconds: StepTime
@@ -60,12 +65,13 @@ class Fleet:
     seed: int = 0
     events: bool = False  # the gateway follows cache events
     settings: Settings = field(default_factory=Settings)
+    cached: Cached = field(default_factory=Cached)
+    accounts: Callable[[int, Settings], Worker] = _account
 
     def __post_init__(self) -> None:
-        self.cached = Cached()
         follows = self.cached if self.events else None
         self.members = [Replica(number, self.size, self.seconds, follows) for number in range(self.replicas)]
-        self.workers = [Worker.at(f"http://replica-{n}:80", self.settings, n) for n in range(self.replicas)]
+        self.workers = [self.accounts(number, self.settings) for number in range(self.replicas)]
         made = POLICIES.get(self.policy)
         self.gateway: Policy = made(self.settings, self.cached, random.Random(self.seed))
         self.seen = Seen(self.replicas)

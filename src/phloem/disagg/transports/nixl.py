@@ -2,7 +2,7 @@
 
 Memory is registered with an agent, whose description of itself is what others must know to reach it.
 
-https://github.com/ai-dynamo/nixl; an agent may be called from any thread.
+https://github.com/ai-dynamo/nixl
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from phloem.disagg.transports._reading import BEAT, STALLED, Receiver, Sender, S
 from phloem.disagg.transports.tcp import Transport as Sockets
 from phloem.disagg.wire import LinkLost
 from phloem.utils import log
+from phloem.utils.nixl_agent import agent
 
 if TYPE_CHECKING:
     import socket
@@ -39,11 +40,8 @@ class Agent:
     """This process among others. Its calls raise LinkLost where NIXL refuses something."""
 
     def __init__(self) -> None:
-        from nixl._api import nixl_agent, nixl_agent_config  # pyright: ignore[reportMissingImports]
-
         self.name = f"phloem-{uuid.uuid4().hex}"
-        config: Any = nixl_agent_config(backends=["UCX"])
-        self._agent: Any = nixl_agent(self.name, config)
+        self._agent: Any = agent(self.name, "UCX")
         self._lock = threading.Lock()
         self.spare = Spare()
         self._peers: OrderedDict[str, tuple[bytes, int]] = OrderedDict()  # what they said, and how many read from them

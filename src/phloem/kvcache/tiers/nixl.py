@@ -22,6 +22,7 @@ import msgspec
 from phloem.core.errors import ConfigError
 from phloem.kvcache.tiers import KEY_BYTES
 from phloem.kvcache.tiers._staged import CHECK_BYTES, Distant, StoreFailed, in_calls
+from phloem.utils.nixl_agent import agent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -239,12 +240,9 @@ def _agent(name: str, extra: dict[str, Any]) -> Any:
     except msgspec.ValidationError as error:
         raise ConfigError(f"{PARAM}: nixl: {error}", param=PARAM) from None
     try:
-        from nixl._api import nixl_agent, nixl_agent_config  # pyright: ignore[reportMissingImports]
+        return agent(name, given.plugin)
     except ImportError as error:
         text = f"hicache_storage_backend: nixl: {error}: pip install 'phloem[nixl]'"
         raise ConfigError(text, param="hicache_storage_backend") from None
-    try:
-        config: Any = nixl_agent_config(backends=[given.plugin])
-        return nixl_agent(name, config)
     except Exception as error:
         raise ConfigError(f"{PARAM}: plugin: {given.plugin}: {type(error).__name__}: {error}", param=PARAM) from None

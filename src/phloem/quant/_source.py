@@ -19,7 +19,16 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+LARGEST = 1e18  # of a weight: no training gives it, and the norm behind it could not square it in float32
 Index = tuple[int | slice, ...]  # one entry per axis of the stored tensor; slices have start, stop and step
+
+
+def out_of_range(values: Tensor, most: float = LARGEST) -> bool:
+    """Whether some of a float tensor's numbers are none (NaN), infinite, or beyond what weights are. In one pass."""
+    if not values.numel():
+        return False
+    low, high = torch.aminmax(values if values.itemsize > 1 else values.float())
+    return not -most <= float(low) <= float(high) <= most  # NaN is neither
 
 
 class Stager(Protocol):

@@ -55,6 +55,10 @@ class Source:
         """The type that it is stored in, where that is one of torch's."""
         raise NotImplementedError
 
+    def stored_values(self) -> Tensor | None:
+        """All of it as it is stored, where it lies; None: not as floats of 16 bits or more."""
+        return None
+
     def take(self, index: Index | None, dtype: torch.dtype) -> Tensor:
         """The entries `index` (None: all) as a contiguous tensor on the CPU, or where the model is."""
         raise NotImplementedError

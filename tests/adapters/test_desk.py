@@ -31,6 +31,8 @@ class One:
 
 
 class Sites:
+    beside = False
+
     def __init__(self, entries: int) -> None:
         self.entries = entries
         self.puts: list[int] = []

@@ -137,7 +137,6 @@ def test_settings_are_honoured_left_out_with_a_line_or_refused(caplog: pytest.Lo
     assert found == {"logprobs_mode": "temperature", "model_path": "m", "dtype": "float16", "log_level": "warning"}
     assert "attention_backend='fa3' is left out" in caplog.text and "enable_memory_saver" in caplog.text
     for name, value in (
-        ("enable_eplb", True),
         ("custom_weight_loader", ["a.b"]),
         ("encoder_only", True),
     ):
@@ -156,8 +155,10 @@ def test_server_args_come_from_a_command_line_and_are_a_dataclass() -> None:
     assert (args.tp_size, args.skip_tokenizer_init, args.mem_fraction_static) == (2, True, 0.5)
     assert args.url() == "http://[::1]:30000" and args.settings()["tp_size"] == 2
     more = ["--dp", "2", "--disaggregation-mode", "decode", "--kt-num-gpu-experts", "4", "--kt-threadpool-count", "1"]
+    more += ["--enable-eplb", "--disaggregation-transfer-backend", "nixl"]
     found = module.prepare_server_args(["--model-path", "m", *more]).settings()
     assert (found["dp_size"], found["disaggregation_mode"], found["kt_num_gpu_experts"]) == (2, "decode", 4)
+    assert found["enable_eplb"] is True and found["disaggregation_transfer_backend"] == "nixl"
     Config.from_flat(found)
     # As AReaL writes the command: every setting of its own that is not None or False.
     areal = "--chunked-prefill-size -1 --torch-compile-max-bs 32 --triton-attention-num-kv-splits 8 --enable-metrics "

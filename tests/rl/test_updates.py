@@ -101,6 +101,8 @@ WRONG: list[tuple[Any, str]] = [
     ({"model.norm.weight": torch.ones(3)}, r"model.norm.weight is \[3\], expected"),
     ({"model.norm.weight": torch.ones(32, dtype=torch.int64)}, "int64"),
     ([("model.norm.weight", [1.0])], "named_tensors"),
+    ({"model.norm.weight": torch.full((32,), float("nan"))}, r"model.norm.weight has numbers that are NaN"),
+    ({"model.norm.weight": torch.full((32,), 1e30)}, r"or beyond 1e\+18"),
 ]
 
 
@@ -130,6 +132,10 @@ def test_a_damaged_checkpoint_changes_nothing(engine: Engine, new: Path, tmp_pat
     tensors.pop("model.norm.weight")
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(PhloemError, match=r"model.norm.weight"):
+        engine.update_weights_from_disk(str(tmp_path))
+    tensors["model.norm.weight"] = torch.full((32,), float("-inf"))
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(PhloemError, match=r"model.norm.weight has numbers that are NaN, infinite"):
         engine.update_weights_from_disk(str(tmp_path))
     with pytest.raises(PhloemError, match="there is no"):
         engine.update_weights_from_disk(str(tmp_path / "nowhere"))

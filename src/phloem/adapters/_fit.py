@@ -7,20 +7,23 @@ rows, and b' is b, or what the adapter has in its place. Legend as in `_sites`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from phloem.adapters._fits import Fit
 from phloem.adapters._peft import check_finite, refuse, some
+from phloem.adapters._sites import zeros
+from phloem.quant._source import out_of_range
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import Tensor
 
     from phloem.adapters._peft import AdapterFile, Module
-    from phloem.adapters._sites import Place, Site, Sites
+    from phloem.adapters._sites import Place, Sites
 
     Base = Callable[[str], Tensor]  # a tensor of the base by the name that its checkpoint gives it
 
@@ -35,34 +38,96 @@ def fit(file: AdapterFile, sites: Sites, base: Base) -> dict[int, Fit]:
         BadRequest: naming the modules that have no place, or whose shapes are another base's.
     """
     wanted = _checked(file, sites)
-    ranks = _ranks(file, wanted)
-    found: dict[int, Fit] = {}
     with torch.inference_mode():
-        for name, module in file.modules.items():
-            if module.down is None or module.up is None:
-                continue
-            for place in wanted[name]:
-                site = sites.sites[place.site]
-                if place.site not in found:
-                    found[place.site] = _empty(sites.sites[place.site], ranks[place.site], sites.dtype)
-                one, rank = found[place.site], module.down.shape[0]
-                one.down[place.part, :rank] = module.down
-                columns = slice(place.start, place.start + place.size)
-                one.up[:rank, columns] = _rows(module.up.float() * module.scale, place).T
-                assert site.outputs == one.up.shape[1]
+        found = _packed(file, sites, wanted)
         for name, module in file.modules.items():
             if module.magnitude is not None or module.bias is not None or module.up_bias is not None:
                 own = sites.resolve(name)
                 assert own is not None  # as was checked
                 _outputs(own, module, wanted[name], sites, found, base)
-    _check_kept(file, wanted, found)
+                _check_kept(file, name, wanted[name], found)
     return found
 
 
-def _check_kept(file: AdapterFile, wanted: dict[str, list[Place]], found: dict[int, Fit]) -> None:
-    for name, places in wanted.items():
-        for place in places:
-            one, columns = found[place.site], slice(place.start, place.start + place.size)
+@dataclass(slots=True)
+class _Stack:
+    """What sites of one shape keep, one behind the other: layers are alike, and one op packs a module of them all."""
+
+    down: Tensor  # [S, P, r, N]
+    up: Tensor  # [S, r, M]
+
+
+def _packed(file: AdapterFile, sites: Sites, wanted: dict[str, list[Place]]) -> dict[int, Fit]:
+    """Site -> the low-rank additions. Raises BadRequest: they are too large as they are kept."""
+    stacks, where = _stacks(sites, _ranks(file, wanted))
+    alike: dict[tuple[Any, ...], list[tuple[int, str, Place]]] = {}  # what differs in names and numbers alone
+    for name, module in file.modules.items():
+        down, up = module.down, module.up
+        if down is None or up is None:
+            continue
+        for place in wanted[name]:
+            stack, at = where[place.site]
+            shapes = down.shape, down.dtype, up.shape, up.dtype
+            kind = stack, place.part, place.start, place.size, place.rows, *shapes, module.scale
+            alike.setdefault(kind, []).append((at, name, place))
+    for (stack, *_), group in alike.items():
+        group.sort(key=lambda one: one[0])
+        for run in _runs(group):
+            _fill(stacks[stack], run, [file.modules[name] for _, name, _ in run])
+    if any(out_of_range(values) for stack in stacks for values in (stack.down, stack.up)):
+        for name, places in wanted.items():
+            _check_kept(file, name, places, {site: _of(stacks, at) for site, at in where.items()})
+    return {site: _of(stacks, at) for site, at in where.items()}
+
+
+def _stacks(sites: Sites, ranks: dict[int, int]) -> tuple[list[_Stack], dict[int, tuple[int, int]]]:
+    """(Stacks of zeros, site -> its stack, and where in it)."""
+    shapes: dict[tuple[int, ...], list[int]] = {}
+    for number, rank in sorted(ranks.items()):
+        site = sites.sites[number]
+        shapes.setdefault((len(site.sizes), rank, site.inputs, site.outputs), []).append(number)
+    stacks: list[_Stack] = []
+    where: dict[int, tuple[int, int]] = {}
+    for (parts, rank, inputs, outputs), numbers in shapes.items():
+        where |= {number: (len(stacks), at) for at, number in enumerate(numbers)}
+        down = zeros((len(numbers), parts, rank, inputs), sites.dtype)
+        stacks.append(_Stack(down, zeros((len(numbers), rank, outputs), sites.dtype)))
+    return stacks, where
+
+
+def _of(stacks: list[_Stack], at: tuple[int, int]) -> Fit:
+    stack, row = stacks[at[0]], at[1]
+    return Fit(stack.up.shape[1], stack.down[row], stack.up[row])
+
+
+def _runs(group: list[tuple[int, str, Place]]) -> Iterator[list[tuple[int, str, Place]]]:
+    """Those that follow each other in a stack."""
+    begin = 0
+    for at in range(1, len(group) + 1):
+        if at == len(group) or group[at][0] != group[at - 1][0] + 1:
+            yield group[begin:at]
+            begin = at
+
+
+def _fill(stack: _Stack, run: list[tuple[int, str, Place]], modules: list[Module]) -> None:
+    """One module of sites that follow each other."""
+    (first, _, place), scale = run[0], modules[0].scale
+    rows = slice(first, first + len(run))
+    downs = [module.down for module in modules if module.down is not None]
+    ups = [_rows(module.up, place) for module in modules if module.up is not None]
+    rank = len(downs[0])
+    stack.down[rows, place.part, :rank] = torch.stack(downs)
+    whole = torch.stack(ups)
+    if scale != 1.0:  # numbers of the type that is kept are rounded once, as those of float32 are
+        whole = (whole if whole.dtype == stack.up.dtype else whole.float()) * scale
+    stack.up[rows, :rank, place.start : place.start + place.size] = whole.transpose(1, 2)
+
+
+def _check_kept(file: AdapterFile, name: str, places: list[Place], found: Mapping[int, Fit]) -> None:
+    for place in places:
+        one = found.get(place.site)
+        if one is not None:
+            columns = slice(place.start, place.start + place.size)
             outputs = (None if values is None else values[columns] for values in (one.factor, one.shift))
             check_finite(file.path, name, one.down[place.part], one.up[:, columns], *outputs)
 
@@ -112,11 +177,6 @@ def _ranks(file: AdapterFile, wanted: dict[str, list[Place]]) -> dict[int, int]:
         if down is not None:
             found |= {place.site: max(found.get(place.site, 0), len(down)) for place in places}
     return found
-
-
-def _empty(site: Site, rank: int, dtype: torch.dtype) -> Fit:
-    down = torch.zeros((len(site.sizes), rank, site.inputs), dtype=dtype)
-    return Fit(rank, down, torch.zeros((rank, site.outputs), dtype=dtype))
 
 
 def _rows(values: Tensor, place: Place) -> Tensor:

@@ -6,7 +6,6 @@ Legend: r rank, N inputs, M outputs of the adapted layer.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -15,19 +14,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from phloem.checkpoint.fingerprint import of_files
+from phloem.adapters._stored import Stored, digest, stored
 from phloem.core.errors import BadRequest
+from phloem.quant._source import LARGEST, out_of_range
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
+    from concurrent.futures import Future
 
     from torch import Tensor
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LARGEST_CONFIG = 16 << 20  # bytes
-SMALL = 64 << 20  # bytes of a file that is read at once
 LARGEST_SCALE = 1e9  # of an alpha: products beyond are no numbers any more
 LARGEST_RANK = 1 << 16
 # Settings that change what is computed, and are not served: each with the values that ask for nothing.
@@ -51,6 +49,7 @@ _KINDS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("bias", re.compile(r"(?:\.base_layer)?\.bias$")),
     ("whole", re.compile(r"(?:\.modules_to_save(?:\.[^.]+)?)?\.weight$")),
 )
+_USUAL = {".lora_A.weight": "down", ".lora_B.weight": "up"}
 
 
 @dataclass(slots=True)
@@ -83,6 +82,12 @@ class AdapterFile:
     modules: dict[str, Module]
     fan_in_fan_out: bool = False
     config: dict[str, Any] = field(default_factory=dict)
+    digest: Future[str] | None = None  # of the tensors' file; None: it came without a folder
+
+    @property
+    def content(self) -> str:
+        """By what it is known from others, wherever its folder is. Raises OSError."""
+        return "" if self.digest is None else _known(self.config, self.digest.result())
 
     @property
     def rank(self) -> int:
@@ -172,11 +177,12 @@ def _finite(value: Any) -> bool:
 
 def content(path: Path) -> str:
     """By what an adapter is known from others, wherever its folder is. Raises BadRequest, OSError."""
-    config = {name: value for name, value in read_config(path).items() if name != "base_model_name_or_path"}
-    file = path / WEIGHTS
-    small = file.is_file() and file.stat().st_size <= SMALL
-    seen = hashlib.sha256(file.read_bytes()).hexdigest() if small else of_files([file])
-    return f"{json.dumps(config, sort_keys=True)} {seen}"
+    return _known(read_config(path), digest(path / WEIGHTS))
+
+
+def _known(config: dict[str, Any], digest: str) -> str:
+    settings = {name: value for name, value in config.items() if name != "base_model_name_or_path"}
+    return f"{json.dumps(settings, sort_keys=True)} {digest}"
 
 
 def read(path: Path) -> AdapterFile:
@@ -184,12 +190,20 @@ def read(path: Path) -> AdapterFile:
     if not os.path.isdir(path):  # that of Path raises for a name that is too long
         raise refuse(f"{path!s:.200}", "there is no such folder")
     config = read_config(path)
-    return assembled(path, config, _stored(path))
+    found = _stored(path)
+    adapter = assembled(path, config, found.tensors, sound=found.sound)
+    adapter.digest = found.digest
+    return adapter
 
 
-def assembled(path: Path, config: dict[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> AdapterFile:
-    """An adapter of a config that was checked and of tensors as PEFT names them. Raises BadRequest."""
-    modules = _modules(path, tensors)
+def assembled(
+    path: Path, config: dict[str, Any], tensors: Iterable[tuple[str, Tensor]], *, sound: bool = False
+) -> AdapterFile:
+    """An adapter of a config that was checked and of tensors as PEFT names them. Raises BadRequest.
+
+    `sound`: their numbers have been looked at.
+    """
+    modules = _modules(path, tensors, sound)
     if not modules:
         raise refuse(path, f"{WEIGHTS} holds no tensors")
     for name, module in modules.items():
@@ -211,9 +225,8 @@ def assembled(path: Path, config: dict[str, Any], tensors: Iterable[tuple[str, T
     return AdapterFile(path, named, modules, bool(config.get("fan_in_fan_out")), config)
 
 
-def _stored(path: Path) -> Iterator[tuple[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load
+def _stored(path: Path) -> Stored:
+    from safetensors import SafetensorError
 
     file = path / WEIGHTS
     if not file.is_file():
@@ -221,19 +234,14 @@ def _stored(path: Path) -> Iterator[tuple[str, Tensor]]:
         why = "adapter_model.bin holds pickled objects, which are never read: save it as safetensors" if pickled else ""
         raise refuse(path, why or f"there is no {WEIGHTS}")
     try:
-        if file.stat().st_size <= SMALL:  # one read and one copy: hundreds of small tensors one by one take longer
-            yield from sorted(load(file.read_bytes()).items())
-            return
-        with safe_open(str(file), framework="pt", device="cpu") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - not a dict
-                yield key, tensors.get_tensor(key)
+        return stored(file)
     except (SafetensorError, OSError) as error:
         raise refuse(path, f"{WEIGHTS}: {error}") from None
     except KeyError as error:
         raise refuse(path, f"{WEIGHTS} holds values of type {error}, which torch does not have") from None
 
 
-def _modules(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Module]:
+def _modules(path: Path, tensors: Iterable[tuple[str, Tensor]], sound: bool) -> dict[str, Module]:
     found: dict[str, Module] = {}
     unknown: list[str] = []
     taken: dict[tuple[str, str], str] = {}  # what of which module -> the tensor that said it
@@ -246,11 +254,10 @@ def _modules(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Mod
         if (name, what) in taken:
             raise refuse(path, f"{taken[name, what]} and {key} say the same")
         taken[name, what] = key
-        shape = list(tensor.shape)
         if not tensor.is_floating_point() or tensor.ndim not in (1, 2):
-            raise refuse(path, f"{key}: {tensor.dtype} {shape} is not of an adapter")
-        if not _all_finite(tensor):
-            raise refuse(path, f"{key} has values that are no finite numbers")
+            raise refuse(path, f"{key}: {tensor.dtype} {list(tensor.shape)} is not of an adapter")
+        if not sound and out_of_range(tensor):
+            raise refuse(path, f"{key} has values that are no finite numbers, or beyond {LARGEST:g}")
         if kind == "embedding":
             found.setdefault(name, Module()).embedding[what] = tensor
         else:
@@ -262,18 +269,18 @@ def _modules(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Mod
 
 def check_finite(path: Path, name: str, *tensors: Tensor | None) -> None:
     """Raises BadRequest: numbers of the file are none any more as they are kept, in another type and with the scale."""
-    if not all(_all_finite(tensor) for tensor in tensors if tensor is not None):
-        raise refuse(path, f"{name} has values that are too large for the type that it is kept in")
-
-
-def _all_finite(tensor: Tensor) -> bool:
-    """In one pass without a copy, nearly always: the sum is finite of finite numbers alone, unless it overflows."""
-    return math.isfinite(tensor.sum(dtype=torch.float32).item()) or bool(tensor.isfinite().all())
+    if any(out_of_range(tensor) for tensor in tensors if tensor is not None):
+        raise refuse(
+            path, f"{name} has values that are too large for the type that it is kept in, or beyond {LARGEST:g}"
+        )
 
 
 def _kind(key: str) -> tuple[str | None, str]:
     """What a tensor is, and of which module."""
     name = key.removeprefix("base_model.model.")
+    for ending, kind in _USUAL.items():  # nearly all are
+        if name.endswith(ending) and ".lora_" not in name[: -len(ending)]:
+            return kind, name[: -len(ending)]
     for kind, pattern in _KINDS:
         match = pattern.search(name)
         if match and ".lora_" not in name[: match.start()]:
@@ -287,13 +294,20 @@ def _scale(path: Path, config: dict[str, Any], name: str, down: Tensor, up: Tens
     """s of s B A, with the ranks compared."""
     rank = _pattern(config.get("rank_pattern"), name, config["r"])
     alpha = _pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
+    fits = down.ndim == 2 and up.ndim == 2 and down.shape[0] == up.shape[1] and down.is_floating_point()
+    if not fits or down.shape[0] != rank:
+        _check_ranks(path, config, name, down, up, rank)
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _check_ranks(path: Path, config: dict[str, Any], name: str, down: Tensor, up: Tensor, rank: int) -> None:
+    """Raises BadRequest unless they are stacked: then each expert has that rank."""
     shapes = f"lora_A {list(down.shape)}, lora_B {list(up.shape)}"
     if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or not down.is_floating_point():
         raise refuse(path, f"{name}: {shapes} do not fit together")
     stacked = bool(config.get("target_parameters")) and down.shape[0] % rank == 0  # a rank for each expert
     if down.shape[0] != rank and not stacked:
         raise refuse(path, f"{name}: {shapes}, but {CONFIG} says rank {rank}")
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _pattern(patterns: Any, name: str, default: Any) -> Any:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from phloem.layers.weight import Part, Weight
 
 L = TypeVar("L", bound=Layer)
+HOST = torch.device("cpu")
 # What checkpoints of one model put in front of its modules' names, and other tools leave out.
 _AROUND = ("base_model", "model", "language_model", "text_model")
 
@@ -86,11 +87,11 @@ class Site:
         device, (_, inputs) = _device(weight.value), weight.local(0)
         sizes = [weight.local(part)[0] for part in range(len(self.sizes))]  # on this rank
         outputs = sum(sizes)
-        self.facts = _zeros((entries, 2), torch.int32, device)
-        self.down = _zeros((entries, len(sizes), rank, inputs), dtype, device)
-        self.up = _zeros((entries, rank, outputs), dtype, device)
-        self.factor = _zeros((entries, outputs), torch.float32, device)
-        self.shift = _zeros((entries, outputs), torch.float32, device)
+        self.facts = zeros((entries, 2), torch.int32, device)
+        self.down = zeros((entries, len(sizes), rank, inputs), dtype, device)
+        self.up = zeros((entries, rank, outputs), dtype, device)
+        self.factor = zeros((entries, outputs), torch.float32, device)
+        self.shift = zeros((entries, outputs), torch.float32, device)
         self.ends = torch.tensor(np.cumsum(sizes), dtype=torch.int64)
         self._high = [0] * entries  # rows of an entry that are not zero
 
@@ -100,11 +101,9 @@ class Site:
             return None
         return Adapters(index, self.facts, self.down, self.up, self.factor, self.shift, self.ends)
 
-    def put(self, entry: int, fit: Fit | None) -> None:
-        """An adapter's part; None: it has none of this layer."""
+    def fill(self, entry: int, fit: Fit | None) -> None:
+        """An adapter's numbers; None: it has none of this layer. No step under way may compute with the entry."""
         rank = 0 if fit is None else fit.rank
-        facts = self.facts[entry]
-        facts[0], facts[1] = rank, int(fit is not None and fit.factor is not None)
         if rank < self._high[entry]:  # tables that read whole stacks must not see what was there before
             self.down[entry, :, rank : self._high[entry]] = 0
             self.up[entry, rank : self._high[entry]] = 0
@@ -153,6 +152,8 @@ class Sites:
                 module = name.removesuffix(".weight")
                 self.places.setdefault(module, []).append(Place(number, part, start, size, layer.weight.part(part)))
                 start += size
+        self._facts = _together(self.sites)
+        self._used: set[int] = set()  # entries that were filled once
         self._bare = {bare(name): name for name in self.places}
         self.own: dict[int, Own] = {}  # by entry: what is computed in passes of their own
         self.tell: Callable[[int, bytes], None] | None = None  # the other ranks, of what is put; None: there are none
@@ -223,9 +224,35 @@ class Sites:
         """An adapter into the stacks, between two steps; of all ranks, each of which keeps its share."""
         if self.tell is not None:
             self.tell(entry, packed(fits))
+        self.fill(entry, fits)
+        self.show(entry, fits, own)
+
+    @property
+    def beside(self) -> bool:
+        """Whether entries may be filled beside running steps: stacks are the host's, and of this rank alone."""
+        return self._facts is not None and self.tell is None
+
+    def used(self, entry: int) -> bool:
+        """Whether steps under way may compute with it: an adapter was there before."""
+        return entry in self._used
+
+    def fill(self, entry: int, fits: Mapping[int, Fit]) -> None:
+        """An adapter's numbers, where no step under way looks (`beside`). `show` comes behind it."""
         with torch.inference_mode():
             for number, site in enumerate(self.sites):
-                site.put(entry, fits.get(number))
+                site.fill(entry, fits.get(number))
+        self._used.add(entry)
+
+    def show(self, entry: int, fits: Mapping[int, Fit], own: Own | None = None) -> None:
+        """Rows may compute with what was filled: between two steps."""
+        found = [fits.get(number) for number in range(len(self.sites))]
+        facts = torch.tensor([[0, 0] if one is None else [one.rank, int(one.factor is not None)] for one in found])
+        with torch.inference_mode():
+            if self._facts is not None:
+                self._facts[:, entry] = facts
+            else:
+                for site, row in zip(self.sites, facts, strict=True):
+                    site.facts[entry] = row
         self.own.pop(entry, None)
         if own is not None:
             self.own[entry] = own
@@ -310,11 +337,21 @@ def block_key(block: str) -> str:
 
 
 def _device(value: Any) -> torch.device:
-    return value.device if isinstance(value, torch.Tensor) else torch.device("cpu")
+    return value.device if isinstance(value, torch.Tensor) else HOST
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _together(sites: list[Site]) -> Tensor | None:
+    """The facts of all sites [S, A, 2] as one tensor of which each has its part; None: they are not all the host's."""
+    if any(site.facts.device != HOST for site in sites):
+        return None
+    whole = torch.stack([site.facts for site in sites])
+    for site, facts in zip(sites, whole, strict=True):
+        site.facts = facts
+    return whole
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = HOST) -> Tensor:
     """Zeros whose memory a host takes when they are written, page by page."""
-    if device != torch.device("cpu"):
+    if device != HOST:
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)

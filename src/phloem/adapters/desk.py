@@ -118,7 +118,7 @@ class Version:
             self.crowded_since = self.crowded_since or time.monotonic()
             return False
         self._reading, self.crowded_since = None, 0.0
-        self._placing = entry, desk.between(lambda: desk.sites.put(entry, read.fits, read.own))
+        self._placing = entry, desk.put(entry, self, read)
         return False
 
     def _fail(self, error: PhloemError) -> None:
@@ -134,13 +134,12 @@ class Version:
                 return secrets.token_hex(16)  # it will not be loaded, or another one is by then
         return self._content
 
-    def confirm(self) -> None:
+    def confirm(self, found: str) -> None:
         """Its prompts' pages are known by its uid: what is read again must be what was read before.
 
         Raises:
-            BadRequest: its folder cannot be read, or has another adapter by now.
+            BadRequest: its folder has another adapter by now.
         """
-        found = content(Path(self.path))
         if self._content and found != self._content:
             why = "is another one than was loaded: load it again, so that it gets pages of its own"
             raise BadRequest(f"adapter {self.name}: what is in {self.path} {why}", param="lora_path")
@@ -226,6 +225,23 @@ class Loading:
         return self._desk.loaded()
 
 
+class Placing:
+    """Work that gives further work to wait for, so many times (`core.batch.Pending`). Raises what any of it raises."""
+
+    def __init__(self, first: Pending[Any], further: int) -> None:
+        self._last, self._further = first, further
+
+    def done(self) -> bool:
+        while self._further and self._last.done():
+            self._last, self._further = self._last.result(), self._further - 1
+        return self._last.done()
+
+    def result(self) -> Any:
+        while not self.done():
+            time.sleep(0.001)
+        return self._last.result()
+
+
 class Desk(Lender):
     """`core.adapters.Lender` over the sites of one model.
 
@@ -255,6 +271,7 @@ class Desk(Lender):
         self._held: list[Version | None] = [None] * (sites.entries + 1)
         self._count = 0  # of versions, and of loans
         self._worker = ThreadPoolExecutor(1, "phloem-adapters")
+        self._filler = ThreadPoolExecutor(1, "phloem-adapters-placed")  # not behind a file that is slow to read
 
     # for the scheduler
 
@@ -323,7 +340,8 @@ class Desk(Lender):
         }
 
     def close(self) -> None:
-        self._worker.shutdown(wait=False, cancel_futures=True)
+        for worker in (self._worker, self._filler):
+            worker.shutdown(wait=False, cancel_futures=True)
 
     # for versions
 
@@ -333,6 +351,25 @@ class Desk(Lender):
 
     def read(self, version: Version) -> Future[Read]:
         return self._worker.submit(self._fitted, version)
+
+    def put(self, entry: int, version: Version, read: Read) -> Pending[Any]:
+        """Where stacks are in the host's memory they are filled beside running steps, none of which looks there: behind
+        those that may have rows of an adapter that was there before."""
+        sites = self.sites
+        if not sites.beside:
+            return self.between(lambda: sites.put(entry, read.fits, read.own))
+
+        def there() -> bool:
+            return self._held[entry] is version  # it has not been forgotten meanwhile
+
+        def filled() -> Pending[Any]:
+            if there():
+                sites.fill(entry, read.fits)
+            return self.between(lambda: sites.show(entry, read.fits, read.own) if there() else None)
+
+        if not sites.used(entry):
+            return Placing(self._filler.submit(filled), 1)
+        return Placing(self.between(lambda: self._filler.submit(filled)), 2)
 
     def place_for(self, version: Version) -> int:
         """An entry, for which others may have to give way; 0: all that could are in use.
@@ -430,13 +467,12 @@ class Desk(Lender):
 
         if isinstance(version.sent, Sent):
             version.sent = self._taken(Path(version.path), version.sent)
-        if version.sent is not None:
-            found = version.sent
-        else:
-            found = read(Path(version.path))
-            version.confirm()
+        found = version.sent if version.sent is not None else read(Path(version.path))
         rest, own = split(found, self.sites, base, lambda work: self.between(work).result())
-        return Read(fit(rest, self.sites, base), own)
+        made = Read(fit(rest, self.sites, base), own)
+        if found.digest is not None:
+            version.confirm(found.content)
+        return made
 
     def _taken(self, path: Path, sent: Sent) -> AdapterFile:
         """Copies of the tensors that were sent: whoever sent them may write over them."""

@@ -20,6 +20,7 @@ from phloem.core.errors import ModelLoadError
 from phloem.models._index import open_sources
 from phloem.models._sources import TensorSource
 from phloem.models._stored import check_pushed, may_stand_for, some
+from phloem.quant._source import LARGEST, out_of_range
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -58,11 +59,14 @@ class Push:
         self._jobs: dict[int, _Job] = {}
         self._ahead = 0
 
-    def add(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def add(self, tensors: Iterable[tuple[str, Tensor]], *, sound: bool = False) -> None:
         """Whole tensors, of which this rank keeps its share. All or none of them is taken.
 
+        Args:
+            sound: their numbers have been looked at.
+
         Raises:
-            ModelLoadError: naming those that are unknown, or of another shape or type.
+            ModelLoadError: naming those that are unknown, of another shape or type, or no weights (`_unsound`).
         """
         found: list[tuple[str, Source]] = []
         unknown: list[str] = []
@@ -84,6 +88,8 @@ class Push:
             seen = tuple(tensor.shape)
             if seen != (1, *shape) and not may_stand_for(seen, shape):
                 wrong.append(f"{theirs} is {list(tensor.shape)}, expected {list(shape)}")
+            elif not sound and (why := self._unsound(name, tensor)):
+                wrong.append(f"{theirs} {why}")
             else:
                 found.append((name, TensorSource(name, shape, tensor=tensor.reshape(shape))))
         if unknown:
@@ -101,6 +107,26 @@ class Push:
         self._index.check(sources, str(checkpoint.path))
         for name in self._index.slots:
             self._take(name, sources[name])
+
+    def look(self) -> None:
+        """Look at the numbers of a checkpoint that was added, where they are stored as floats. It is read for that: not
+        between steps any more. Raises ModelLoadError: some are no weights."""
+        wrong: list[str] = []
+        for job in self._jobs.values():
+            for name, source in job.sources.items():
+                values = source.stored_values()
+                if values is not None and (why := self._unsound(name, values)):
+                    wrong.append(f"{source.name} {why}")
+        if wrong:
+            raise ModelLoadError(some(wrong))
+
+    def _unsound(self, name: str, values: Tensor) -> str:
+        """Why numbers cannot be a weight's, as they come or in the type that is served; "": they can. A model computes
+        nothing but NaN from then on, for all who ask."""
+        most, kind = LARGEST, self._index.ctx.dtype
+        if kind == torch.float16 and any(weight.role == "matrix" for weight, _ in self._index.slots[name]):
+            most = torch.finfo(kind).max
+        return f"has numbers that are NaN, infinite or beyond {most:g}" if out_of_range(values, most) else ""
 
     def _ours(self, name: str) -> str | None:
         """Our name; None: it is left out knowingly."""

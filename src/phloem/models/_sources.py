@@ -92,6 +92,9 @@ class SafetensorsSource(Source):
             raise ModelLoadError(f"{self.key} is {self.stored}: a type that nothing here reads")
         return _STORED_KINDS[self.stored]
 
+    def stored_values(self) -> Tensor | None:
+        return self.file.get_tensor(self.key) if self.stored in _DENSE_KINDS else None
+
     def take(self, index: Index | None, dtype: torch.dtype) -> Tensor:
         if self.stager is not None and self.place is not None:
             return self._staged(self.stager, self.place, index, dtype)
@@ -156,6 +159,9 @@ class TensorSource(Source):
     def dtype(self) -> torch.dtype:
         assert self.tensor is not None
         return self.tensor.dtype
+
+    def stored_values(self) -> Tensor | None:
+        return self.tensor
 
     def take(self, index: Index | None, dtype: torch.dtype) -> Tensor:
         assert self.tensor is not None

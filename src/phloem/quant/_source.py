@@ -19,7 +19,16 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+LARGEST = 1e18  # of a weight: no training gives it, and the norm behind it could not square it in float32
 Index = tuple[int | slice, ...]  # one entry per axis of the stored tensor; slices have start, stop and step
+
+
+def out_of_range(values: Tensor, most: float = LARGEST) -> bool:
+    """Whether some of a float tensor's numbers are none (NaN), infinite, or beyond what weights are. In one pass."""
+    if not values.numel():
+        return False
+    low, high = torch.aminmax(values if values.itemsize > 1 else values.float())
+    return not -most <= float(low) <= float(high) <= most  # NaN is neither
 
 
 class Stager(Protocol):
@@ -45,6 +54,10 @@ class Source:
     def dtype(self) -> torch.dtype:
         """The type that it is stored in, where that is one of torch's."""
         raise NotImplementedError
+
+    def stored_values(self) -> Tensor | None:
+        """All of it as it is stored, where it lies; None: not as floats of 16 bits or more."""
+        return None
 
     def take(self, index: Index | None, dtype: torch.dtype) -> Tensor:
         """The entries `index` (None: all) as a contiguous tensor on the CPU, or where the model is."""

@@ -183,10 +183,10 @@ class Keeper(updates.Keeper):
             )
         if source == "ipc":
             address = ipc.address_for(dict(args.get("handles") or {}), self._index.ctx.device)
-            return submit(lambda: push.add(self._in_buckets(address)))
+            return submit(lambda: push.add(self._in_buckets(address), sound=True))
         if source == "random":
             shapes = {name: self._index.stored_shape(name) for name in self._index.names()}
-            return submit(lambda: push.add((name, torch.randn(shape)) for name, shape in shapes.items()))
+            return submit(lambda: push.add(((name, torch.randn(shape)) for name, shape in shapes.items()), sound=True))
         if source == "group":
             received = self.receive(args)
             return submit(lambda: push.add(received.result()))
@@ -242,6 +242,7 @@ class Keeper(updates.Keeper):
             )
         state = state_of(found)  # before it is read: who writes meanwhile is noticed
         push.add_checkpoint(found)
+        push.look()
         if self._tower is not None and load_format != "dummy":
             if found.seen is None:
                 raise BadRequest(f"{path} has no tower of {self._tower.name}", param="model_path")

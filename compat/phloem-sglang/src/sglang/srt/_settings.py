@@ -76,7 +76,7 @@ _SERVER: tuple[_ROW, ...] = (
     ("show_time_cost", False, "-figures are in /metrics"),
     ("enable_metrics", False, "-metrics are always served"),
     ("enable_cache_report", False, "-usage always says what was cached"),
-    ("enable_trace", False, "-no traces are written"),
+    ("enable_trace", False, "-Phloem's otlp_traces_endpoint switches spans on, and says where they go"),
     ("crash_dump_folder", None, "-what fails is logged with its trace"),
     ("file_storage_path", "sglang_storage", "-no files are kept"),
     ("stream_interval", 1, "=stream_interval"),
@@ -159,7 +159,7 @@ _PARALLEL: tuple[_ROW, ...] = (
     ("ep_size", 1, "=ep_size"),
     ("enable_dp_attention", False, "=enable_dp_attention"),
     ("enable_dp_lm_head", False, "!the head is shared out among all ranks"),
-    ("enable_eplb", False, "!experts stay on their ranks"),
+    ("enable_eplb", False, "=enable_eplb"),
     ("enable_ep_moe", False, "-ep_size says it"),
     ("prefill_round_robin_balance", False, "-load_balance_method says it"),
     ("moe_a2a_backend", "none", "=moe_a2a_backend"),
@@ -198,7 +198,7 @@ _DRAFTS: tuple[_ROW, ...] = (
 )
 _SPLIT: tuple[_ROW, ...] = (
     ("disaggregation_mode", "null", "=disaggregation_mode"),
-    ("disaggregation_transfer_backend", "mooncake", "-pages go by memory that is shared, or by TCP"),
+    ("disaggregation_transfer_backend", "mooncake", "=disaggregation_transfer_backend"),
     ("disaggregation_bootstrap_port", 8998, "=disaggregation_bootstrap_port"),
     ("disaggregation_ib_device", None, "-pages go by memory that is shared, or by TCP"),
     ("disaggregation_decode_tp", None, "-servers tell each other how many ranks they have"),

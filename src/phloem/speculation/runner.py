@@ -2,12 +2,14 @@
 
 Where a batch gives room, a row's drafts are put behind its token, and the inner runner verifies them. What the
 controller learns comes from the results, as the scheduler takes them: both `launch` and `result` run in its thread, so
-nothing here is shared between threads.
+nothing here is shared between threads. Nothing computes between the result of a step with room for drafts and the next
+launch, so what such a step teaches is taken in behind that.
 """
 
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -78,6 +80,7 @@ class SpeculativeRunner(RunnerAround):
         self._texts = Texts(inner.max_slots, drafter.ended)
         self._inflight = 0
         self._last = 0.0  # when a result came
+        self._late: Callable[[], None] | None = None  # what is learned behind the next launch
 
     @property
     def draft_room(self) -> int:
@@ -86,6 +89,7 @@ class SpeculativeRunner(RunnerAround):
 
     @property
     def prepared(self) -> dict[str, Any]:
+        self._learn_late()
         return {**self.inner.prepared, "speculation": {**self.controller.facts(), **self.drafter.facts()}}
 
     def launch(self, batch: Batch) -> Launched:
@@ -97,6 +101,7 @@ class SpeculativeRunner(RunnerAround):
         if not self._inflight:
             launched.began = now if now - self._last > IDLE else self._last
         self._inflight += 1
+        self._learn_late()
         return launched
 
     # before a step
@@ -164,6 +169,34 @@ class SpeculativeRunner(RunnerAround):
                 text.tokens += tokens[at : at + count]
                 at += count
         output.verified, launched.drafting = launched.drafts, output.drafting_seconds
+        if launched.drafts is None or self.controller.probing:  # a probe says at once whether the next step drafts
+            self._learn(launched, output, len(tokens), seconds)
+        else:
+            self._learn_late()
+            self._late = partial(self._learn, launched, output, len(tokens), seconds)
+
+    def _learn_late(self) -> None:
+        late, self._late = self._late, None
+        if late is not None:
+            late()
+
+    def _learn(self, launched: Launched, output: StepOutput, tokens: int, seconds: float) -> None:
+        self._judge(launched, output)
+        batch, texts, controller = launched.batch, launched.texts, self.controller
+        decodes = batch.num_tokens == batch.num_rows == int(batch.outputs.sum()) and not batch.admissions
+        if not decodes or not launched.learns or output.failed:
+            return
+        easy, rows = all(text.easy for text in texts), len(texts)
+        if launched.drafts is not None:
+            total, passes = rows + int(launched.drafts.sum()), launched.passes
+            controller.verified(rows, total, easy, tokens, seconds, passes, launched.drafting)
+        elif batch.drafts is None:
+            controller.plain(rows, easy, seconds)
+            if controller.looks(rows, easy):
+                controller.look([self.seen(text) for text in texts], easy)
+
+    def _judge(self, launched: Launched, output: StepOutput) -> None:
+        """Which drafts were right."""
         if launched.drafts is not None:
             deepest = (chain.passes(int(launched.drafts[row])) for row, chain in launched.chains.items())
             launched.passes = max(deepest, default=0) if output.drafting_seconds else 0
@@ -172,20 +205,6 @@ class SpeculativeRunner(RunnerAround):
                 self.controller.judged_tree(chain, chain.length, output.branches[row])
             elif output.counts[row]:
                 self.controller.judged(chain, chain.length, int(output.counts[row]) - 1)
-        decodes = batch.num_tokens == batch.num_rows == int(batch.outputs.sum()) and not batch.admissions
-        if decodes and launched.learns and not output.failed:
-            self._learn(launched, len(tokens), seconds)
-
-    def _learn(self, launched: Launched, tokens: int, seconds: float) -> None:
-        texts, controller = launched.texts, self.controller
-        easy, rows = all(text.easy for text in texts), len(texts)
-        if launched.drafts is not None:
-            total, passes = rows + int(launched.drafts.sum()), launched.passes
-            controller.verified(rows, total, easy, tokens, seconds, passes, launched.drafting)
-        elif launched.batch.drafts is None:
-            controller.plain(rows, easy, seconds)
-            if controller.looks(rows, easy):
-                controller.look([self.seen(text) for text in texts], easy)
 
 
 def _chain(draft: Draft, text: Text) -> Chain:

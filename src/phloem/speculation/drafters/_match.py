@@ -40,6 +40,10 @@ def agreement(tokens: Sequence[int], other: Sequence[int], end: int, most: int) 
     """How many tokens before and at `end` of `other` are those at the end of `tokens`, up to `most`."""
     last, count = len(tokens) - 1, 0
     most = min(most, end + 1, last + 1)
+    if most > LONG and tokens[last - LONG] == other[end - LONG]:
+        # Copies mostly agree all the way: slices are compared without a turn of Python for each token.
+        if tokens[last + 1 - most : last + 1] == other[end + 1 - most : end + 1]:
+            return most
     while count < most and tokens[last - count] == other[end - count]:
         count += 1
     return count

@@ -31,11 +31,14 @@ ENOUGH = 3  # plain steps that are measured before anything is verified
 LEDGER = 12  # steps after which a gain is written off, so that it pays for no later loss
 LOSS = 1.5  # plain steps that verified ones may lose before they are stopped
 LATE = 1.25  # times the usual: what a step took beyond that the machine took, and it is not held against drafts
+KEPT = 9  # steps of a size that the median is of
+EVERY = 4  # plain steps of which one is measured, once there are so many
 SAME = 0.01  # a median that moved by less has not moved
 TRUSTED = 2  # steps of a size after which what they take is believed, whatever it is
 BACKOFF, MOST_BACKOFF = 64, 2048  # steps
 PROBE = 64  # steps after which drafts that do not seem to pay are verified once
-FEW = 4  # rows whose texts are looked at after every plain step; of more, at every eighth
+OFTEN = 16  # plain steps, from the last drafts on, after each of which texts are looked at; then after every other one
+FEW = 4  # rows whose texts are looked at so often; of more, at every eighth
 STRIDE = 8
 LIKELIEST = 0.98
 BESIDE = 24  # tokens that a grammar forced are rows like others; more are a prompt's chunk
@@ -73,7 +76,7 @@ class Curve:
 
     def note(self, rows: int, seconds: float, guess: float | None = None) -> None:
         """`guess`: what was expected, where nothing was measured here."""
-        seen = self._seen.setdefault(rows, deque(maxlen=9))
+        seen = self._seen.setdefault(rows, deque(maxlen=KEPT))
         if len(seen) < TRUSTED:
             # The first steps of a size may record it, touch memory for the first time or meet a busy moment, and a size
             # that is thought too slow is not measured again.
@@ -117,6 +120,10 @@ class Curve:
     def sizes(self) -> int:
         """How many were measured."""
         return len(self._medians)
+
+    def settled(self, rows: int) -> bool:
+        """Whether one more step of this size tells little."""
+        return len(self._seen.get(rows, ())) == KEPT
 
     def trusted(self, rows: int) -> bool:
         return len(self._seen.get(rows, ())) > TRUSTED
@@ -255,8 +262,10 @@ class Controller:
 
     def plain(self, rows: int, easy: bool, seconds: float) -> None:
         """A step of `rows` decodes, planned ahead, has taken so long."""
-        self.times[easy].plain.note(rows, seconds)
+        curve = self.times[easy].plain
         self._since += 1
+        if self._since % EVERY == 0 or not curve.settled(rows):
+            curve.note(rows, seconds)
         self._wary = max(0, self._wary - 1)
 
     def verified(
@@ -314,7 +323,9 @@ class Controller:
             return False
         if self.times[easy].plain.count < ENOUGH:
             return False
-        return rows <= FEW or self._since % STRIDE == 0
+        if rows > FEW:
+            return self._since % STRIDE == 0
+        return self._since < OFTEN or self._since % 2 == 0
 
     def look(self, chains: Sequence[Chain | None], easy: bool) -> None:
         """These may be drafted next: verify from the next step on, if that pays, or if it has not been tried long."""

@@ -181,12 +181,14 @@ class SpeculativeRunner(RunnerAround):
             late()
 
     def _learn(self, launched: Launched, output: StepOutput, tokens: int, seconds: float) -> None:
-        self._judge(launched, output)
         batch, texts, controller = launched.batch, launched.texts, self.controller
-        decodes = batch.num_tokens == batch.num_rows == int(batch.outputs.sum()) and not batch.admissions
-        if not decodes or not launched.learns or output.failed:
+        if launched.drafts is not None:
+            self._judge(launched, output)
+        rows = len(texts)
+        decodes = batch.num_tokens == rows and (tokens == rows or int(batch.outputs.sum()) == rows)
+        if not decodes or batch.admissions or not launched.learns or output.failed:
             return
-        easy, rows = all(text.easy for text in texts), len(texts)
+        easy = all([text.easy for text in texts])
         if launched.drafts is not None:
             total, passes = rows + int(launched.drafts.sum()), launched.passes
             controller.verified(rows, total, easy, tokens, seconds, passes, launched.drafting)
@@ -196,10 +198,10 @@ class SpeculativeRunner(RunnerAround):
                 controller.look([self.seen(text) for text in texts], easy)
 
     def _judge(self, launched: Launched, output: StepOutput) -> None:
-        """Which drafts were right."""
-        if launched.drafts is not None:
-            deepest = (chain.passes(int(launched.drafts[row])) for row, chain in launched.chains.items())
-            launched.passes = max(deepest, default=0) if output.drafting_seconds else 0
+        """Which drafts were right, and how many passes of a model made them."""
+        assert launched.drafts is not None
+        deepest = (chain.passes(int(launched.drafts[row])) for row, chain in launched.chains.items())
+        launched.passes = max(deepest, default=0) if output.drafting_seconds else 0
         for row, chain in launched.chains.items():
             if row in output.branches and output.counts[row]:
                 self.controller.judged_tree(chain, chain.length, output.branches[row])

@@ -45,6 +45,8 @@ class Text:
     indexed: int = 0
     shared: int = 0
     index: dict[tuple[int, ...], list[int]] = field(default_factory=dict[tuple[int, ...], list[int]])
+    formed: int = 0
+    forms: dict[tuple[int, int], list[int]] = field(default_factory=dict[tuple[int, int], list[int]])
 
     def put(self, position: int, ids: Sequence[int]) -> None:
         """The tokens from `position` on are these; what is known of them already stays."""

@@ -36,9 +36,10 @@ def index(text: Text) -> None:
     text.indexed = max(text.indexed, len(tokens) - 1)
 
 
-def agreement(tokens: Sequence[int], other: Sequence[int], end: int, most: int) -> int:
-    """How many tokens before and at `end` of `other` are those at the end of `tokens`, up to `most`."""
-    last, count = len(tokens) - 1, 0
+def agreement(tokens: Sequence[int], other: Sequence[int], end: int, most: int, skipped: int = 0) -> int:
+    """How many tokens before and at `end` of `other` are those at the end of `tokens`, up to `most`; the last `skipped`
+    of both are not looked at."""
+    last, end, count = len(tokens) - 1 - skipped, end - skipped, 0
     most = min(most, end + 1, last + 1)
     if most > LONG and tokens[last - LONG] == other[end - LONG]:
         # Copies mostly agree all the way: slices are compared without a turn of Python for each token.

@@ -212,8 +212,9 @@ class _Kind:
 
     plain: Curve = field(default_factory=Curve)
     verify: Curve = field(default_factory=Curve)
-    expected: dict[int, float | None] = field(default_factory=dict[int, float | None])  # `takes`, while both stand still
-    stamp: tuple[int, int] = (0, 0)  # their versions then
+    # What `takes` has found, and the versions of both then.
+    expected: dict[int, float | None] = field(default_factory=dict[int, float | None])
+    stamp: tuple[int, int] = (0, 0)
 
     def takes(self, rows: int) -> float | None:
         """What a step of so many rows would take, not planned ahead; None: nothing was measured."""

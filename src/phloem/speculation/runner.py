@@ -157,7 +157,7 @@ class SpeculativeRunner(RunnerAround):
 
     def landed(self, launched: Launched, output: StepOutput) -> None:
         """A step's result has come."""
-        now, batch, texts = self._clock(), launched.batch, launched.texts
+        now, texts = self._clock(), launched.texts
         seconds = now - (self._last if launched.began is None else launched.began)
         self._inflight, self._last = self._inflight - 1, now
         tokens, at = output.tokens.tolist(), 0

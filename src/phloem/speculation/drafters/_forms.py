@@ -48,6 +48,6 @@ def follow(text: Text, most: int) -> tuple[list[int], int, bool] | None:
     drafts = tokens[last + 1 : last + 1 + (MOST if len(same) > 1 else ALONE)]
     if len(same) > 1:
         before = tokens[same[-2] + 1 : same[-2] + 1 + len(drafts)]
-        alike = next((at for at, pair in enumerate(zip(drafts, before, strict=False)) if pair[0] != pair[1]), len(before))
-        drafts = drafts[:alike]
+        differs = [at for at, (one, other) in enumerate(zip(drafts, before, strict=False)) if one != other]
+        drafts = drafts[: differs[0] if differs else len(before)]
     return drafts, agreement(tokens, tokens, last, most, GAP), len(followers) == 1

@@ -41,10 +41,10 @@ def agreement(tokens: Sequence[int], other: Sequence[int], end: int, most: int, 
     of both are not looked at."""
     last, end, count = len(tokens) - 1 - skipped, end - skipped, 0
     most = min(most, end + 1, last + 1)
-    if most > LONG and tokens[last - LONG] == other[end - LONG]:
-        # Copies mostly agree all the way: slices are compared without a turn of Python for each token.
-        if tokens[last + 1 - most : last + 1] == other[end + 1 - most : end + 1]:
-            return most
+    # Copies mostly agree all the way: slices are compared without a turn of Python for each token.
+    far = most > LONG and tokens[last - LONG] == other[end - LONG]
+    if far and tokens[last + 1 - most : last + 1] == other[end + 1 - most : end + 1]:
+        return most
     while count < most and tokens[last - count] == other[end - count]:
         count += 1
     return count

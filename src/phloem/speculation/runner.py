@@ -76,6 +76,7 @@ class SpeculativeRunner(RunnerAround):
     ) -> None:
         super().__init__(inner)
         self.drafter, self.controller = drafter, controller
+        drafter.likely = controller.acceptance.of
         self._room, self._clock = room, clock
         self._texts = Texts(inner.max_slots, drafter.ended)
         self._inflight = 0

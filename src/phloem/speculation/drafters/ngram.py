@@ -32,8 +32,11 @@ class Drafter(Base):
         found = _forms.follow(text, self._most)
         if found is None or found[1] < self._least:
             return exact
-        tokens, matched, sure = found
-        return Draft(tokens[:room], "form", matched, sure)
+        form = Draft(found[0][:room], "form", found[1], found[2])
+        return form if exact is None or self._chance(form) > self._chance(exact) else exact
+
+    def _chance(self, draft: Draft) -> float:
+        return draft.matched if self.likely is None else self.likely(draft.source, draft.sure, draft.matched)
 
     def exact(self, text: Text, room: int) -> Draft | None:
         """Behind tokens that are those at the end of the text."""

@@ -32,14 +32,13 @@ LEDGER = 12  # steps after which a gain is written off, so that it pays for no l
 LOSS = 1.5  # plain steps that verified ones may lose before they are stopped
 LATE = 1.25  # times the usual: what a step took beyond that the machine took, and it is not held against drafts
 KEPT = 9  # steps of a size that the median is of
-EVERY = 4  # plain steps of which one is measured, once there are so many
 SAME = 0.01  # a median that moved by less has not moved
 TRUSTED = 2  # steps of a size after which what they take is believed, whatever it is
 BACKOFF, MOST_BACKOFF = 64, 2048  # steps
 PROBE = 64  # steps after which drafts that do not seem to pay are verified once
-OFTEN = 16  # plain steps, from the last drafts on, after each of which texts are looked at; then after every other one
-FEW = 4  # rows whose texts are looked at so often; of more, at every eighth
-STRIDE = 8
+OFTEN = 16  # plain steps, from the last drafts on, after each of which texts are looked at
+FEW = 4  # rows of which that holds
+SELDOM, STRIDE = 4, 8  # steps between two looks later on, and of more rows
 LIKELIEST = 0.98
 BESIDE = 24  # tokens that a grammar forced are rows like others; more are a prompt's chunk
 
@@ -120,10 +119,6 @@ class Curve:
     def sizes(self) -> int:
         """How many were measured."""
         return len(self._medians)
-
-    def settled(self, rows: int) -> bool:
-        """Whether one more step of this size tells little."""
-        return len(self._seen.get(rows, ())) == KEPT
 
     def trusted(self, rows: int) -> bool:
         return len(self._seen.get(rows, ())) > TRUSTED
@@ -252,6 +247,7 @@ class Controller:
         self._pass: float | None = None  # their median
         self._ledger = Ledger()
         self._since = 0  # plain steps since something was verified
+        self._looked = 0  # how many there were when texts were looked at last
         self._rest = 0  # of which so many are to pass
         self._wary = 0  # plain steps for which drafts have to promise more
         self._backoff = BACKOFF
@@ -261,13 +257,18 @@ class Controller:
 
     # what happened
 
-    def plain(self, rows: int, easy: bool, seconds: float) -> None:
-        """A step of `rows` decodes, planned ahead, has taken so long."""
-        curve = self.times[easy].plain
-        self._since += 1
-        if self._since % EVERY == 0 or not curve.settled(rows):
-            curve.note(rows, seconds)
-        self._wary = max(0, self._wary - 1)
+    def plain(self, rows: int, easy: bool, seconds: float, steps: int = 1) -> None:
+        """The last of `steps` steps of `rows` decodes, planned ahead, has taken so long."""
+        self.times[easy].plain.note(rows, seconds)
+        self._since += steps
+        self._wary = max(0, self._wary - steps)
+
+    def skips(self, rows: int) -> int:
+        """Of how many plain steps nothing need be told: while others compute, Python takes their cores, and the less
+        often it runs the longer each turn takes."""
+        if self._since < OFTEN or self.on:
+            return 0
+        return (STRIDE if rows > FEW else SELDOM) - 1
 
     def verified(
         self, rows: int, total: int, easy: bool, tokens: int, seconds: float, passes: int = 0, drafting: float = 0.0
@@ -324,13 +325,12 @@ class Controller:
             return False
         if self.times[easy].plain.count < ENOUGH:
             return False
-        if rows > FEW:
-            return self._since % STRIDE == 0
-        return self._since < OFTEN or self._since % 2 == 0
+        passed = self._since - self._looked
+        return passed >= STRIDE if rows > FEW else self._since < OFTEN or passed >= SELDOM
 
     def look(self, chains: Sequence[Chain | None], easy: bool) -> None:
         """These may be drafted next: verify from the next step on, if that pays, or if it has not been tried long."""
-        rows = len(chains)
+        rows, self._looked = len(chains), self._since
         if any(self._best(chains, rows, easy, self._margin)):
             self._begin(False)
         elif self._since >= max(PROBE, self._rest) and any(
@@ -372,6 +372,7 @@ class Controller:
 
     def _off(self, rest: int) -> None:
         self.on, self.probing, self._quiet, self._since, self._rest = False, False, 0, 0, rest
+        self._looked = 0
 
     def _stop(self) -> None:
         self.stopped += 1

@@ -82,6 +82,7 @@ class SpeculativeRunner(RunnerAround):
         self._inflight = 0
         self._last = 0.0  # when a result came
         self._late: Callable[[], None] | None = None  # what is learned behind the next launch
+        self._skip = self._skipped = 0  # plain steps that are not told of from now on, and that were not
 
     @property
     def draft_room(self) -> int:
@@ -169,6 +170,9 @@ class SpeculativeRunner(RunnerAround):
             for text, count in zip(texts, output.counts.tolist(), strict=True):
                 text.tokens += tokens[at : at + count]
                 at += count
+        if self._skip and launched.drafts is None:
+            self._skip, self._skipped = self._skip - 1, self._skipped + 1
+            return
         output.verified, launched.drafting = launched.drafts, output.drafting_seconds
         if launched.drafts is None or self.controller.probing:  # a probe says at once whether the next step drafts
             self._learn(launched, output, len(tokens), seconds)
@@ -194,9 +198,10 @@ class SpeculativeRunner(RunnerAround):
             total, passes = rows + int(launched.drafts.sum()), launched.passes
             controller.verified(rows, total, easy, tokens, seconds, passes, launched.drafting)
         elif batch.drafts is None:
-            controller.plain(rows, easy, seconds)
+            controller.plain(rows, easy, seconds, 1 + self._skipped)
             if controller.looks(rows, easy):
                 controller.look([self.seen(text) for text in texts], easy)
+            self._skip, self._skipped = controller.skips(rows), 0
 
     def _judge(self, launched: Launched, output: StepOutput) -> None:
         """Which drafts were right, and how many passes of a model made them."""

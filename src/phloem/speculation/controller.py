@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from phloem.speculation.texts import Tally
 
 MARGIN = 1.08  # times plain decoding: less is not worth the risk
+BEGIN = 1.25  # the same before the first drafts of a run: where few are ever right, most of them stay unverified
 WARY = 1.4  # the same for a while after drafts have lost time: what is far better than plain decoding goes on
 QUIET = 2  # steps without a draft after which plain steps are planned ahead again
 ENOUGH = 3  # plain steps that are measured before anything is verified
@@ -331,7 +332,7 @@ class Controller:
     def look(self, chains: Sequence[Chain | None], easy: bool) -> None:
         """These may be drafted next: verify from the next step on, if that pays, or if it has not been tried long."""
         rows, self._looked = len(chains), self._since
-        if any(self._best(chains, rows, easy, self._margin)):
+        if any(self._best(chains, rows, easy, max(BEGIN, self._margin))):
             self._begin(False)
         elif self._since >= max(PROBE, self._rest) and any(
             (chain is not None and chain.modelled) or self._survival(chain)[:1] > [0.5] for chain in chains

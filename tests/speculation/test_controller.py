@@ -11,6 +11,8 @@ from phloem.speculation.controller import (
     ENOUGH,
     LATE,
     LEDGER,
+    LIKELIEST,
+    MARGIN,
     PROBE,
     QUIET,
     WARY,
@@ -88,6 +90,31 @@ def test_likely_drafts_fill_the_step_up_to_its_knee() -> None:
     four = found.lengths([chain()] * 4, True)
     assert 4 <= sum(four) <= 8
     assert found.lengths([chain(2), None], True) == [2, 0]
+
+
+def test_one_row_gets_what_the_search_among_several_rows_gives_it() -> None:
+    rng = random.Random(3)
+    for _ in range(60):
+        found = measured(slope=rng.choice((0.02, 0.1, 0.3)))
+        found._most = 23
+        for _ in range(rng.randrange(40)):
+            found.acceptance.note("own", True, rng.randrange(40), rng.random() < 0.8)
+        one = chain(rng.randrange(1, 24), rng.randrange(1, 40), rng.random() < 0.7)
+        shares, likely = found._survival(one), 1.0
+        for depth, share in enumerate(shares):
+            likely *= min(LIKELIEST, found.acceptance.of("own", one.sure or depth > 0, one.matched + depth))
+            assert share == pytest.approx(likely)
+        assert found.lengths([one], True) == found._best([one, None], 1, True, MARGIN)[:1]
+
+
+def test_times_that_hardly_move_are_not_worked_out_again() -> None:
+    curve = Curve()
+    for value in (1.0, 1.001, 1.002, 1.003):
+        curve.note(4, value)
+    assert curve.version == 1 and curve.at(4) == 1.0
+    for _ in range(9):
+        curve.note(4, 1.2)
+    assert curve.at(4) == 1.2 and curve.near(5) and not curve.near(6) and not curve.near(2)
 
 
 def test_unlikely_drafts_are_left_alone_where_rows_cost() -> None:

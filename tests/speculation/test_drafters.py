@@ -58,6 +58,19 @@ def test_a_loop_is_drafted_on_beyond_the_end_of_the_text(name: str) -> None:
 
 
 @both
+def test_lines_of_one_form_are_drafted_up_to_the_next_value(name: str) -> None:
+    """Two records with values of their own, and the value of a third one."""
+    answer = [75, 70, 71, 1, 2, 72, 73, 74, 3, 4, 75, 70, 71, 5, 6, 72, 73, 74, 7, 8, 75, 70, 71, 9, 10]
+    own = text([*range(200, 220), *answer], 20)
+    draft = drafter(name).draft(own, 23)
+    assert (draft.tokens, draft.source, draft.sure) == ([72, 73, 74], "form", True)
+    assert drafter(name).draft(own, 2).tokens == [72, 73]
+    assert drafter(name).draft(text([*range(200, 220), *answer], 45), 23) is None, "a prompt's lines have no say"
+    once = drafter(name).draft(text([*range(200, 220), *answer[:15]], 20), 23)
+    assert once.source == "form" and once.tokens == [72, 73, 74, 3, 4, 75]
+
+
+@both
 def test_a_copy_keeps_its_place_among_many_that_look_alike(name: str) -> None:
     """More places of a key than are kept: the one that was followed is still found."""
     rng = random.Random(3)

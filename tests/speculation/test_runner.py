@@ -151,6 +151,25 @@ def test_steps_overlap_until_drafts_pay_and_again_when_they_are_over() -> None:
     assert len(ons) < 110 and driver.runner.accepted > 40
 
 
+def test_what_a_verified_step_teaches_is_taken_in_behind_the_next_launch() -> None:
+    driver = Driver()
+    runner = speculating(driver)
+    prompt = random_tokens(random.Random(1), 8)
+    repeating(driver, "a", prompt, 60)
+    driver.submit("a", prompt, 60)
+    late = list[bool]()
+    launch = runner.inner.launch
+
+    def noted(batch: Batch) -> Any:
+        late.append(runner._late is not None)
+        return launch(batch)
+
+    runner.inner.launch = noted  # type: ignore[method-assign]
+    driver.run()
+    assert sum(late) > 4 and runner._late is not None
+    assert runner.prepared["speculation"]["acceptance"] and runner._late is None
+
+
 def test_what_was_verified_is_told_with_the_last_chunk_and_counted() -> None:
     driver = Driver()
     speculating(driver)

@@ -188,6 +188,16 @@ def _nothing() -> None:
 
 def with_drafts(batch: Batch, drafts: dict[int, list[int]]) -> Batch:
     """The batch with drafts behind the tokens of these rows (see `core.batch.Batch`)."""
+    if batch.num_rows == batch.num_tokens == 1:
+        only = drafts[0]
+        assert FROM_DEVICE not in only
+        return replace(
+            batch,
+            query_lens=np.array([1 + len(only)], np.int32),
+            outputs=batch.outputs + np.int32(len(only)),
+            input_ids=np.array([batch.input_ids[0], *only], np.int32),
+            drafts=None,
+        )
     more = np.zeros(batch.num_rows, np.int32)
     rows = sorted(drafts)
     more[rows] = [len(drafts[row]) for row in rows]

@@ -94,6 +94,9 @@ class Planner:
             return self._counted(plan)
         if (self.pace.draft_room or self.slots.block) and self._out_of_step():
             return None
+        if not len(self.queue) and not len(self.slots.active()):
+            self.headroom.relax()
+            return None  # all wait for their step, or there is nobody
         if self.policy.yields and len(self.queue):
             self._give_way()
         choose = spend_blocks if self.slots.block else spend

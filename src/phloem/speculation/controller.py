@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import heapq
 import statistics
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -25,17 +25,21 @@ if TYPE_CHECKING:
     from phloem.speculation.texts import Tally
 
 MARGIN = 1.08  # times plain decoding: less is not worth the risk
+BEGIN = 1.25  # the same before the first drafts of a run: where few are ever right, most of them stay unverified
 WARY = 1.4  # the same for a while after drafts have lost time: what is far better than plain decoding goes on
 QUIET = 2  # steps without a draft after which plain steps are planned ahead again
 ENOUGH = 3  # plain steps that are measured before anything is verified
 LEDGER = 12  # steps after which a gain is written off, so that it pays for no later loss
 LOSS = 1.5  # plain steps that verified ones may lose before they are stopped
 LATE = 1.25  # times the usual: what a step took beyond that the machine took, and it is not held against drafts
+KEPT = 9  # steps of a size that the median is of
+SAME = 0.01  # a median that moved by less has not moved
 TRUSTED = 2  # steps of a size after which what they take is believed, whatever it is
 BACKOFF, MOST_BACKOFF = 64, 2048  # steps
 PROBE = 64  # steps after which drafts that do not seem to pay are verified once
-FEW = 4  # rows whose texts are looked at after every plain step; of more, at every eighth
-STRIDE = 8
+OFTEN = 16  # plain steps, from the last drafts on, after each of which texts are looked at
+FEW = 4  # rows of which that holds
+SELDOM, STRIDE = 4, 8  # steps between two looks later on, and of more rows
 LIKELIEST = 0.98
 BESIDE = 24  # tokens that a grammar forced are rows like others; more are a prompt's chunk
 
@@ -61,17 +65,18 @@ def usual(rows: int) -> float:
 
 
 class Curve:
-    """T(n) in seconds: medians of the last steps of each size, and lines between them."""
+    """T(n) in seconds: medians of the last steps of each size, and lines between them. `version`: changes with them."""
 
     def __init__(self) -> None:
         self._seen: dict[int, deque[float]] = {}
         self._medians: dict[int, float] = {}
         self._known: dict[int, float] = {}
-        self.count = 0
+        self._sizes: list[int] = []  # that were measured, in their order
+        self.count = self.version = 0
 
     def note(self, rows: int, seconds: float, guess: float | None = None) -> None:
         """`guess`: what was expected, where nothing was measured here."""
-        seen = self._seen.setdefault(rows, deque(maxlen=9))
+        seen = self._seen.setdefault(rows, deque(maxlen=KEPT))
         if len(seen) < TRUSTED:
             # The first steps of a size may record it, touch memory for the first time or meet a busy moment, and a size
             # that is thought too slow is not measured again.
@@ -79,9 +84,15 @@ class Curve:
             guess = guess if known is None else known
             seconds = seconds if guess is None else min(seconds, LATE * guess)
         seen.append(seconds)
-        self._medians[rows] = statistics.median(seen)
-        self._known.clear()
         self.count += 1
+        now, before = statistics.median(seen), self._medians.get(rows)
+        if before is not None and abs(now - before) <= SAME * before:
+            return  # what follows from it need not be computed again
+        if before is None:
+            insort(self._sizes, rows)
+        self._medians[rows] = now
+        self._known.clear()
+        self.version += 1
 
     def at(self, rows: int) -> float | None:
         """None: nothing was measured."""
@@ -93,8 +104,7 @@ class Curve:
         return found
 
     def _between(self, rows: int) -> float:
-        sizes = sorted(self._medians)
-        place = bisect_left(sizes, rows)
+        sizes, place = self._sizes, bisect_left(self._sizes, rows)
         if 0 < place < len(sizes):
             low, high = sizes[place - 1], sizes[place]
             share = (usual(rows) - usual(low)) / (usual(high) - usual(low))
@@ -116,7 +126,8 @@ class Curve:
 
     def near(self, rows: int) -> bool:
         """Whether a size within a quarter was measured."""
-        return any(0.75 * rows <= size <= 1.34 * rows for size in self._medians)
+        place = bisect_left(self._sizes, 0.75 * rows)
+        return place < len(self._sizes) and self._sizes[place] <= 1.34 * rows
 
     def facts(self) -> dict[str, float]:
         """Milliseconds by rows."""
@@ -133,6 +144,12 @@ class Acceptance:
     @staticmethod
     def _kind(matched: int) -> int:
         return bisect_left(_MATCHES, matched + 1) if matched >= 0 else max(matched, -DEPTHS)
+
+    @staticmethod
+    def alike(matched: int) -> int:
+        """Of how many drafts behind one another, this one the first, acceptance is one number."""
+        kind = bisect_left(_MATCHES, matched + 1)
+        return _MATCHES[kind] - matched if kind < len(_MATCHES) else 1 << 30
 
     def of(self, source: str, sure: bool, matched: int) -> float:
         kind = self._kind(matched)
@@ -191,6 +208,25 @@ class _Kind:
 
     plain: Curve = field(default_factory=Curve)
     verify: Curve = field(default_factory=Curve)
+    # What `takes` has found, and the versions of both then.
+    expected: dict[int, float | None] = field(default_factory=dict[int, float | None])
+    stamp: tuple[int, int] = (0, 0)
+
+    def takes(self, rows: int) -> float | None:
+        """What a step of so many rows would take, not planned ahead; None: nothing was measured."""
+        stamp = self.plain.version, self.verify.version
+        if stamp != self.stamp:
+            self.stamp = stamp
+            self.expected.clear()
+        if rows in self.expected:
+            return self.expected[rows]
+        if self.verify.near(rows) or (self.verify.sizes > 1 and not self.plain.near(rows)):
+            found = self.verify.at(rows)
+        else:
+            plain = self.plain.at(rows)
+            found = plain if plain is None else 1.05 * plain
+        self.expected[rows] = found
+        return found
 
 
 class Controller:
@@ -212,20 +248,28 @@ class Controller:
         self._pass: float | None = None  # their median
         self._ledger = Ledger()
         self._since = 0  # plain steps since something was verified
+        self._looked = 0  # how many there were when texts were looked at last
         self._rest = 0  # of which so many are to pass
         self._wary = 0  # plain steps for which drafts have to promise more
         self._backoff = BACKOFF
         self._quiet = 0
-        self._probing = False
+        self.probing = False
         self.stopped = 0  # times that it did not pay
 
     # what happened
 
-    def plain(self, rows: int, easy: bool, seconds: float) -> None:
-        """A step of `rows` decodes, planned ahead, has taken so long."""
+    def plain(self, rows: int, easy: bool, seconds: float, steps: int = 1) -> None:
+        """The last of `steps` steps of `rows` decodes, planned ahead, has taken so long."""
         self.times[easy].plain.note(rows, seconds)
-        self._since += 1
-        self._wary = max(0, self._wary - 1)
+        self._since += steps
+        self._wary = max(0, self._wary - steps)
+
+    def skips(self, rows: int) -> int:
+        """Of how many plain steps nothing need be told: while others compute, Python takes their cores, and the less
+        often it runs the longer each turn takes."""
+        if self._since < OFTEN or self.on:
+            return 0
+        return (STRIDE if rows > FEW else SELDOM) - 1
 
     def verified(
         self, rows: int, total: int, easy: bool, tokens: int, seconds: float, passes: int = 0, drafting: float = 0.0
@@ -233,7 +277,7 @@ class Controller:
         """A step of `rows` decodes, `total` with their drafts, not planned ahead, has given so many tokens. Of its
         seconds `drafting` were those of a model's `passes`."""
         kind = self.times[easy]
-        kind.verify.note(total, seconds - drafting, self._verify(total, easy))
+        kind.verify.note(total, seconds - drafting, kind.takes(total))
         if passes:
             self._passes.append(drafting / passes)
             self._pass = statistics.median(self._passes)
@@ -252,7 +296,7 @@ class Controller:
         elif ledger.steps >= LEDGER and ledger.saved > ledger.spent:
             self._backoff = BACKOFF
             self._ledger = Ledger()
-        if self._probing:
+        if self.probing:
             self._off(0)
 
     def judged(self, chain: Chain, verified: int, right: int) -> None:
@@ -282,12 +326,13 @@ class Controller:
             return False
         if self.times[easy].plain.count < ENOUGH:
             return False
-        return rows <= FEW or self._since % STRIDE == 0
+        passed = self._since - self._looked
+        return passed >= STRIDE if rows > FEW else self._since < OFTEN or passed >= SELDOM
 
     def look(self, chains: Sequence[Chain | None], easy: bool) -> None:
         """These may be drafted next: verify from the next step on, if that pays, or if it has not been tried long."""
-        rows = len(chains)
-        if any(self._best(chains, rows, easy, self._margin)):
+        rows, self._looked = len(chains), self._since
+        if any(self._best(chains, rows, easy, max(BEGIN, self._margin))):
             self._begin(False)
         elif self._since >= max(PROBE, self._rest) and any(
             (chain is not None and chain.modelled) or self._survival(chain)[:1] > [0.5] for chain in chains
@@ -300,7 +345,7 @@ class Controller:
             return self._all(chains, beside)
         if beside > BESIDE:
             return self._beside(chains, easy)
-        found = self._best(chains, len(chains), easy, 0.0 if self._probing else self._margin, beside)
+        found = self._best(chains, len(chains), easy, 0.0 if self.probing else self._margin, beside)
         self._quiet = 0 if any(found) else self._quiet + 1
         if self._quiet >= QUIET:
             self._off(0)
@@ -324,10 +369,11 @@ class Controller:
         return WARY if self._wary else MARGIN
 
     def _begin(self, probing: bool) -> None:
-        self.on, self._probing, self._quiet = True, probing, 0
+        self.on, self.probing, self._quiet = True, probing, 0
 
     def _off(self, rest: int) -> None:
-        self.on, self._probing, self._quiet, self._since, self._rest = False, False, 0, 0, rest
+        self.on, self.probing, self._quiet, self._since, self._rest = False, False, 0, 0, rest
+        self._looked = 0
 
     def _stop(self) -> None:
         self.stopped += 1
@@ -349,29 +395,29 @@ class Controller:
         if chain is None:
             return []
         tally, share, found = chain.tally, 1.0, list[float]()
-        factor = (tally.right + _WEIGHT) / (tally.expected + _WEIGHT)
-        for depth in range(min(chain.length, self._most)):
+        factor, length = (tally.right + _WEIGHT) / (tally.expected + _WEIGHT), min(chain.length, self._most)
+        while len(found) < length:
+            depth = len(found)
             known = self.acceptance.of(chain.source, chain.sure or depth > 0, chain.match(depth))
             likely = min(LIKELIEST, known * factor)
             # Of a tree that is how often the draft itself was right, and none is likelier than those before it.
             share = min(share, likely) if chain.deep else share * likely
             found.append(share)
+            if depth and not chain.modelled:  # those behind it are thought as likely, as far as as many tokens agree
+                for _ in range(min(length - depth, self.acceptance.alike(chain.match(depth))) - 1):
+                    share *= likely
+                    found.append(share)
         return found
-
-    def _verify(self, rows: int, easy: bool) -> float | None:
-        """What a step of so many rows would take, not planned ahead."""
-        kind = self.times[easy]
-        if kind.verify.near(rows) or (kind.verify.sizes > 1 and not kind.plain.near(rows)):
-            return kind.verify.at(rows)
-        plain = kind.plain.at(rows)
-        return plain if plain is None else 1.05 * plain
 
     def _best(self, chains: Sequence[Chain | None], rows: int, easy: bool, margin: float, beside: int = 0) -> list[int]:
         none = [0] * len(chains)
-        plain = self.times[easy].plain.at(rows + beside)
+        kind = self.times[easy]
+        plain = kind.plain.at(rows + beside)
         if plain is None or not rows:
             return none
         survival = [self._survival(chain) for chain in chains]
+        if rows == 1 and not (chains[0] is not None and chains[0].modelled):
+            return [_prefix(survival[0], kind, 1 + beside, 1.0 / plain * margin, self._rows)]
         heap = [(-shares[0], row) for row, shares in enumerate(survival) if shares]
         heapq.heapify(heap)
         one, modelled = 0.0, next((chain for chain in chains if chain is not None and chain.modelled), None)
@@ -385,7 +431,7 @@ class Controller:
             count[row] += 1
             if count[row] < len(survival[row]):
                 heapq.heappush(heap, (-survival[row][count[row]], row))
-            takes = self._verify(total, easy)
+            takes = kind.takes(total)
             if takes is None:
                 continue
             takes += one * (0 if modelled is None else modelled.passes(max(count)))
@@ -408,3 +454,15 @@ class Controller:
         least = 1.1 * (more - less) / 8 / (plain / rows)
         each = (self._rows - rows) // max(1, rows)
         return [sum(1 for share in self._survival(chain)[: max(0, each)] if share > least) for chain in chains]
+
+
+def _prefix(shares: Sequence[float], kind: _Kind, rows: int, best: float, most: int) -> int:
+    """How many of the drafts of the only row that decodes, in a step of `rows` without them, give the most tokens a
+    second, if that is more than `best`. What `Controller._best` finds for several rows."""
+    tokens, found = 1.0, 0
+    for count, share in enumerate(shares[: max(0, most - rows)], 1):
+        tokens += share
+        takes = kind.takes(rows + count)
+        if takes is not None and tokens > best * takes:
+            best, found = tokens / takes, count
+    return found

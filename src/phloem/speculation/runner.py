@@ -2,12 +2,14 @@
 
 Where a batch gives room, a row's drafts are put behind its token, and the inner runner verifies them. What the
 controller learns comes from the results, as the scheduler takes them: both `launch` and `result` run in its thread, so
-nothing here is shared between threads.
+nothing here is shared between threads. Nothing computes between the result of a step with room for drafts and the next
+launch, so what such a step teaches is taken in behind that.
 """
 
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -74,10 +76,13 @@ class SpeculativeRunner(RunnerAround):
     ) -> None:
         super().__init__(inner)
         self.drafter, self.controller = drafter, controller
+        drafter.likely = controller.acceptance.of
         self._room, self._clock = room, clock
         self._texts = Texts(inner.max_slots, drafter.ended)
         self._inflight = 0
         self._last = 0.0  # when a result came
+        self._late: Callable[[], None] | None = None  # what is learned behind the next launch
+        self._skip = self._skipped = 0  # plain steps that are not told of from now on, and that were not
 
     @property
     def draft_room(self) -> int:
@@ -86,6 +91,7 @@ class SpeculativeRunner(RunnerAround):
 
     @property
     def prepared(self) -> dict[str, Any]:
+        self._learn_late()
         return {**self.inner.prepared, "speculation": {**self.controller.facts(), **self.drafter.facts()}}
 
     def launch(self, batch: Batch) -> Launched:
@@ -97,6 +103,7 @@ class SpeculativeRunner(RunnerAround):
         if not self._inflight:
             launched.began = now if now - self._last > IDLE else self._last
         self._inflight += 1
+        self._learn_late()
         return launched
 
     # before a step
@@ -152,7 +159,7 @@ class SpeculativeRunner(RunnerAround):
 
     def landed(self, launched: Launched, output: StepOutput) -> None:
         """A step's result has come."""
-        now, batch, texts = self._clock(), launched.batch, launched.texts
+        now, texts = self._clock(), launched.texts
         seconds = now - (self._last if launched.began is None else launched.began)
         self._inflight, self._last = self._inflight - 1, now
         tokens, at = output.tokens.tolist(), 0
@@ -163,29 +170,49 @@ class SpeculativeRunner(RunnerAround):
             for text, count in zip(texts, output.counts.tolist(), strict=True):
                 text.tokens += tokens[at : at + count]
                 at += count
+        if self._skip and launched.drafts is None:
+            self._skip, self._skipped = self._skip - 1, self._skipped + 1
+            return
         output.verified, launched.drafting = launched.drafts, output.drafting_seconds
+        if launched.drafts is None or self.controller.probing:  # a probe says at once whether the next step drafts
+            self._learn(launched, output, len(tokens), seconds)
+        else:
+            self._learn_late()
+            self._late = partial(self._learn, launched, output, len(tokens), seconds)
+
+    def _learn_late(self) -> None:
+        late, self._late = self._late, None
+        if late is not None:
+            late()
+
+    def _learn(self, launched: Launched, output: StepOutput, tokens: int, seconds: float) -> None:
+        batch, texts, controller = launched.batch, launched.texts, self.controller
         if launched.drafts is not None:
-            deepest = (chain.passes(int(launched.drafts[row])) for row, chain in launched.chains.items())
-            launched.passes = max(deepest, default=0) if output.drafting_seconds else 0
+            self._judge(launched, output)
+        rows = len(texts)
+        decodes = batch.num_tokens == rows and (tokens == rows or int(batch.outputs.sum()) == rows)
+        if not decodes or batch.admissions or not launched.learns or output.failed:
+            return
+        easy = all([text.easy for text in texts])
+        if launched.drafts is not None:
+            total, passes = rows + int(launched.drafts.sum()), launched.passes
+            controller.verified(rows, total, easy, tokens, seconds, passes, launched.drafting)
+        elif batch.drafts is None:
+            controller.plain(rows, easy, seconds, 1 + self._skipped)
+            if controller.looks(rows, easy):
+                controller.look([self.seen(text) for text in texts], easy)
+            self._skip, self._skipped = controller.skips(rows), 0
+
+    def _judge(self, launched: Launched, output: StepOutput) -> None:
+        """Which drafts were right, and how many passes of a model made them."""
+        assert launched.drafts is not None
+        deepest = (chain.passes(int(launched.drafts[row])) for row, chain in launched.chains.items())
+        launched.passes = max(deepest, default=0) if output.drafting_seconds else 0
         for row, chain in launched.chains.items():
             if row in output.branches and output.counts[row]:
                 self.controller.judged_tree(chain, chain.length, output.branches[row])
             elif output.counts[row]:
                 self.controller.judged(chain, chain.length, int(output.counts[row]) - 1)
-        decodes = batch.num_tokens == batch.num_rows == int(batch.outputs.sum()) and not batch.admissions
-        if decodes and launched.learns and not output.failed:
-            self._learn(launched, len(tokens), seconds)
-
-    def _learn(self, launched: Launched, tokens: int, seconds: float) -> None:
-        texts, controller = launched.texts, self.controller
-        easy, rows = all(text.easy for text in texts), len(texts)
-        if launched.drafts is not None:
-            total, passes = rows + int(launched.drafts.sum()), launched.passes
-            controller.verified(rows, total, easy, tokens, seconds, passes, launched.drafting)
-        elif launched.batch.drafts is None:
-            controller.plain(rows, easy, seconds)
-            if controller.looks(rows, easy):
-                controller.look([self.seen(text) for text in texts], easy)
 
 
 def _chain(draft: Draft, text: Text) -> Chain:

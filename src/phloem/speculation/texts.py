@@ -45,6 +45,8 @@ class Text:
     indexed: int = 0
     shared: int = 0
     index: dict[tuple[int, ...], list[int]] = field(default_factory=dict[tuple[int, ...], list[int]])
+    formed: int = 0
+    forms: dict[tuple[int, int], list[int]] = field(default_factory=dict[tuple[int, int], list[int]])
 
     def put(self, position: int, ids: Sequence[int]) -> None:
         """The tokens from `position` on are these; what is known of them already stays."""
@@ -66,6 +68,7 @@ class Texts:
     def __init__(self, slots: int, ended: Callable[[Text], None]) -> None:
         self._texts: list[Text | None] = [None] * slots
         self._ended = ended
+        self._last: tuple[NDArray[np.int32] | None, list[Text]] = None, []  # the slots of the last batch, and its texts
 
     def admit(self, admission: Admission) -> None:
         before = self._texts[admission.slot]
@@ -84,6 +87,8 @@ class Texts:
 
     def of(self, batch: Batch) -> list[Text]:
         """The texts of a batch's rows; those who enter with it are admitted, and forced tokens are taken in."""
+        if batch.slots is self._last[0] and not batch.admissions and batch.drafts is None and batch.is_decode:
+            return self._last[1]  # the rows of the step before, one token on
         for admission in batch.admissions:
             self.admit(admission)
         texts: list[Text] = []
@@ -93,6 +98,7 @@ class Texts:
             texts.append(text)
         if batch.num_tokens != batch.num_rows or batch.drafts is not None:
             self._forced(batch, texts)
+        self._last = batch.slots, texts
         return texts
 
     @staticmethod

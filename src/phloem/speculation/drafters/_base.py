@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.speculation import Wanted
     from phloem.engine.drafting import Loaded
@@ -30,7 +32,12 @@ class Draft:
 
 
 class Drafter(ABC):
-    """Where drafts come from. Called in the scheduler's thread alone, so a call must take microseconds."""
+    """Where drafts come from. Called in the scheduler's thread alone, so a call must take microseconds.
+
+    `likely(source, sure, matched)`: how often the first of such drafts has been right, for one that has to choose.
+    """
+
+    likely: Callable[[str, bool, int], float] | None = None
 
     @abstractmethod
     def __init__(self, wanted: Wanted) -> None: ...

@@ -36,10 +36,15 @@ def index(text: Text) -> None:
     text.indexed = max(text.indexed, len(tokens) - 1)
 
 
-def agreement(tokens: Sequence[int], other: Sequence[int], end: int, most: int) -> int:
-    """How many tokens before and at `end` of `other` are those at the end of `tokens`, up to `most`."""
-    last, count = len(tokens) - 1, 0
+def agreement(tokens: Sequence[int], other: Sequence[int], end: int, most: int, skipped: int = 0) -> int:
+    """How many tokens before and at `end` of `other` are those at the end of `tokens`, up to `most`; the last `skipped`
+    of both are not looked at."""
+    last, end, count = len(tokens) - 1 - skipped, end - skipped, 0
     most = min(most, end + 1, last + 1)
+    # Copies mostly agree all the way: slices are compared without a turn of Python for each token.
+    far = most > LONG and tokens[last - LONG] == other[end - LONG]
+    if far and tokens[last + 1 - most : last + 1] == other[end + 1 - most : end + 1]:
+        return most
     while count < most and tokens[last - count] == other[end - count]:
         count += 1
     return count

@@ -1,15 +1,17 @@
 """Drafts from the request's own prompt and output: what followed the longest earlier place that ends as the text does.
 
-Prompt lookup decoding (Saxena 2023), with the longest agreement of all kept places instead of a fixed length.
+Prompt lookup decoding (Saxena 2023), with the longest agreement of all kept places instead of a fixed length. Where few
+tokens agree or none, what follows earlier lines of the output that have the form of the last one (`_forms`).
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from phloem.speculation.drafters import _forms
 from phloem.speculation.drafters._base import Draft
 from phloem.speculation.drafters._base import Drafter as Base
-from phloem.speculation.drafters._match import after, agreement, candidates, index
+from phloem.speculation.drafters._match import LONG, after, agreement, candidates, index
 
 if TYPE_CHECKING:
     from phloem.core.speculation import Wanted
@@ -23,6 +25,21 @@ class Drafter(Base):
         self._least, self._most = wanted.min_match, wanted.max_match
 
     def draft(self, text: Text, room: int) -> Draft | None:
+        exact = self.exact(text, room)
+        if exact is not None and exact.matched >= LONG:
+            return exact
+        _forms.index(text)
+        found = _forms.follow(text, self._most)
+        if found is None or found[1] < self._least:
+            return exact
+        form = Draft(found[0][:room], "form", found[1], found[2])
+        return form if exact is None or self._chance(form) > self._chance(exact) else exact
+
+    def _chance(self, draft: Draft) -> float:
+        return draft.matched if self.likely is None else self.likely(draft.source, draft.sure, draft.matched)
+
+    def exact(self, text: Text, room: int) -> Draft | None:
+        """Behind tokens that are those at the end of the text."""
         index(text)
         best, where, tied = self.best(text)
         if best < self._least:
@@ -56,7 +73,7 @@ class Drafter(Base):
         return end if end < len(text.tokens) - 1 else -1
 
     def ended(self, text: Text) -> None:
-        text.index = {}
+        text.index, text.forms = {}, {}
 
     def facts(self) -> dict[str, int]:
         return {}

@@ -89,8 +89,8 @@ class Drafter(Own):
         super().__init__(wanted)
         self.store = Store(wanted.capacity)
 
-    def draft(self, text: Text, room: int) -> Draft | None:
-        own = super().draft(text, room)
+    def exact(self, text: Text, room: int) -> Draft | None:
+        own = super().exact(text, room)
         self.store.take(text)
         count, other, end = self.store.find(text, self._most)
         if other is None or count < self._least or (own is not None and count <= own.matched):

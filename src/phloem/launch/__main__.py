@@ -15,6 +15,7 @@ from phloem.checkpoint.describe import described
 from phloem.core.config import Config, log_format
 from phloem.core.errors import PhloemError
 from phloem.core.messages import Failed, Progress, decode_to_engine, encode, refusal
+from phloem.launch import lean
 from phloem.utils import garbage, log, machine, memory
 from phloem.utils.ipc import EnginePipe
 from phloem.utils.processes import die_with_parent, killed_with_parent
@@ -69,7 +70,7 @@ def _engine() -> Callable[..., None] | Exception:
     """`core.serve`, or why it cannot be imported. Seconds of imports (torch): only once this process ends with its
     parent and leaves signals alone."""
     try:
-        with garbage.left_alone():
+        with garbage.left_alone(), lean.imports():
             from phloem.launch.core import serve
     except Exception as error:
         return error

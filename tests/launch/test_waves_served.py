@@ -82,7 +82,7 @@ def test_stages_work_at_the_same_time(tmp_path: Path, monkeypatch: pytest.Monkey
     begun, changed, together = [0, 0], threading.Condition(), list[bool]()
     run_stage = stages.run_stage
 
-    def meeting(model: Any, stage: Any, step: Any, given: Any) -> Any:
+    def meeting(model: Any, stage: Any, step: Any, given: Any, **more: Any) -> Any:
         place = stage.axis.rank
         with changed:
             begun[place] += 1
@@ -90,7 +90,7 @@ def test_stages_work_at_the_same_time(tmp_path: Path, monkeypatch: pytest.Monkey
             changed.notify_all()
             if place and len(together) < 12:
                 together.append(changed.wait_for(lambda: begun[0] > mine, 5))
-        return run_stage(model, stage, step, given)
+        return run_stage(model, stage, step, given, **more)
 
     monkeypatch.setattr(stages, "run_stage", meeting)
     found, told = served(path, many(4, 12), pp_size=2)
@@ -100,6 +100,31 @@ def test_stages_work_at_the_same_time(tmp_path: Path, monkeypatch: pytest.Monkey
     pairs = list(pairwise(decodes))
     assert len(pairs) > 15 and not any(np.isin(*pair).any() for pair in pairs), "rows of one are not in the next"
     assert not any(isinstance(one, Chosen) for one in told)
+
+
+def test_chunks_of_a_prompt_follow_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above, with a prompt alone."""
+    path = str(checkpoint("llama", tmp_path))
+    sampling = SamplingParams(max_new_tokens=4, temperature=0.0, ignore_eos=True)
+    asked = [Submit(id="q", input_ids=pack_ids((np.arange(100) * 7 % 90 + 5).tolist()), sampling=sampling)]
+    expected, _ = served(path, asked)
+    begun, changed, together = [0, 0], threading.Condition(), list[bool]()
+    run_stage = stages.run_stage
+
+    def meeting(model: Any, stage: Any, step: Any, given: Any, **more: Any) -> Any:
+        place = stage.axis.rank
+        with changed:
+            begun[place] += 1
+            mine = begun[place]
+            changed.notify_all()
+            if place and len(together) < 5:
+                together.append(changed.wait_for(lambda: begun[0] > mine, 5))
+        return run_stage(model, stage, step, given, **more)
+
+    monkeypatch.setattr(stages, "run_stage", meeting)
+    found, _ = served(path, asked, pp_size=2)
+    assert found["q"][0] == expected["q"][0]
+    assert together == [True] * 5
 
 
 @pytest.mark.slow

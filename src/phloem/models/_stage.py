@@ -44,6 +44,8 @@ class Layered(Protocol):
 
     def weights(self) -> Iterator[Weight]: ...
 
+    def adapt(self, step: ForwardBatch, /, *, wanted: bool = False) -> None: ...
+
     def enter(self, step: ForwardBatch, /) -> Tensor: ...
 
     def finish(self, out: Tensor, residual_TN: Tensor, keep_L: Tensor | None, /) -> Tensor: ...
@@ -131,9 +133,14 @@ def stage_of(model: Layered, axis: Axis, pools: Sequence[range]) -> Stage:
     )  # fmt: skip
 
 
-def run_stage(model: Layered, stage: Stage, step: ForwardBatch, given: Sequence[Tensor]) -> list[Tensor]:
+def run_stage(
+    model: Layered, stage: Stage, step: ForwardBatch, given: Sequence[Tensor], *, wanted: bool = True
+) -> list[Tensor]:
     """What the next stage is given, [T, N] each: hidden states, and the residual where it is apart; of the last stage
-    the hidden states [L, N] that the head takes. `given`: what the stage before has given."""
+    the hidden states [L, N] that the head takes, or nothing where none is `wanted`. `given`: what the stage before has
+    given."""
+    if given:
+        model.adapt(step)
     x_TN = given[0] if given else model.enter(step)
     residual_TN = given[1] if len(given) > 1 else None
     final = stage.last == len(model.layers)
@@ -141,7 +148,11 @@ def run_stage(model: Layered, stage: Stage, step: ForwardBatch, given: Sequence[
         x_TN, residual_TN = layer.attend(x_TN, residual_TN, step)
         x_TN, residual_TN = layer.feed(x_TN, residual_TN)
     if final:
-        return [model.finish(*model.layers[-1].attend(x_TN, residual_TN, step), step.logit_index)]
+        out, residual_TN = model.layers[-1].attend(x_TN, residual_TN, step)
+        if not wanted:
+            return []
+        model.adapt(step, wanted=True)
+        return [model.finish(out, residual_TN, step.logit_index)]
     return [x_TN] if residual_TN is None else [x_TN, residual_TN]
 
 

@@ -37,6 +37,32 @@ DRAFTS: dict[str, Any] = {"speculative_algorithm": "suffix", "disable_speculativ
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc of Linux")
 
 
+# Sizes, the rank that has no memory, and the op table. The first ones stand for the others, but with `--every`.
+STARVED: list[tuple[dict[str, int], int, str | None]] = [
+    ({"tp_size": 4}, 0, "reference"),
+    ({"tp_size": 4}, 1, None),
+    ({"pp_size": 2}, 1, "reference"),
+    ({"pp_size": 2, "tp_size": 2}, 3, "reference"),
+    ({"tp_size": 4, "attn_dp_size": 2}, 0, "reference"),
+    ({"tp_size": 4}, 2, None),
+    ({"pp_size": 2}, 0, "reference"),
+    ({"pp_size": 3}, 1, "reference"),
+    ({"pp_size": 2, "tp_size": 2}, 1, "reference"),
+    ({"pp_size": 2, "tp_size": 2}, 2, None),
+    ({"tp_size": 4, "attn_cp_size": 2}, 3, "reference"),
+]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "starved" in metafunc.fixturenames:
+        cases = STARVED[: None if metafunc.config.getoption("--every") else 5]
+        names = [
+            "-".join([*(f"{key[:-5]}{size}" for key, size in sizes.items()), f"rank{rank}", str(ops)])
+            for sizes, rank, ops in cases
+        ]
+        metafunc.parametrize("starved", cases, ids=names)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "sizes"),
@@ -175,30 +201,12 @@ def test_recorded_steps_of_ranks_answer_as_one_rank_does(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not built(), reason="the native library is not built (no C++ compiler?)")
-@pytest.mark.parametrize(
-    ("sizes", "starving", "ops"),
-    [
-        ({"tp_size": 4}, 0, "reference"),
-        ({"tp_size": 4}, 1, None),
-        ({"tp_size": 4}, 2, None),
-        ({"pp_size": 2}, 0, "reference"),
-        ({"pp_size": 2}, 1, "reference"),
-        ({"pp_size": 3}, 1, "reference"),
-        ({"pp_size": 2, "tp_size": 2}, 1, "reference"),
-        ({"pp_size": 2, "tp_size": 2}, 2, None),
-        ({"pp_size": 2, "tp_size": 2}, 3, "reference"),
-        ({"tp_size": 4, "attn_dp_size": 2}, 0, "reference"),
-        ({"tp_size": 4, "attn_cp_size": 2}, 3, "reference"),
-    ],
-    ids=lambda value: (
-        "-".join(f"{key[:-5]}{size}" for key, size in value.items()) if isinstance(value, dict) else str(value)
-    ),
-)
 def test_a_step_without_memory_on_one_rank_is_undone_on_all(
-    sizes: dict[str, int], starving: int, ops: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    starved: tuple[dict[str, int], int, str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several times, in the middle of a layer and in the head: with fewer tokens the steps run again, and nobody's
     answer is another one."""
+    sizes, starving, ops = starved
     monkeypatch.setattr(Threads, "group", partial(shared_memory, tmp_path))
     path = str(tiny_checkpoint("llama", tmp_path / "model", **SIZES, num_hidden_layers=6))
     options: dict[str, Any] = {

@@ -25,7 +25,10 @@ OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 GROUPS = {"tp_size": 2, "attn_dp_size": 2}
 DRAFTS: dict[str, Any] = {"speculative_algorithm": "suffix", "disable_speculative_adaptive": True}
-ids = lambda value: value if isinstance(value, str) else "-".join(f"{key[:4]}{size}" for key, size in value.items())  # noqa: E731
+
+
+def named(sizes: dict[str, Any]) -> str:
+    return "-".join(f"{key.removesuffix('_size')}{size}" for key, size in sizes.items())
 
 
 def served(path: str, submits: list[Submit], **options: Any) -> tuple[dict[str, Any], list[Any], dict[str, str]]:
@@ -47,21 +50,35 @@ def alike(found: dict[str, Any], expected: dict[str, Any]) -> None:
         assert found[key][2] == pytest.approx(prompt, abs=1e-4, nan_ok=True), key
 
 
+# The first two stand for the others, but with `--every`.
+ADAPTED: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"pp_size": 2, "tp_size": 4, "attn_dp_size": 2}),
+    ("deepseek_v3", {**GROUPS, "ep_size": 2, "moe_a2a_backend": "torch"}),
+    ("llama", {"pp_size": 2}),
+    ("llama", GROUPS),
+    ("llama", {"tp_size": 4, "attn_cp_size": 2}),
+    ("qwen3_next", {"pp_size": 2, "tp_size": 2}),
+]
+DRAFTED: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"pp_size": 2}),
+    ("llama", GROUPS),
+    ("gemma3_text", {"tp_size": 2, "attn_cp_size": 2}),
+    ("llama", {"pp_size": 2, "tp_size": 2, "attn_dp_size": 2}),
+    ("qwen3_moe", {"pp_size": 2, "tp_size": 2, "ep_size": 2, "speculative_algorithm": "ngram"}),
+]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    most = None if metafunc.config.getoption("--every") else 2
+    for fixture, cases in (("adapted", ADAPTED), ("drafted", DRAFTED)):
+        if fixture in metafunc.fixturenames:
+            metafunc.parametrize(fixture, cases[:most], ids=lambda case: f"{case[0]}-{named(case[1])}")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "sizes"),
-    [
-        ("llama", {"pp_size": 2}),
-        ("llama", GROUPS),
-        ("llama", {"tp_size": 4, "attn_cp_size": 2}),
-        ("llama", {"pp_size": 2, "tp_size": 4, "attn_dp_size": 2}),
-        ("qwen3_next", {"pp_size": 2, "tp_size": 2}),
-        ("deepseek_v3", {**GROUPS, "ep_size": 2, "moe_a2a_backend": "torch"}),
-    ],
-    ids=ids,
-)
-def test_adapters_on_ranks_answer_as_on_one(name: str, sizes: dict[str, Any], tmp_path: Path) -> None:
+def test_adapters_on_ranks_answer_as_on_one(adapted: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
     """Two beside rows without, with prefix hits, chunks, preemption, grammars, penalties and log probabilities."""
+    name, sizes = adapted
     path = checkpoint(name, tmp_path / "base")
     given = [f"{seed}={plain_adapter(path, tmp_path / f'adapter{seed}', seed)}" for seed in (1, 2)]
 
@@ -82,24 +99,14 @@ def test_adapters_on_ranks_answer_as_on_one(name: str, sizes: dict[str, Any], tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "sizes"),
-    [
-        ("llama", {"pp_size": 2}),
-        ("llama", GROUPS),
-        ("gemma3_text", {"tp_size": 2, "attn_cp_size": 2}),
-        ("llama", {"pp_size": 2, "tp_size": 2, "attn_dp_size": 2}),
-        ("qwen3_moe", {"pp_size": 2, "tp_size": 2, "ep_size": 2, "speculative_algorithm": "ngram"}),
-    ],
-    ids=ids,
-)
-def test_drafts_on_ranks_are_verified_as_on_one(name: str, sizes: dict[str, Any], tmp_path: Path) -> None:
+def test_drafts_on_ranks_are_verified_as_on_one(drafted: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
+    name, sizes = drafted
     path = str(checkpoint(name, tmp_path))
     expected, _, _ = served(path, load())
     found, told, _ = served(path, load(), **{**DRAFTS, **sizes})
     alike(found, expected)
     verified = [batch.outputs for batch in planned(told) if (batch.outputs > 1).any()]
-    assert len(verified) > 3
+    assert len(verified) >= 2
     assert np.concatenate(verified).max() > 2, "several drafts at a time"
 
 

@@ -71,7 +71,7 @@ def plain_adapter(base: Path, out: Path, seed: int = 1, rank: int = 4, strong: f
     with safe_open(base / "model.safetensors", "pt") as file:
         for name in file.keys():  # noqa: SIM118 - it is no mapping
             module, _, what = name.rpartition(".")
-            if what != "weight" or not module.endswith("_proj") or ".experts." in module:
+            if what != "weight" or not module.endswith("_proj") or ".experts." in module or "kv_b" in module:
                 continue
             outputs, inputs = file.get_slice(name).get_shape()
             for side, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):

@@ -233,6 +233,11 @@ class Sites:
         return rows, hidden
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """(Adapters that there may be at a time, their largest rank)."""
+        return self.entries, self.rank
+
+    @property
     def device(self) -> torch.device:
         return self.sites[0].facts.device
 

@@ -261,8 +261,7 @@ def _build(
     held = drafts.Place(config, platform, backend, pool, ops, rows, pages, chunk, machine.eager, tower_of(model))
     drafting = drafts.prepare(helper, held, decisions)
     if team is not None:
-        adapters = None if sites is None else (sites.entries, sites.rank)
-        team.tell(Pages(sizing.num_pages, kept.facts(checkpoint), pages, adapters))
+        team.tell(Pages(sizing.num_pages, kept.facts(checkpoint), pages, None if sites is None else sites.sizes))
     led, leading = _led(config, machine, checkpoint, model, kept, pool, (rows, chunk, pages), team, decisions)
     runner = ModelRunner(
         led, backend, pool, ops, running, facts=platform.facts, recorded=ways,

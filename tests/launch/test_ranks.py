@@ -37,32 +37,6 @@ DRAFTS: dict[str, Any] = {"speculative_algorithm": "suffix", "disable_speculativ
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc of Linux")
 
 
-# Sizes, the rank that has no memory, and the op table. The first ones stand for the others, but with `--every`.
-STARVED: list[tuple[dict[str, int], int, str | None]] = [
-    ({"tp_size": 4}, 0, "reference"),
-    ({"tp_size": 4}, 1, None),
-    ({"pp_size": 2}, 1, "reference"),
-    ({"pp_size": 2, "tp_size": 2}, 3, "reference"),
-    ({"tp_size": 4, "attn_dp_size": 2}, 0, "reference"),
-    ({"tp_size": 4}, 2, None),
-    ({"pp_size": 2}, 0, "reference"),
-    ({"pp_size": 3}, 1, "reference"),
-    ({"pp_size": 2, "tp_size": 2}, 1, "reference"),
-    ({"pp_size": 2, "tp_size": 2}, 2, None),
-    ({"tp_size": 4, "attn_cp_size": 2}, 3, "reference"),
-]
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "starved" in metafunc.fixturenames:
-        cases = STARVED[: None if metafunc.config.getoption("--every") else 5]
-        names = [
-            "-".join([*(f"{key[:-5]}{size}" for key, size in sizes.items()), f"rank{rank}", str(ops)])
-            for sizes, rank, ops in cases
-        ]
-        metafunc.parametrize("starved", cases, ids=names)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "sizes"),
@@ -197,6 +171,32 @@ def test_recorded_steps_of_ranks_answer_as_one_rank_does(
         assert steps.graphs.facts()["recorded"] == 1 and not steps.graphs.given_up, steps.graphs.describe()
     decisions = {name: (value, why) for name, value, why in core.info["decisions"]}
     assert decisions["rank_steps"][0] == "recorded" and "sums included" in decisions["rank_steps"][1]
+
+
+# Sizes, the rank that has no memory, and the op table. The first ones stand for the others, but with `--every`.
+STARVED: list[tuple[dict[str, int], int, str | None]] = [
+    ({"tp_size": 4}, 0, "reference"),
+    ({"tp_size": 4}, 1, None),
+    ({"pp_size": 2}, 1, "reference"),
+    ({"pp_size": 2, "tp_size": 2}, 3, "reference"),
+    ({"tp_size": 4, "attn_dp_size": 2}, 0, "reference"),
+    ({"tp_size": 4}, 2, None),
+    ({"pp_size": 2}, 0, "reference"),
+    ({"pp_size": 3}, 1, "reference"),
+    ({"pp_size": 2, "tp_size": 2}, 1, "reference"),
+    ({"pp_size": 2, "tp_size": 2}, 2, None),
+    ({"tp_size": 4, "attn_cp_size": 2}, 3, "reference"),
+]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "starved" in metafunc.fixturenames:
+        cases = STARVED[: None if metafunc.config.getoption("--every") else 5]
+        names = [
+            "-".join([*(f"{key[:-5]}{size}" for key, size in sizes.items()), f"rank{rank}", str(ops)])
+            for sizes, rank, ops in cases
+        ]
+        metafunc.parametrize("starved", cases, ids=names)
 
 
 @pytest.mark.slow

@@ -41,6 +41,7 @@ def served(path: str, submits: list[Submit], **sizes: Any) -> tuple[dict[str, An
         core.close()
 
 
+@pytest.mark.some(2)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "sizes"),
@@ -74,25 +75,32 @@ def many(rows: int, count: int) -> list[Submit]:
     return [Submit(id=f"q{row}", input_ids=pack_ids(prompt), sampling=sampling) for row, prompt in enumerate(prompts)]
 
 
-def test_stages_work_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second stage waits in each step until the first one has begun the next: nobody would, if one waited for the
-    other's answer."""
-    path = str(checkpoint("llama", tmp_path))
-    expected, _ = served(path, many(4, 12))
+def watched(monkeypatch: pytest.MonkeyPatch, most: int) -> list[bool]:
+    """The second of two stages waits in each of so many steps until the first one has begun the next: whether it had,
+    of each."""
     begun, changed, together = [0, 0], threading.Condition(), list[bool]()
     run_stage = stages.run_stage
 
-    def meeting(model: Any, stage: Any, step: Any, given: Any, **more: Any) -> Any:
+    def meeting(model: Any, stage: Any, step: Any, given: Any) -> Any:
         place = stage.axis.rank
         with changed:
             begun[place] += 1
             mine = begun[place]
             changed.notify_all()
-            if place and len(together) < 12:
+            if place and len(together) < most:
                 together.append(changed.wait_for(lambda: begun[0] > mine, 5))
-        return run_stage(model, stage, step, given, **more)
+        return run_stage(model, stage, step, given)
 
     monkeypatch.setattr(stages, "run_stage", meeting)
+    return together
+
+
+def test_stages_work_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second stage waits in each step until the first one has begun the next: nobody would, if one waited for the
+    other's answer."""
+    path = str(checkpoint("llama", tmp_path))
+    expected, _ = served(path, many(4, 12))
+    together = watched(monkeypatch, 12)
     found, told = served(path, many(4, 12), pp_size=2)
     assert {key: value[0] for key, value in found.items()} == {key: value[0] for key, value in expected.items()}
     assert together[2:] == [True] * 10
@@ -102,28 +110,18 @@ def test_stages_work_at_the_same_time(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not any(isinstance(one, Chosen) for one in told)
 
 
-def test_chunks_of_a_prompt_follow_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As above, with a prompt alone."""
+def test_chunks_of_a_prompt_follow_each_other_through_the_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of six chunks the last one alone yields: no other is waited for before the next begins."""
     path = str(checkpoint("llama", tmp_path))
-    sampling = SamplingParams(max_new_tokens=4, temperature=0.0, ignore_eos=True)
-    asked = [Submit(id="q", input_ids=pack_ids((np.arange(100) * 7 % 90 + 5).tolist()), sampling=sampling)]
-    expected, _ = served(path, asked)
-    begun, changed, together = [0, 0], threading.Condition(), list[bool]()
-    run_stage = stages.run_stage
-
-    def meeting(model: Any, stage: Any, step: Any, given: Any, **more: Any) -> Any:
-        place = stage.axis.rank
-        with changed:
-            begun[place] += 1
-            mine = begun[place]
-            changed.notify_all()
-            if place and len(together) < 5:
-                together.append(changed.wait_for(lambda: begun[0] > mine, 5))
-        return run_stage(model, stage, step, given, **more)
-
-    monkeypatch.setattr(stages, "run_stage", meeting)
-    found, _ = served(path, asked, pp_size=2)
-    assert found["q"][0] == expected["q"][0]
+    prompt = pack_ids(np.arange(5, 96).tolist())
+    submits = [Submit(id="p", input_ids=prompt, sampling=SamplingParams(max_new_tokens=1, temperature=0.0))]
+    expected, _ = served(path, submits)
+    together = watched(monkeypatch, 5)
+    found, told = served(path, submits, pp_size=2)
+    assert found["p"][0] == expected["p"][0]
+    assert [batch.num_tokens for batch in planned(told)] == [16, 16, 16, 16, 16, 11]
     assert together == [True] * 5
 
 

@@ -56,7 +56,7 @@ class Together:
         wanted = (index is None or len(index) > 0) if rows is None else rows.wanted > 0
         given = self._links.take()
         begun = perf_counter()
-        made = run_stage(self.model, self._stage, step, given, wanted=wanted or rows is not None)
+        made = run_stage(self.model, self._stage, step, given)
         self.busy += perf_counter() - begun
         if groups.after is None and wanted:
             made = self._ended(made[0])

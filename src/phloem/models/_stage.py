@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from phloem.distributed.mesh import Axis
     from phloem.layers.context import ForwardBatch
     from phloem.layers.embed import Head
+    from phloem.layers.rows import Rows
     from phloem.layers.weight import Layer, Weight
     from phloem.models._layer import MixerAlone
 
@@ -41,6 +42,9 @@ class Layered(Protocol):
 
     @property
     def head(self) -> Head: ...
+
+    @property
+    def rows(self) -> Rows | None: ...
 
     def weights(self) -> Iterator[Weight]: ...
 
@@ -133,11 +137,9 @@ def stage_of(model: Layered, axis: Axis, pools: Sequence[range]) -> Stage:
     )  # fmt: skip
 
 
-def run_stage(
-    model: Layered, stage: Stage, step: ForwardBatch, given: Sequence[Tensor], *, wanted: bool = True
-) -> list[Tensor]:
+def run_stage(model: Layered, stage: Stage, step: ForwardBatch, given: Sequence[Tensor]) -> list[Tensor]:
     """What the next stage is given, [T, N] each: hidden states, and the residual where it is apart; of the last stage
-    the hidden states [L, N] that the head takes, or nothing where none is `wanted`. `given`: what the stage before has
+    the hidden states [L, N] that the head takes, or nothing where none is wanted. `given`: what the stage before has
     given."""
     if given:
         model.adapt(step)
@@ -149,7 +151,8 @@ def run_stage(
         x_TN, residual_TN = layer.feed(x_TN, residual_TN)
     if final:
         out, residual_TN = model.layers[-1].attend(x_TN, residual_TN, step)
-        if not wanted:
+        index = step.logit_index
+        if index is not None and not len(index) and model.rows is None:  # nor by another group
             return []
         model.adapt(step, wanted=True)
         return [model.finish(out, residual_TN, step.logit_index)]

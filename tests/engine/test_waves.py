@@ -27,6 +27,9 @@ class First:
         self.coming.append(Future())
         return self.coming[-1]
 
+    def landed(self, coming: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return coming.result()
+
     def hand(self, kind: Any, found: torch.Tensor) -> None:
         self.handed.append((kind, found))
 
@@ -97,10 +100,20 @@ def test_what_asks_the_head_apart_is_no_wave_and_waits() -> None:
     made, _ = waves()
     none = np.zeros(1, np.int32)
     scored = batch(2, [5], prompt_targets={0: np.array([3], np.int32)})
-    assert made.takes(batch(1, [0])) and not made.takes(batch(1, [0], outputs=none)) and not made.takes(scored)
+    assert made.takes(batch(1, [0])) and made.takes(batch(1, [0], outputs=none)) and not made.takes(scored)
     made.begin(batch(1, [0]), 0.0)
     assert made.waits(scored)
     assert not made.waits(batch(2, [5], outputs=none)), "a chunk goes on behind it"
+
+
+def test_a_chunk_lands_when_all_stages_have_it() -> None:
+    made, first = waves()
+    none = np.zeros(1, np.int32)
+    flight = made.begin(batch(1, [5], outputs=none), 0.0)
+    assert not made.waits(batch(2, [5], outputs=none)), "the next one goes on behind it"
+    first.coming[0].set_result((torch.zeros(0, 4), torch.zeros(0)))
+    output = flight.land()
+    assert output.counts.tolist() == [0] and not len(output.tokens) and not first.handed
 
 
 def test_what_fails_on_its_way_fails_its_own_step() -> None:

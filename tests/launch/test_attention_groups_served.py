@@ -111,7 +111,6 @@ def test_groups_answer_as_one_rank_does(
         ({"tp_size": 2, "enable_hierarchical_cache": True}, "attn_dp_size 2: cache tiers"),
         ({"tp_size": 2, "kv_events_config": '{"publisher": "zmq"}'}, "attn_dp_size 2: cache events"),
         ({"tp_size": 2, "max_running_requests": 1}, "attn_dp_size 2: each group needs a running request"),
-        ({"tp_size": 2, "lora_paths": ["/nowhere"]}, "adapters"),
         (
             {"tp_size": 2, "moe_a2a_backend": "torch"},
             r"moe_a2a_backend: tp_size 2, ep_size 1 and attn_dp_size \(or attn_cp_size\) 2",

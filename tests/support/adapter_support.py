@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -60,3 +63,23 @@ def ours(engine: Any, tokens: list[int], vocab: int, **fields: Any) -> torch.Ten
         for value, token, *_ in pairs:
             found[row, token] = value
     return found
+
+
+def plain_adapter(base: Path, out: Path, seed: int = 1, rank: int = 4, strong: float = 0.3) -> Path:
+    """A random adapter of all dense linear layers of a checkpoint, as PEFT saves one, without PEFT."""
+    generator, made = torch.Generator().manual_seed(seed), dict[str, torch.Tensor]()
+    with safe_open(base / "model.safetensors", "pt") as file:
+        for name in file.keys():  # noqa: SIM118 - it is no mapping
+            module, _, what = name.rpartition(".")
+            if what != "weight" or not module.endswith("_proj") or ".experts." in module or "kv_b" in module:
+                continue
+            outputs, inputs = file.get_slice(name).get_shape()
+            for side, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
+                values = strong * torch.randn(shape, generator=generator)
+                made[f"base_model.model.{module}.lora_{side}.weight"] = values
+    targets = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in made})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": targets}
+    out.mkdir(parents=True)
+    (out / "adapter_config.json").write_text(json.dumps(config))
+    save_file(made, out / "adapter_model.safetensors")
+    return out

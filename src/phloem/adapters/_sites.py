@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -19,6 +20,7 @@ from phloem.core.errors import ConfigError
 from phloem.kernels.calls import Adapters
 from phloem.layers.context import Adapted
 from phloem.layers.embed import Embedding
+from phloem.layers.grouped import Gathered
 from phloem.layers.linear import Linear
 from phloem.layers.moe import SparseMLP
 from phloem.layers.weight import Layer
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from phloem.adapters._worn import Own
     from phloem.kernels.ops import Ops
     from phloem.layers.embed import Head
+    from phloem.layers.rows import Rows
     from phloem.layers.weight import Part, Weight
 
 L = TypeVar("L", bound=Layer)
@@ -77,13 +80,20 @@ class Place:
 
 
 class Site:
-    """What adapters add to one layer (`layers.linear.Additions`)."""
+    """What adapters add to one layer (`layers.linear.Additions`).
 
-    def __init__(self, layer: Linear, adapted: Adapted, entries: int, rank: int, dtype: torch.dtype) -> None:
+    Args:
+        index: of the layer's rows that are computed now the entry of each, 0: none; None: no row has one.
+        entries: of the stacks; 0: another rank has the layer.
+    """
+
+    def __init__(
+        self, layer: Linear, index: Callable[[], Tensor | None], entries: int, rank: int, dtype: torch.dtype
+    ) -> None:
         weight = layer.weight
         self.sizes = [shape[0] for shape in weight.shapes]
         self.inputs, self.outputs = weight.shapes[0][1], sum(self.sizes)
-        self._adapted, self._share = adapted, Share.of(layer)
+        self._index, self._share = index, Share.of(layer)
         device, (_, inputs) = _device(weight.value), weight.local(0)
         sizes = [weight.local(part)[0] for part in range(len(self.sizes))]  # on this rank
         outputs = sum(sizes)
@@ -96,13 +106,15 @@ class Site:
         self._high = [0] * entries  # rows of an entry that are not zero
 
     def now(self) -> Adapters | None:
-        index = self._adapted.index
+        index = self._index()
         if index is None:
             return None
         return Adapters(index, self.facts, self.down, self.up, self.factor, self.shift, self.ends)
 
     def fill(self, entry: int, fit: Fit | None) -> None:
         """An adapter's numbers; None: it has none of this layer. No step under way may compute with the entry."""
+        if not self._high:
+            return
         rank = 0 if fit is None else fit.rank
         if rank < self._high[entry]:  # tables that read whole stacks must not see what was there before
             self.down[entry, :, rank : self._high[entry]] = 0
@@ -141,7 +153,18 @@ class Sites:
         self.entries, self.rank = entries, rank
         self.dtype = ops.adapter_dtype or dtype
         adapted = Adapted()
-        self.sites = [Site(layer, adapted, entries + 1, rank, self.dtype) for layer in layers]
+        all_rows = _gathered(model)  # of blocks that are given the rows of all groups of ranks
+        here = {id(weight) for weight in model.weights()}  # and not on another stage of a pipeline
+        self.sites = [
+            Site(
+                layer,
+                all_rows.get(id(layer), lambda: adapted.index),
+                entries + 1 if id(layer.weight) in here else 0,
+                rank,
+                self.dtype,
+            )
+            for layer in layers
+        ]
         self.places: dict[str, list[Place]] = {}
         for number, (layer, site) in enumerate(zip(layers, self.sites, strict=True)):
             layer.additions = site
@@ -152,7 +175,8 @@ class Sites:
                 module = name.removesuffix(".weight")
                 self.places.setdefault(module, []).append(Place(number, part, start, size, layer.weight.part(part)))
                 start += size
-        self._facts = _together(self.sites)
+        self._here = [number for number, site in enumerate(self.sites) if len(site.facts)]
+        self._facts = _together([self.sites[number] for number in self._here])
         self._used: set[int] = set()  # entries that were filled once
         self._bare = {bare(name): name for name in self.places}
         self.own: dict[int, Own] = {}  # by entry: what is computed in passes of their own
@@ -211,6 +235,11 @@ class Sites:
         return rows, hidden
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """(Adapters that there may be at a time, their largest rank)."""
+        return self.entries, self.rank
+
+    @property
     def device(self) -> torch.device:
         return self.sites[0].facts.device
 
@@ -245,14 +274,14 @@ class Sites:
 
     def show(self, entry: int, fits: Mapping[int, Fit], own: Own | None = None) -> None:
         """Rows may compute with what was filled: between two steps."""
-        found = [fits.get(number) for number in range(len(self.sites))]
+        found = [fits.get(number) for number in self._here]
         facts = torch.tensor([[0, 0] if one is None else [one.rank, int(one.factor is not None)] for one in found])
         with torch.inference_mode():
             if self._facts is not None:
                 self._facts[:, entry] = facts
             else:
-                for site, row in zip(self.sites, facts, strict=True):
-                    site.facts[entry] = row
+                for number, row in zip(self._here, facts, strict=True):
+                    self.sites[number].facts[entry] = row
         self.own.pop(entry, None)
         if own is not None:
             self.own[entry] = own
@@ -306,6 +335,19 @@ def _linears(layer: Layer) -> Iterator[Linear]:
     return (one for one in _layers(layer, Linear) if not one.weight.plain)
 
 
+def _gathered(model: Layer) -> dict[int, Callable[[], Tensor | None]]:
+    """Linear layers, by id, that compute the rows of all groups of ranks, and where their adapters are said."""
+    found: dict[int, Callable[[], Tensor | None]] = {}
+    for block in _layers(model, Gathered):
+        rows = block.rows
+        found |= {id(layer): partial(_of_rows, rows) for layer in _layers(block, Linear)}
+    return found
+
+
+def _of_rows(rows: Rows) -> Tensor | None:
+    return rows.adapters
+
+
 def _layers(layer: Layer, kind: type[L]) -> Iterator[L]:
     """Every layer of a kind below, each once; nothing below those."""
     seen: set[int] = set()
@@ -342,7 +384,7 @@ def _device(value: Any) -> torch.device:
 
 def _together(sites: list[Site]) -> Tensor | None:
     """The facts of all sites [S, A, 2] as one tensor of which each has its part; None: they are not all the host's."""
-    if any(site.facts.device != HOST for site in sites):
+    if not sites or any(site.facts.device != HOST for site in sites):
         return None
     whole = torch.stack([site.facts for site in sites])
     for site, facts in zip(sites, whole, strict=True):
@@ -352,6 +394,6 @@ def _together(sites: list[Site]) -> Tensor | None:
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = HOST) -> Tensor:
     """Zeros whose memory a host takes when they are written, page by page."""
-    if device != HOST:
+    if device != HOST or not prod(shape):
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from phloem.distributed.comm import Threads
+from phloem.core.errors import EngineDead
+from phloem.distributed.comm import StepUndone, Threads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,27 +89,42 @@ class Groups:
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32)
 MOST = 2  # tensors in one go
+UNDONE = -1  # in the place of how many there are
 
 
-def give(comm: Comm, tensors: list[Tensor]) -> None:
-    """At most two tensors of at most two dimensions, from the first of a group to the others: who `take` them."""
+def give(comm: Comm, tensors: list[Tensor] | None) -> None:
+    """At most two tensors of at most two dimensions, from the first of a group to the others: who `take` them.
+
+    None: the step that they are of never happened.
+    """
     head = torch.zeros(1 + 4 * MOST, dtype=torch.int64)
-    head[0] = len(tensors)
-    for at, x in enumerate(tensors):
+    head[0] = UNDONE if tensors is None else len(tensors)
+    whole = [x.contiguous() for x in tensors or ()]
+    for at, x in enumerate(whole):
         about = (_TYPES.index(x.dtype), x.dim(), *x.shape)
         head[1 + 4 * at : 1 + 4 * at + len(about)] = torch.tensor(about)
     comm.broadcast(head)
-    for x in tensors:
+    for x in whole:
         if x.numel():
-            comm.broadcast(x.contiguous())
+            comm.broadcast(x)
 
 
 def take(comm: Comm) -> list[Tensor]:
-    """What the first of the group gives."""
+    """What the first of the group gives.
+
+    Raises:
+        StepUndone: the step never happened.
+        EngineDead: as the comm, or for what is given there is no memory here.
+    """
     head = comm.broadcast(torch.zeros(1 + 4 * MOST, dtype=torch.int64)).tolist()
+    if head[0] == UNDONE:
+        raise StepUndone("another stage found no memory")
     found: list[Tensor] = []
     for at in range(head[0]):
         kind, dims, *shape = head[1 + 4 * at : 5 + 4 * at]
-        made = torch.empty(shape[:dims], dtype=_TYPES[kind])
+        try:
+            made = torch.empty(shape[:dims], dtype=_TYPES[kind])
+        except RuntimeError as error:  # who gives it is on its way, and cannot be told
+            raise EngineDead(f"no memory for what another stage gives: {error}") from None
         found.append(comm.broadcast(made) if made.numel() else made)
     return found

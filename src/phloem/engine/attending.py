@@ -50,6 +50,15 @@ class Part:
     tokens: list[int]  # of each group
     results: list[int]  # of each group: its wanted positions
     order: NDArray[np.int64]  # [L]: where each wanted position of the step is among those of all groups, in their order
+    # int32 [T] and [L] of all groups, in their order: the adapter of each token, and of each wanted position
+    adapters: tuple[NDArray[np.int32], NDArray[np.int32]] | None = None
+
+    @property
+    def adapter_tensors(self) -> tuple[Tensor, Tensor] | None:
+        """As `layers.rows.Rows.begin` takes them."""
+        if self.adapters is None:
+            return None
+        return torch.from_numpy(self.adapters[0]), torch.from_numpy(self.adapters[1])
 
 
 def places(of: NDArray[np.int32]) -> NDArray[np.int64]:
@@ -67,6 +76,7 @@ def part_of(batch: Batch, of_R: NDArray[np.int32], groups: int, group: int) -> P
     of_L = of_T[index]
     mine = np.flatnonzero(of_R == group)
     new = {int(row): at for at, row in enumerate(mine)}
+    adapters = None if batch.adapters is None else batch.adapters[mine]
     own = replace(
         batch,
         slots=batch.slots[mine],
@@ -76,9 +86,22 @@ def part_of(batch: Batch, of_R: NDArray[np.int32], groups: int, group: int) -> P
         tables=tuple(table[mine] for table in batch.tables),
         outputs=batch.outputs[mine],
         prompt_targets={new[row]: targets for row, targets in batch.prompt_targets.items() if row in new},
+        adapters=adapters if adapters is not None and adapters.any() else None,
     )
     tokens, results = (np.bincount(of, minlength=groups).tolist() for of in (of_T, of_L))
-    return Part(own, Wanted.of(own), tokens, results, places(of_L))
+    part = Part(own, Wanted.of(own), tokens, results, places(of_L))
+    return part if batch.adapters is None else replace(part, adapters=adapters_of(batch, index, places(of_T), part))
+
+
+def adapters_of(
+    batch: Batch, index: NDArray[np.int64], order_T: NDArray[np.int64], part: Part
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """As `Part.adapters`. `index`: the wanted positions; `order_T`: where each token is among those of all groups."""
+    assert batch.adapters is not None
+    each_T = np.repeat(batch.adapters, batch.query_lens)
+    all_A, all_L = np.zeros(sum(part.tokens), np.int32), np.zeros(len(index), np.int32)
+    all_A[order_T], all_L[part.order] = each_T, each_T[index]
+    return all_A, all_L
 
 
 def run_part(
@@ -86,7 +109,7 @@ def run_part(
 ) -> Tensor:
     """Hidden states [L, N] of the whole step's wanted positions, on rank 0; all of them run it together."""
     part = part_of(batch, batch.slots % rows.dp.size, rows.dp.size, rows.dp.rank)
-    rows.begin(part.tokens, part.results)
+    rows.begin(part.tokens, part.results, part.adapter_tensors)
     if part.batch.num_rows:
         inputs = Step(part.batch, part.wanted, pool, last).inputs
         hidden_LN = run_forward(whole, backend, pool, inputs, inputs.logit_index)

@@ -79,11 +79,17 @@ def share_of(batch: Batch, ranks: int, rank: int) -> Share:
     # Places count tokens alone: fillers of the ranks before push them on.
     order = places(of_T) + (np.cumsum([0, *fillers])[:-1])[of_T]
     own = part.batch
+    adapters = part.adapters
+    if adapters is not None:  # a filler has none
+        all_A = np.zeros(sum(tokens), np.int32)
+        all_A[order] = np.repeat(batch.adapters if batch.adapters is not None else 0, batch.query_lens)
+        adapters = all_A, adapters[1]
     if fillers[rank]:
         own = padded(own, 1)
         own = replace(own, outputs=np.zeros(1, np.int32))
         order = np.append(order, starts[rank])
-    return Share(replace(part, batch=own, wanted=Wanted.of(own), tokens=tokens), order, bool(fillers[rank]))
+    part = replace(part, batch=own, wanted=Wanted.of(own), tokens=tokens, adapters=adapters)
+    return Share(part, order, bool(fillers[rank]))
 
 
 class SharedMemory:
@@ -143,7 +149,7 @@ def run_rows(
         return run_part(whole, rows, backend, pool, batch, last)
     share = share_of(batch, rows.dp.size, rows.dp.rank)
     part = share.part
-    rows.begin(part.tokens, part.results)
+    rows.begin(part.tokens, part.results, part.adapter_tensors)
     everyone = Step(batch, Wanted.of(batch), pool, last).inputs.rows()
     inputs = Step(part.batch, part.wanted, pool, last).inputs
     scratch = torch.zeros(int(share.filled), dtype=torch.int32, device=pool.device)

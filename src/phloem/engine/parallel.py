@@ -65,16 +65,18 @@ if TYPE_CHECKING:
     from phloem.layers.context import AttentionSpec, ForwardBatch
 
 T = TypeVar("T")
+Coming = Future[tuple[torch.Tensor, torch.Tensor] | None]  # of a step of a pipeline (`Leading.start`)
 _log = log.get("engine")
 
 
 class Pages(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """How large each group's memory is, on every rank: rank 0 has measured. `facts`: what must agree. `most`: pages of
-    a row."""
+    a row. `adapters`: how many there may be at a time, and their largest rank; None: none are served."""
 
     num_pages: tuple[int, ...]
     facts: dict[str, str]
     most: int
+    adapters: tuple[int, int] | None = None
 
 
 class Go(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -211,7 +213,7 @@ class LostStep(EngineDead):
 
 
 @contextlib.contextmanager
-def _all_or_none(groups: Groups, undoing: Undoing | None = None) -> Generator[None]:
+def _all_or_none(groups: Groups, whole: Together | None = None) -> Generator[None]:
     """Around what all ranks compute together. A step for which rank 0 or another one has no memory is left by all of
     them, where they can. Raises LostStep for whatever else goes wrong on rank 0, so that nobody may go on."""
     try:
@@ -220,8 +222,8 @@ def _all_or_none(groups: Groups, undoing: Undoing | None = None) -> Generator[No
     except EngineDead:
         raise
     except Exception as error:
-        if undoing is not None and is_out_of_memory(error):
-            undoing.undo()
+        if whole is not None and whole.undoing is not None and is_out_of_memory(error):
+            whole.leave()
             raise
         why = first_line(error)
     groups.abort()
@@ -270,7 +272,8 @@ class LeadingModel:
         early = self._whole.found.pop(kind, None)
         if early is not None and len(early) == len(hidden_LD):
             return early
-        with _all_or_none(self._groups, self._whole.undoing):
+        hidden_LD = hidden_LD.contiguous()  # before anybody waits for them
+        with _all_or_none(self._groups, self._whole):
             self._tell(Chosen(len(hidden_LD), kind))
             return self._whole.chosen(hidden_LD, kind)
 
@@ -281,7 +284,9 @@ class LeadingModel:
         return self._model.checkpoint_name(name)
 
     def weight_names(self) -> list[str]:
-        return self._model.weight_names()
+        """Those of all stages."""
+        stage = self._model.stage if isinstance(self._model, Decoder) else None
+        return self._model.weight_names() + ([] if stage is None else sorted(stage.elsewhere))
 
     def get_weight(self, name: str, rows: int | None = None, /) -> Tensor:
         raise BadRequest(f"weights are shared out among {self._ranks} ranks (tp_size): no rank has a whole one")
@@ -309,24 +314,50 @@ class Leading:
         """Seconds in which the first of several stages has computed."""
         return self._whole.busy
 
-    def start(self, step: Step, kind: Kind) -> Future[tuple[Tensor, Tensor]]:
+    def start(self, step: Step, kind: Kind | Literal[""]) -> Coming:
         """Begin a step on the first stage; the others go on with it. To come: its hidden states [L, N], and what the
         head made of them. All that were started come before any `run`."""
-        inputs, batch = step.inputs, step.batch
-        ids = inputs.input_ids.numpy().tobytes()
-        self._team.tell(Go(batch.step, batch.epoch, ids, raw(batch.query_lens), kind))
+        inputs, batch, whole = step.inputs, step.batch, self._whole
+        ids, undone = inputs.input_ids.numpy().tobytes(), self._undone
+        self._team.tell(Go(batch.step, batch.epoch, ids, raw(batch.query_lens), kind, undone))
         assert self._taking is not None
-        with _all_or_none(self._team.groups):
-            self._whole.head = kind
-            try:
-                run_forward(self._whole, self._backend, self._pool, inputs, inputs.logit_index)
-            finally:
-                self._whole.head = ""
+        try:
+            with _all_or_none(self._team.groups, whole):
+                whole.begin(kind, later=True)
+                self._resume(undone)
+                run_forward(whole, self._backend, self._pool, inputs, inputs.logit_index)
+        except EngineDead:
+            raise
+        except Exception:
+            self._taking.submit(self._take).result()  # the word that it never happened, behind what is on its way
+            raise
+        finally:
+            whole.head = ""
         return self._taking.submit(self._take)
 
-    def _take(self) -> tuple[Tensor, Tensor]:
+    @property
+    def _undone(self) -> int:
+        return 0 if self._whole.undoing is None else self._whole.undoing.count
+
+    def _resume(self, undone: int) -> None:
+        if self._whole.undoing is not None:
+            self._whole.undoing.resume(undone)
+
+    def _take(self) -> tuple[Tensor, Tensor] | None:
+        """None: a stage had no memory for the step."""
         with torch.inference_mode(), _all_or_none(self._team.groups):
-            return self._whole.taken()
+            try:
+                return self._whole.taken()
+            except StepUndone:
+                return None
+
+    def landed(self, coming: Coming) -> tuple[Tensor, Tensor]:
+        """What was started. Raises StepUndone where a stage had no memory for it: then it never happened."""
+        found = coming.result()
+        if found is None:
+            with _all_or_none(self._team.groups, self._whole):
+                raise StepUndone("another stage found no memory")
+        return found
 
     def expect(self, kind: Kind | Literal[""]) -> None:
         """What is asked of the head for all of the next step's states, so that no rank waits to be told; "": not yet
@@ -338,15 +369,14 @@ class Leading:
         self._whole.found = {kind: found}
 
     def run(self, step: Step, ready: Callable[[], None]) -> Tensor:
-        batch, undoing, kind = step.batch, self._whole.undoing, self._kind
+        batch, kind, undone = step.batch, self._kind, self._undone
         self._whole.found, self._kind = {}, ""
         ids = np.ascontiguousarray(step.arrays(batch.num_rows)[0], np.int64)
-        undone = 0 if undoing is None else undoing.count
         self._team.tell(Go(batch.step, batch.epoch, ids.tobytes(), raw(batch.query_lens), kind, undone))
         ready()
-        with _all_or_none(self._team.groups, undoing):
-            if undoing is not None:
-                undoing.resume(undone)
+        with _all_or_none(self._team.groups, self._whole):
+            self._whole.begin("")
+            self._resume(undone)
             if self._rows is not None:
                 known = replace(batch, input_ids=ids.astype(np.int32))
                 return run_rows(self._whole, self._rows, self._backend, self._pool, known, step.last)
@@ -464,7 +494,7 @@ class Executor:
             if undoing is None or not is_out_of_memory(error):
                 raise
             why = "" if isinstance(error, StepUndone) else first_line(error)
-            undoing.undo()
+            self._whole.leave()
         # Only here, where the error has gone, can what its frames hold be given back.
         self._hidden_LN = None
         gc.collect(1)
@@ -478,13 +508,14 @@ class Executor:
                 break
         else:
             raise ValueError(f"step {told.step} was never planned")
+        self._whole.begin(told.head)
         if undoing is not None:
             if undoing.count > told.undone:  # somebody has left a step since it was said: rank 0 will see that
                 self._hidden_LN = None
+                self._whole.leave()
                 return
             undoing.resume(told.undone)
         batch = replace(batch, input_ids=np.frombuffer(told.ids, np.int64).astype(np.int32))
-        self._whole.head = told.head
         rows, batch_cut = self._whole.rows, cut(batch, ints(told.lens))
         if rows is not None:
             self._hidden_LN = run_rows(self._whole, rows, self._backend, self._pool, batch_cut, self._last)
@@ -495,6 +526,10 @@ class Executor:
             self._whole.headed(self._hidden_LN, told.head)
 
     def _choose(self, told: Chosen) -> None:
-        if self._hidden_LN is None:
-            return  # of a step that was left
-        self._whole.chosen(self._hidden_LN.new_empty((told.rows, self._hidden_LN.shape[1])), told.kind)
+        if self._hidden_LN is None:  # of a step that was left
+            self._whole.unchosen()
+            return
+        like = self._hidden_LN
+        if not self._whole.staged:  # of a pipeline rank 0 sends how many there are
+            like = like.new_empty((told.rows, like.shape[1]))
+        self._whole.chosen(like, told.kind)

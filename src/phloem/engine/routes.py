@@ -27,8 +27,9 @@ def chosen_of(config: Config, checkpoint: Checkpoint) -> Chosen | None:
         return None
     if checkpoint.chosen.impl != "phloem":
         raise ConfigError(f"{NAME}: this model's code is transformers', which does not tell", param=NAME)
-    if config.runtime.tp_size > 1:
-        raise ConfigError(f"{NAME}: not with tp_size above 1", param=NAME)
+    for name, size in (("tp_size", config.runtime.tp_size), ("pp_size", config.runtime.pp_size)):
+        if size > 1:
+            raise ConfigError(f"{NAME}: not with {name} above 1", param=NAME)
     return Chosen()
 
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal
 
+import torch
+
 from phloem.core.errors import ConfigError
 from phloem.distributed.groups import give, take
+from phloem.engine.leaving import Links, undoing_of
 from phloem.models._common import Decoder
 from phloem.models._stage import run_stage
 
@@ -39,6 +42,8 @@ class Together:
         self.found: dict[Kind, Tensor] = {}  # of rank 0, what `chosen` would give for the step whose tokens are chosen
         self.busy = 0.0  # seconds in which this stage has computed
         self._stage: Stage | None = model.stage if isinstance(model, Decoder) else None
+        self._links, self._later = Links(groups), False
+        self.undoing = self._undoing()  # how all ranks leave a step for which one has no memory; None: that cannot be
         if groups.up is not None and self._stage is None and groups.before is None:
             raise ConfigError("pp_size: this model's layers are not shared out", param="pp_size")
 
@@ -47,28 +52,48 @@ class Together:
         if self._stage is None:
             return self.model.forward(step)
         assert isinstance(self.model, Decoder)
-        groups = self._groups
-        given = [] if groups.before is None else take(groups.before)
+        groups, rows, index = self._groups, self.rows, step.logit_index
+        wanted = (index is None or len(index) > 0) if rows is None else rows.wanted > 0
+        given = self._links.take()
         begun = perf_counter()
         made = run_stage(self.model, self._stage, step, given)
         self.busy += perf_counter() - begun
-        if groups.after is not None:
-            give(groups.after, made)
-        rows, index = self.rows, step.logit_index
-        if (index is not None and not len(index)) if rows is None else not rows.wanted:
-            # A chunk of which nothing is wanted: the stages behind go on with it while this one begins the next.
+        if groups.after is None and wanted:
+            made = self._ended(made[0])
+        if groups.after is not None or wanted or rows is None:
+            self._links.give(made)
+        if groups.up is None or not groups.up.rank:
+            return made[0] if made else given[0][:0]
+        if self._later or not (wanted or rows is None):
+            # The stages behind go on with it while this one begins the next.
             return made[0][:0]
-        if rows is not None and groups.after is None:
-            made = [rows.gather(made[0])]
-        if self.head and groups.after is None:
+        # Of what nothing is wanted it comes that all stages have done it.
+        return (self._links.hear() or [made[0][:0]])[0]
+
+    def _ended(self, hidden_LN: Tensor) -> list[Tensor]:
+        """What the last stage gives: hidden states of all groups, and what the head makes of them."""
+        made = [hidden_LN if self.rows is None else self.rows.gather(hidden_LN)]
+        if self.head:
             of, begun = self.model.head if self.head == "logits" else self.model.greedy, perf_counter()
-            made = [made[0], of(made[0])]
+            made.append(of(made[0]))
             self.busy += perf_counter() - begun
-        if groups.up is not None and groups.up.rank == 0:
-            give(groups.up, made)
-        elif groups.up is not None and not self.head:
-            return take(groups.up)[0]
-        return made[0]
+        return made
+
+    def _undoing(self) -> Undoing | None:
+        if self._stage is None:
+            return undoing_of([self._groups.tp, self._groups.attn])
+        return undoing_of([self._groups.tp]) if self.rows is None else None
+
+    def begin(self, head: Kind | Literal[""], *, later: bool = False) -> None:
+        """A step was told. `later`: on rank 0, what comes of it is `taken`, and not waited for in `forward`."""
+        self.head, self._later = head, later
+        self._links.begin(hears=not later)
+
+    def leave(self) -> None:
+        """Where steps can be undone: this one never happened, and all ranks shall know."""
+        if self.undoing is not None:
+            self.undoing.undo()
+            self._links.leave()
 
     @property
     def rank(self) -> int:
@@ -76,14 +101,14 @@ class Together:
         return self._groups.rank
 
     @property
+    def staged(self) -> bool:
+        """Whether layers lie on several stages."""
+        return self._stage is not None
+
+    @property
     def comm(self) -> Comm | None:
         """By what the ranks meet in each layer, where they meet nowhere else in a forward pass."""
         return self._groups.tp if self._stage is None and self.rows is None else None
-
-    @property
-    def undoing(self) -> Undoing | None:
-        """How all ranks leave a step for which one has no memory; None: that cannot be."""
-        return None if self.comm is None else self.comm.undoing
 
     @property
     def ahead(self) -> int:
@@ -92,11 +117,10 @@ class Together:
         return self._stage.axis.size - 1 if staged and self._stage is not None else 0
 
     def taken(self) -> tuple[Tensor, Tensor]:
-        """On rank 0: hidden states [L, N], and what the head made of them, of the oldest step with a `head` that has
-        not been taken. Waits for it."""
-        assert self._groups.up is not None
-        hidden_LN, found = take(self._groups.up)
-        return hidden_LN, found
+        """On rank 0: hidden states [L, N], and what the head made of them, of the oldest step that was begun for later
+        and has not been taken; empty ones where nothing is wanted. Waits for it. Raises StepUndone."""
+        found = self._links.hear()
+        return (found[0], found[1]) if found else (torch.empty(0, self.model.hidden_size), torch.empty(0))
 
     def headed(self, hidden_LN: Tensor, kind: Kind) -> Tensor:
         """As `chosen`, where every rank has the same states of the step that has just run: nothing is sent but what
@@ -122,9 +146,13 @@ class Together:
             return hidden_LN  # a stage that has neither the plan nor the head
         if groups.down.rank == 0:
             give(groups.down, [hidden_LN])
-            assert groups.up is not None
-            return take(groups.up)[0]
+            return self._links.hear()[0]
+        self._links.answers()
         found = of(take(groups.down)[0])
-        if groups.up is not None:
-            give(groups.up, [found])
+        self._links.give([found])
         return found
+
+    def unchosen(self) -> None:
+        """Instead of `chosen` on a rank that has left the step."""
+        if self._groups.down is not None and self._groups.down.rank:
+            take(self._groups.down)

@@ -23,13 +23,10 @@ def option_of(config: Config) -> tuple[str, int]:
 def refuse_unshared(config: Config, checkpoint: Checkpoint) -> None:
     """Raises ConfigError for something that one rank alone does."""
     name, size = option_of(config)
-    runtime, adapted = config.runtime, config.lora.enable_lora or bool(config.lora.lora_paths)
-    others = runtime.pp_size * runtime.ep_size * runtime.attn_dp_size * runtime.attn_cp_size * config.nodes.nnodes
     reasons = {
         "diffusion pipelines run on one rank": checkpoint.pictures is not None,
         "models that do not generate run on one rank": checkpoint.pooling is not None,
         "transformers' own code runs on one rank (model_impl)": checkpoint.chosen.impl != "phloem",
-        "adapters are served with tp_size alone, on one machine (enable_lora, lora_paths)": adapted and others > 1,
         "sums over ranks are not the same bits for every tp_size (ops invariant, enable_deterministic_inference)": (
             config.runtime.tp_size > 1
             and (config.runtime.enable_deterministic_inference or config.runtime.ops == "invariant")
@@ -48,11 +45,7 @@ def refuse_unshared(config: Config, checkpoint: Checkpoint) -> None:
 def undrafted(config: Config, *, by_model: bool, recurrent: bool) -> str:
     """Why several ranks of a model do not verify drafts; "": they do. `by_model`: a model makes them; `recurrent`: the
     model's states have taken them in before they are refused."""
-    runtime, (name, size) = config.runtime, option_of(config)
-    apart = {"pp_size": runtime.pp_size, "attn_dp_size": runtime.attn_dp_size, "attn_cp_size": runtime.attn_cp_size}
-    for other, count in apart.items():
-        if count > 1:
-            return f"ranks that share out each layer (tp_size) verify drafts, no others, and {other} is {count}"
+    name, size = option_of(config)
     if by_model:
         return f"a model that drafts runs on one rank, and {name} is {size}"
     return f"states without refused drafts are made anew on one rank, and {name} is {size}" if recurrent else ""

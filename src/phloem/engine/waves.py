@@ -44,7 +44,9 @@ class Starts(Protocol):
     @property
     def busy(self) -> float: ...  # seconds in which it has computed
 
-    def start(self, step: Step, kind: Kind, /) -> Future[tuple[Tensor, Tensor]]: ...
+    def start(self, step: Step, kind: Kind | Literal[""], /) -> Future[tuple[Tensor, Tensor] | None]: ...
+
+    def landed(self, coming: Future[tuple[Tensor, Tensor] | None], /) -> tuple[Tensor, Tensor]: ...
 
     def hand(self, kind: Kind, found: Tensor, /) -> None: ...
 
@@ -83,9 +85,8 @@ class Waves:
 
     @staticmethod
     def takes(batch: Batch) -> bool:
-        """Whether the head is asked once for what the step yields, and it yields something."""
-        plain = batch.places is None and batch.drafting is None and not batch.prompt_targets
-        return plain and bool(batch.outputs.any())
+        """Whether the head is asked at most once, for what the step yields."""
+        return batch.places is None and batch.drafting is None and not batch.prompt_targets
 
     def waits(self, batch: Batch) -> bool:
         """Whether the step must not begin before those in flight have landed."""
@@ -98,9 +99,10 @@ class Waves:
     def begin(self, batch: Batch, start: float) -> Flight:
         """Of a batch that is taken; its requests have been admitted."""
         wanted, output = Wanted.of(batch), empty(batch)
+        output.drafted = wanted.drafted
         easy = bool(self._slots.easy[wanted.slots].all())
         slots = [] if easy else [self._slots[slot] for slot in wanted.slots.tolist()]
-        kind = kind_of(self._slots, wanted, easy)
+        kind = kind_of(self._slots, wanted, easy) if len(wanted.at) else ""
         before, busy = perf_counter(), self.busy
         coming = self._first.start(self._make(batch, wanted), kind)
         output.stage_seconds = self.busy - busy
@@ -108,7 +110,11 @@ class Waves:
 
         def land() -> StepOutput:
             self._flying.popleft()
-            hidden_LN, found = coming.result()
+            hidden_LN, found = self._first.landed(coming)
+            if not kind:  # a chunk, which all stages have done by now
+                output.forward_seconds = perf_counter() - before
+                output.total_seconds = perf_counter() - start
+                return output
             self._masks.begin(slots, wanted)
             self._first.hand(kind, found)
             choice = Choice(wanted, slots, easy, hidden_LN, output, before)

@@ -11,6 +11,7 @@ import torch
 
 from phloem import attention, platforms, quant
 from phloem.adapters import served
+from phloem.adapters._sites import Sites
 from phloem.attention import AttentionBackend, AttentionNeed
 from phloem.attention._packed import refusal
 from phloem.checkpoint.families import audio_of
@@ -59,7 +60,6 @@ from phloem.utils.machine import memory as total_memory
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from phloem.adapters._sites import Sites
     from phloem.attention import Sharing
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.config import Config
@@ -261,7 +261,7 @@ def _build(
     held = drafts.Place(config, platform, backend, pool, ops, rows, pages, chunk, machine.eager, tower_of(model))
     drafting = drafts.prepare(helper, held, decisions)
     if team is not None:
-        team.tell(Pages(sizing.num_pages, kept.facts(checkpoint), pages))
+        team.tell(Pages(sizing.num_pages, kept.facts(checkpoint), pages, None if sites is None else sites.sizes))
     led, leading = _led(config, machine, checkpoint, model, kept, pool, (rows, chunk, pages), team, decisions)
     runner = ModelRunner(
         led, backend, pool, ops, running, facts=platform.facts, recorded=ways,
@@ -421,8 +421,8 @@ def build_executor(config: Config, checkpoint: Checkpoint, team: Team, receive: 
     other = [f"{what} {mine[what]}, rank 0 has {value}" for what, value in told.facts.items() if mine[what] != value]
     if other:
         raise ConfigError(f"rank {team.groups.rank}: {'; '.join(other)}", param="tp_size")
-    device, facts = machine.platform.device, machine.platform.facts
-    sites = served.sites(config.lora, model, machine.ops, machine.dtype, facts.on_host, decisions)
+    device = machine.platform.device
+    sites = None if told.adapters is None else Sites(model, machine.ops, machine.dtype, *told.adapters)
     own = model.stage.own if isinstance(model, Decoder) and model.stage is not None else None
     pool = KVPool(model.memory, told.num_pages, kept.page, kept.dtype, device, kept.scales, own)
     shift = balancing.shifter_of(model, checkpoint, machine.spread, team)

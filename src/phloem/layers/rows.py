@@ -50,11 +50,17 @@ class Rows:
         self._each = 1 if comm is None else comm.size // dp.size  # ranks of a group
         self.begun = False  # before the first step all ranks compute the same rows
         self._tokens = self._wanted = self._now = [0] * dp.size
+        self._adapters: tuple[Tensor, Tensor] | None = None
+        self.adapters: Tensor | None = None  # int32 [A], 0: none, of the rows that are gathered now; None: no row's
 
-    def begin(self, tokens: Sequence[int], wanted: Sequence[int]) -> None:
-        """A step: tokens of each group, and rows of each whose next token is wanted."""
+    def begin(
+        self, tokens: Sequence[int], wanted: Sequence[int], adapters: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        """A step: tokens of each group, and rows of each whose next token is wanted; group by group the adapters of
+        all of those, and of all of these (None: nobody has one)."""
         self._tokens, self._wanted = list(tokens), list(wanted)
         self._now, self.begun = self._tokens, True
+        self._adapters, self.adapters = adapters, None if adapters is None else adapters[0]
 
     @property
     def option(self) -> str:
@@ -74,6 +80,7 @@ class Rows:
     def narrow(self) -> None:
         """From here on the wanted rows alone are computed."""
         self._now = self._wanted
+        self.adapters = None if self._adapters is None else self._adapters[1]
 
     def gather(self, x: Tensor) -> Tensor:
         """[T, ...] of each group -> [A, ...], group by group. All ranks together."""

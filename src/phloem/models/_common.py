@@ -229,8 +229,7 @@ class Decoder(Layer):
     def forward(self, step: ForwardBatch) -> Tensor:
         """Hidden states [L, hidden_size] of the rows `step.logit_index`, final norm applied; `head` takes them."""
         out, residual_TN = self.trunk(step)
-        if self.adapted is not None:
-            self.adapted.index = None if step.adapters is None else step.adapters[1]
+        self.adapt(step, wanted=True)
         if self.tap is None or not self.tap.last:
             return self.finish(out, residual_TN, step.logit_index)
         hidden_TN = self.finish(out, residual_TN, None)
@@ -259,10 +258,14 @@ class Decoder(Layer):
         if self.tap is not None and number in self.tap.layers:
             seen[number] = x_TN if residual_TN is None else self.ops.add(x_TN, residual_TN)
 
+    def adapt(self, step: ForwardBatch, *, wanted: bool = False) -> None:
+        """From here on layers with adapters look at those of the step's tokens, or of its wanted rows."""
+        if self.adapted is not None:
+            self.adapted.index = None if step.adapters is None else step.adapters[wanted]
+
     def enter(self, step: ForwardBatch) -> Tensor:
         """What the first layer is given, [T, N]."""
-        if self.adapted is not None:
-            self.adapted.index = None if step.adapters is None else step.adapters[0]
+        self.adapt(step)
         x_TN = self.embed(step.input_ids)
         if step.embeds is not None:  # torch arithmetic: such a step is never recorded
             index, rows = step.embeds

@@ -105,8 +105,7 @@ class InputDecoder(Decoder):
         return x
 
     def trunk(self, step: ForwardBatch) -> tuple[Tensor, Tensor]:
-        if self.adapted is not None:
-            self.adapted.index = None if step.adapters is None else step.adapters[0]
+        self.adapt(step)
         x_TN = self.embed(step.input_ids)
         if step.embeds is not None:
             index, rows = step.embeds

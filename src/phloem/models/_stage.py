@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from phloem.distributed.mesh import Axis
     from phloem.layers.context import ForwardBatch
     from phloem.layers.embed import Head
+    from phloem.layers.rows import Rows
     from phloem.layers.weight import Layer, Weight
     from phloem.models._layer import MixerAlone
 
@@ -42,7 +43,12 @@ class Layered(Protocol):
     @property
     def head(self) -> Head: ...
 
+    @property
+    def rows(self) -> Rows | None: ...
+
     def weights(self) -> Iterator[Weight]: ...
+
+    def adapt(self, step: ForwardBatch, /, *, wanted: bool = False) -> None: ...
 
     def enter(self, step: ForwardBatch, /) -> Tensor: ...
 
@@ -133,7 +139,10 @@ def stage_of(model: Layered, axis: Axis, pools: Sequence[range]) -> Stage:
 
 def run_stage(model: Layered, stage: Stage, step: ForwardBatch, given: Sequence[Tensor]) -> list[Tensor]:
     """What the next stage is given, [T, N] each: hidden states, and the residual where it is apart; of the last stage
-    the hidden states [L, N] that the head takes. `given`: what the stage before has given."""
+    the hidden states [L, N] that the head takes, or nothing where none is wanted. `given`: what the stage before has
+    given."""
+    if given:
+        model.adapt(step)
     x_TN = given[0] if given else model.enter(step)
     residual_TN = given[1] if len(given) > 1 else None
     final = stage.last == len(model.layers)
@@ -141,7 +150,12 @@ def run_stage(model: Layered, stage: Stage, step: ForwardBatch, given: Sequence[
         x_TN, residual_TN = layer.attend(x_TN, residual_TN, step)
         x_TN, residual_TN = layer.feed(x_TN, residual_TN)
     if final:
-        return [model.finish(*model.layers[-1].attend(x_TN, residual_TN, step), step.logit_index)]
+        out, residual_TN = model.layers[-1].attend(x_TN, residual_TN, step)
+        index = step.logit_index
+        if index is not None and not len(index) and model.rows is None:  # nor by another group
+            return []
+        model.adapt(step, wanted=True)
+        return [model.finish(out, residual_TN, step.logit_index)]
     return [x_TN] if residual_TN is None else [x_TN, residual_TN]
 
 

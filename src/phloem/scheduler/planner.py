@@ -92,7 +92,7 @@ class Planner:
         plan = self._one_more()
         if plan is not None:
             return self._counted(plan)
-        if (self.pace.draft_room or self.slots.block) and self._out_of_step():
+        if ((self.pace.draft_room and self.pace.waves == 1) or self.slots.block) and self._out_of_step():
             return None
         if not len(self.queue) and not len(self.slots.active()):
             self.headroom.relax()

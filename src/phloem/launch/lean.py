@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import FrameType, ModuleType
+from types import FrameType, ModuleType, TracebackType
 from typing import Any
 
 METAS = "torch._meta_registrations"
@@ -70,7 +70,7 @@ def _leave(absent: ModuleType) -> None:
         del names[name]
 
 
-def _place(frame: FrameType, context: int = 0, whole: Any = inspect.getframeinfo) -> inspect.Traceback:
+def _place(frame: FrameType | TracebackType, context: int = 1, whole: Any = inspect.getframeinfo) -> inspect.Traceback:
     return whole(frame, 0)
 
 

@@ -12,7 +12,7 @@ from native_support import built
 from share_support import checkpoint
 
 from phloem import Engine
-from phloem.core.errors import BadRequest
+from phloem.core.errors import BadRequest, PhloemError
 from phloem.testing.checkpoints import VOCAB
 
 TOKENS = [7, 99, 31, 250, 12, 12, 301, 44, 5, 180]
@@ -61,6 +61,6 @@ def test_what_needs_whole_weights_of_the_base_is_refused_with_the_reason(tmp_pat
     base = checkpoint("llama", tmp_path / "base")
     folder = write_adapter(base, tmp_path / "dora", use_dora=True)
     with Engine(model_path=str(base), ops="reference", enable_lora=True, tp_size=2, **SMALL) as engine:
-        with pytest.raises(BadRequest, match="weights are shared out among 2 ranks"):
+        with pytest.raises(PhloemError, match="weights are shared out among 2 ranks"):
             engine.load_lora_adapter("dora", str(folder))
         assert len(engine.generate("hello", {"max_new_tokens": 4, "ignore_eos": True})["output_ids"]) == 4

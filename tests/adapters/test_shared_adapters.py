@@ -17,7 +17,7 @@ from phloem.adapters._fits import Fit
 from phloem.adapters._shares import Share, packed, unpacked
 from phloem.checkpoint.describe import describe
 from phloem.core.config import Config
-from phloem.core.errors import ConfigError, PhloemError
+from phloem.core.errors import PhloemError
 from phloem.core.messages import Submit
 from phloem.launch.core import EngineCore
 
@@ -124,9 +124,3 @@ def test_over_processes_they_come_and_go_and_what_one_rank_serves_alone_is_refus
         with pytest.raises(PhloemError, match="no rank has a whole one"):
             engine.load_lora_adapter("a", str(dora))
         assert said(engine) == expected
-
-
-def test_other_ways_of_sharing_are_refused(base: Path) -> None:
-    for sizes in ({"pp_size": 2}, {"tp_size": 2, "attn_cp_size": 2}, {"tp_size": 2, "attn_dp_size": 2}):
-        with pytest.raises(ConfigError, match="adapters are served with tp_size alone"):
-            Engine(model_path=str(base), enable_lora=True, **sizes)

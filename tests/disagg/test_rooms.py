@@ -301,7 +301,10 @@ def test_a_peer_that_is_gone_in_any_state_costs_time_alone(state: str, monkeypat
         with contextlib.suppress(OSError):  # it may have ended by itself
             link.sock.shutdown(socket.SHUT_RDWR)
     pair.run()
-    assert answered(pair, "a", PROMPT) and fetched(pair) == ((1, 0) if state == "all of it is there" else (0, 1))
+    assert answered(pair, "a", PROMPT)
+    # Of pages that come the last one may have come before the end was seen.
+    allowed = {"all of it is there": [(1, 0)], "pages come": [(0, 1), (1, 0)]}.get(state, [(0, 1)])
+    assert fetched(pair) in allowed
     pair.both("b", PROMPT[3:])
     pair.run()
     assert answered(pair, "b", PROMPT[3:])

@@ -100,8 +100,12 @@ def _describe_exit(code: int | None) -> str:
     if code is None:
         return "does not answer"
     if code < 0:
-        name, space = signal.Signals(-code).name, machine.address_space()
         # Libraries that get no memory for a thread abort.
-        hint = f": the system allows it {space >> 20} MiB of addresses, raise it with `ulimit -v`" if space else ""
-        return f"was killed by {name}{hint if -code == signal.SIGABRT else ''}"
-    return f"ended with exit status {code}"
+        return f"was killed by {signal.Signals(-code).name}{_of_addresses() if -code == signal.SIGABRT else ''}"
+    # The system's linker, which finds no room for a library, ends the process so.
+    return f"ended with exit status {code}{_of_addresses() if code == 127 else ''}"
+
+
+def _of_addresses() -> str:
+    space = machine.address_space()
+    return f": the system allows it {space >> 20} MiB of addresses, raise it with `ulimit -v`" if space else ""

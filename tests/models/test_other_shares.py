@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,7 @@ from share_support import checkpoint, engine_in, engine_of, staged, together
 
 from phloem.checkpoint.describe import describe
 from phloem.core.errors import ModelLoadError
-from phloem.distributed.groups import Groups
 from phloem.distributed.mesh import Mesh
-from phloem.engine import stages
 from phloem.kernels.ops import Ops
 from phloem.layers.context import BuildContext
 from phloem.models import FAMILIES, build_model
@@ -168,36 +165,3 @@ def test_layers_are_shared_out_by_what_they_weigh() -> None:
     assert spans([1, 1], 100, 2) == [(0, 1), (1, 2)]
     with pytest.raises(ModelLoadError, match=r"pp_size 3: 2 layers cannot be shared out; valid: 1, 2"):
         spans([1, 1], 0, 3)
-
-
-def test_chunks_follow_each_other_through_the_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first stage has computed the second chunk before the second stage is through with the first one."""
-    path, ahead, order = checkpoint("llama", tmp_path), threading.Event(), list[str]()
-    one = Engine(path)
-    whole = one.whole(PROMPT)
-
-    run_stage = stages.run_stage
-
-    def running(model: Any, stage: Any, step: Any, given: Any) -> Any:
-        if stage.axis.rank == 0:
-            order.append("first")
-            if order.count("first") == 2:
-                ahead.set()
-            return run_stage(model, stage, step, given)
-        made = run_stage(model, stage, step, given)
-        assert ahead.wait(20), "the first stage waits for this one"
-        order.append("last")
-        return made
-
-    monkeypatch.setattr(stages, "run_stage", running)
-
-    def work(groups: Groups) -> torch.Tensor | None:
-        engine = engine_in(path, groups, 2, 1)
-        pages = engine.pages(len(PROMPT))
-        for a, b in ((0, 8), (8, 16)):
-            assert len(engine.step([(PROMPT[a:b], pages, a)], none=True)) == 0
-        return engine.step([(PROMPT[16:], pages, 16)])
-
-    found = staged(2, 1, work)[0]
-    assert order[:2] == ["first", "first"] and order.count("last") == 3
-    assert (found - whole[-1:]).abs().max() <= LIMIT

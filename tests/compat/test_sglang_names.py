@@ -155,7 +155,7 @@ def test_server_args_come_from_a_command_line_and_are_a_dataclass() -> None:
     assert (args.tp_size, args.skip_tokenizer_init, args.mem_fraction_static) == (2, True, 0.5)
     assert args.url() == "http://[::1]:30000" and args.settings()["tp_size"] == 2
     more = ["--dp", "2", "--disaggregation-mode", "decode", "--kt-num-gpu-experts", "4", "--kt-threadpool-count", "1"]
-    more += ["--enable-eplb", "--disaggregation-transfer-backend", "nixl"]
+    more += ["--tp", "2", "--ep-size", "2", "--enable-eplb", "--disaggregation-transfer-backend", "nixl"]
     found = module.prepare_server_args(["--model-path", "m", *more]).settings()
     assert (found["dp_size"], found["disaggregation_mode"], found["kt_num_gpu_experts"]) == (2, "decode", 4)
     assert found["enable_eplb"] is True and found["disaggregation_transfer_backend"] == "nixl"

@@ -97,8 +97,6 @@ def _skeleton(checkpoint: Checkpoint, size: int) -> Any:
     Raises:
         ModelLoadError: sizes that cannot be shared out, with those that could.
     """
-    import torch._meta_registrations  # what no weights need; `launch/lean.py` has left it out
-
     ctx = BuildContext(Ops(), torch.bfloat16, torch.device("meta"), mesh=Mesh.of(tp=size))
     return build_model(checkpoint.model_type, checkpoint.config, ctx, _POSITIONS)
 

@@ -179,8 +179,6 @@ def refuse(config: Config, checkpoint: Checkpoint) -> None:
         name = platforms.named(config.runtime.device)
         deepep.refuse(backend, deepep.PACKAGE in platforms.facts_of(name).exchanges, name)
     meshes = [mesh_of(config, rank) for rank in range(0, ranks_of(config), config.runtime.tp_size)]
-    import torch._meta_registrations  # what no weights need; `launch/lean.py` has left it out
-
     # A share without weights says whether the sizes divide, before any process is started.
     for mesh in meshes:
         spread = spread_of(config, checkpoint)

@@ -15,7 +15,6 @@ from phloem.checkpoint.describe import described
 from phloem.core.config import Config, log_format
 from phloem.core.errors import PhloemError
 from phloem.core.messages import Failed, Progress, decode_to_engine, encode, refusal
-from phloem.launch import lean
 from phloem.utils import garbage, log, machine, memory
 from phloem.utils.ipc import EnginePipe
 from phloem.utils.processes import die_with_parent, killed_with_parent
@@ -70,7 +69,7 @@ def _engine() -> Callable[..., None] | Exception:
     """`core.serve`, or why it cannot be imported. Seconds of imports (torch): only once this process ends with its
     parent and leaves signals alone."""
     try:
-        with garbage.left_alone(), lean.imports():
+        with garbage.left_alone():
             from phloem.launch.core import serve
     except Exception as error:
         return error

@@ -48,11 +48,14 @@ class Counter(Desk):
         sites: Any = Sites(entries)
         super().__init__(sites, lambda work: Done(work()), lambda name: None, None, memory)  # type: ignore[arg-type, return-value]
         self.missing: set[str] = set()
+        self.slow: dict[str, Future[Any]] = {}
         self.reads = 0
 
     def read(self, version: Version) -> Future[Any]:
         self.reads += 1
         found: Future[Any] = Future()
+        if version.path in self.slow:
+            return self.slow[version.path]
         if version.path in self.missing:
             found.set_exception(BadRequest("it has gone"))
         else:
@@ -182,3 +185,53 @@ def test_whoever_waits_long_for_a_place_is_let_in_before_later_requests(monkeypa
     assert not until_ready(later)  # the only place is in use
     desk.give_back(waiting)
     assert until_ready(later)
+
+
+READ = Read({0: One()}, None)  # type: ignore[dict-item]
+
+
+def test_of_two_loads_of_a_name_the_one_that_was_asked_for_later_stays() -> None:
+    desk = Counter(2)
+    desk.slow["/slow"] = Future()
+    first, second = desk.load("a", "/slow", False), desk.load("a", "/fast", False)
+    assert not first.done()
+    second.result()
+    desk.slow["/slow"].set_result(READ)
+    assert first.result() == {"a": "/fast"}
+    assert desk.state()["loras_loaded"] == 1
+
+
+def test_pinned_ones_on_their_way_count_too() -> None:
+    desk = Counter(2)
+    first = desk.load("p", "/p", True)
+    with pytest.raises(BadRequest, match="one must stay free"):
+        desk.load("q", "/q", True)
+    first.result()
+    desk.unload("p")
+    desk.load("q", "/q", True).result()
+
+
+@pytest.mark.parametrize(("based", "reads"), [(True, 2), (False, 1)])
+def test_new_weights_have_those_read_again_that_were_read_meanwhile(based: bool, reads: int) -> None:
+    desk, reading = Counter(2), Future[Any]()
+    desk.slow["/a"] = reading
+    loading = desk.load("a", "/a", False)
+    assert not loading.done()
+    if based:
+        desk._based.add("/a")
+    desk.rebase()
+    reading.set_result(READ)
+    loading.result()
+    assert (desk.reads, desk.state()["loras_loaded"]) == (reads, 1)
+
+
+def test_whoever_waits_for_an_adapter_gets_it_of_the_new_weights() -> None:
+    desk = Counter(1)
+    desk.have("a", "b")
+    desk.slow["/a"] = Future()
+    waiting = desk.lend("a")
+    assert not waiting.ready()
+    desk._based.add("/a")
+    desk.rebase()
+    desk.slow.pop("/a").set_result(READ)
+    assert until_ready(waiting) and desk.reads == 4

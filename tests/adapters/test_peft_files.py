@@ -121,6 +121,26 @@ def test_numbers_that_are_none_as_they_are_kept_are_refused(engine: Engine, good
         engine.load_lora_adapter("large", str(altered(good, tmp_path / "large", change, lora_alpha=1e8)))
 
 
+def test_a_layer_under_two_names_is_refused(engine: Engine, good: Path, tmp_path: Path) -> None:
+    def change(tensors: Tensors) -> None:
+        for side in "AB":
+            name = f"{PREFIX}q_proj.lora_{side}.weight"
+            tensors[name.replace("model.model.model.", "model.")] = 2 * tensors[name]
+
+    with pytest.raises(PhloemError, match=r"layers.0.self_attn.q_proj and .*layers.0.self_attn.q_proj say the same"):
+        engine.load_lora_adapter("twice", str(altered(good, tmp_path / "twice", change)))
+
+
+@pytest.mark.parametrize("shape", [[-4, -32], [4.0, 32]])
+def test_shapes_that_are_none_are_refused(good: Path, tmp_path: Path, shape: list[Any]) -> None:
+    out = altered(good, tmp_path / "shape")
+    header = json.dumps({f"{PREFIX}q_proj.lora_A.weight": {"dtype": "F32", "shape": shape, "data_offsets": [0, 512]}})
+    padded = header.encode() + b" " * (-len(header) % 8)
+    (out / "adapter_model.safetensors").write_bytes(len(padded).to_bytes(8, "little") + padded + bytes(512))
+    with pytest.raises(BadRequest, match=r"adapter_model.safetensors: "):
+        read(out)
+
+
 def test_copies_are_known_as_alike_wherever_their_base_lies_and_others_are_not(good: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(good, tmp_path / "copy")
     config = json.loads((copy / "adapter_config.json").read_text())

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from phloem.adapters._peft import check_finite, refuse, some, token_ids
-from phloem.adapters._sites import block_key
+from phloem.adapters._sites import bare, block_key
 from phloem.adapters._worn import Own
 from phloem.layers.worn import LowRank, TokenRows, WornEmbedding, WornExperts, WornHead
 
@@ -62,11 +62,15 @@ class _Split:
         self.rest: dict[str, Module] = {}
         self.embedding: tuple[str, Module] | None = None
         self.head: tuple[str, Module] | None = None
+        self._taken: dict[str, str] = {}  # what of the model -> how the file spells it
         self._stands: dict[int, tuple[Weight, dict[str, Tensor]]] = {}
         self._experts: dict[int, tuple[SparseMLP, WornExperts]] = {}
 
     def take(self, name: str, module: Module) -> None:
         kind = self.sites.vocabulary(name)
+        before = self._taken.setdefault(kind or self.sites.resolve(name) or bare(name), name)
+        if before != name:
+            raise refuse(self.file.path, f"{before} and {name} say the same")
         if kind == "embedding":
             self.embedding = name, module
         elif kind == "head":

@@ -89,7 +89,7 @@ def _row_of(values: np.ndarray[Any, np.dtype[np.uint8]]) -> tuple[Tensor | None,
         for start, end, name, shape, _ in said:
             count = 1
             for axis in shape:
-                count *= axis
+                count *= axis if type(axis) is int and axis > 0 else 0
             if type(start) is not int or start != behind or end - start != count * kind.itemsize or count < 1:
                 return None, []
             places.append((name, shape, count))

@@ -63,9 +63,10 @@ class Version:
     """One load of an adapter."""
 
     def __init__(
-        self, desk: Desk, name: str, path: str, uid: str, pinned: bool, sent: Sent | AdapterFile | None = None
+        self, desk: Desk, name: str, path: str, order: int, pinned: bool, sent: Sent | AdapterFile | None = None
     ) -> None:
-        self.name, self.path, self.uid, self.pinned = name, path, uid, pinned
+        self.name, self.path, self.pinned = name, path, pinned
+        self.uid, self.order = f"{name}@{order}", order  # `order`: that in which loads were asked for
         self.sent = sent  # what came without a folder; as it was read, once it was
         self.entry = 0  # 0: it has no place
         self.users = 0  # requests that compute with it
@@ -82,6 +83,7 @@ class Version:
         self._desk = desk
         self._reading: Future[Read] | None = None
         self._placing: tuple[int, Pending[Any]] | None = None
+        self._rebased = False  # the base's weights have changed while it was read
 
     def advance(self) -> bool:
         """Whether it is in its place, or failed; goes on towards that."""
@@ -111,6 +113,11 @@ class Version:
         if not self._reading.done():
             return False
         read = self._reading.result()
+        if self._rebased:
+            self._rebased = False
+            if desk.follows_base(self):
+                self._reading = desk.read(self)
+                return False
         self.nbytes, self.owns = read.nbytes, read.own is not None
         self.tokens = 0 if read.own is None else read.own.tokens
         entry = desk.place_for(self)
@@ -153,6 +160,13 @@ class Version:
     def follows_base(self) -> bool:
         """Whether other weights of the base make it another one; also where that is not known yet."""
         return self._reading is not None or self._desk.follows_base(self)
+
+    def rebase(self) -> None:
+        """Nobody computes with it yet: what was read of the base's old weights is read again."""
+        if self._reading is not None:
+            self._rebased = True  # what it depends on is known when it has been read
+        elif self._desk.follows_base(self):
+            self.forget()
 
     def forget(self) -> None:
         """Give back its place, or what was read for it."""
@@ -213,8 +227,7 @@ class Loading:
         version = self._version
         if not self._ended and (version.advance() or version.crowded_since):
             self._ended = True
-            if version.error is None:
-                self._desk.register(version)
+            self._desk.ended(version)
         return self._ended
 
     def result(self) -> dict[str, str]:
@@ -269,6 +282,7 @@ class Desk(Lender):
         self._names: dict[str, Version] = {}
         self._based: set[str] = set()  # adapters that the base's weights are part of, by folder or by version
         self._held: list[Version | None] = [None] * (sites.entries + 1)
+        self._coming: list[Version] = []  # loads that were asked for, and have not ended
         self._count = 0  # of versions, and of loans
         self._worker = ThreadPoolExecutor(1, "phloem-adapters")
         self._filler = ThreadPoolExecutor(1, "phloem-adapters-placed")  # not behind a file that is slow to read
@@ -302,7 +316,7 @@ class Desk(Lender):
         if not name.isprintable() or not name.strip() or len(name) > LONGEST_NAME:
             message = f"lora_name: at most {LONGEST_NAME} printable characters, got {name!r:.80}"
             raise BadRequest(message, param="lora_name")
-        others = sum(1 for v in self._names.values() if v.pinned and v.name != name)
+        others = len({v.name for v in (*self._names.values(), *self._coming) if v.pinned and v.name != name})
         if pinned and others + 1 >= self.sites.entries:
             raise BadRequest(
                 f"{others} of {self.sites.entries} places have pinned adapters: one must stay free", param="pinned"
@@ -310,7 +324,9 @@ class Desk(Lender):
         if sent is not None:
             check_config(Path(path), sent.config)
         self._count += 1
-        return Loading(self, Version(self, name, path, f"{name}@{self._count}", pinned, sent))
+        version = Version(self, name, path, self._count, pinned, sent)
+        self._coming.append(version)
+        return Loading(self, version)
 
     def unload(self, name: str) -> tuple[int, dict[str, str]]:
         version = self._known(name)
@@ -326,9 +342,14 @@ class Desk(Lender):
         for name, old in list(self._names.items()):
             if old.follows_base:
                 self._count += 1
-                new = Version(self, name, old.path, f"{name}@{self._count}", old.pinned, old.sent)
+                new = Version(self, name, old.path, self._count, old.pinned, old.sent)
+                new.order = old.order  # a load that was asked for since is a later one
                 new.tokens, self._names[name] = old.tokens, new
                 self._retire(old)
+                if not old.users:
+                    old.rebase()  # for those that wait for it
+        for version in self._coming:
+            version.rebase()
 
     def state(self) -> dict[str, Any]:
         held = [version for version in self._held if version is not None]
@@ -409,6 +430,15 @@ class Desk(Lender):
         self._held[entry] = None
         if owns:
             self.between(lambda: self.sites.clear(entry))
+
+    def ended(self, version: Version) -> None:
+        """A load: it is in its place, waits for one, or failed."""
+        self._coming.remove(version)
+        old = self._names.get(version.name)
+        if version.error is None and old is not None and old.order > version.order:
+            self._retire(version)  # its name has been loaded again meanwhile, which was faster
+        elif version.error is None:
+            self.register(version)
 
     def register(self, version: Version) -> None:
         """It can be asked for by its name from now on."""

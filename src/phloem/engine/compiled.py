@@ -170,7 +170,9 @@ class CompiledModel:
         del hidden_LD, k, scale_LJ, norms
 
     def _padded(self, hidden_LD: Tensor) -> Tensor:
-        more = bucket(len(hidden_LD), 1, self._most) - len(hidden_LD)
+        # Log probabilities of a prompt want more positions than there are rows: of these too few sizes are compiled.
+        count = len(hidden_LD)
+        more = bucket(count, 1, self._most if count <= self._most else 1 << (count - 1).bit_length()) - count
         return torch.nn.functional.pad(hidden_LD, (0, 0, 0, more))
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> bool:

@@ -132,6 +132,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tp_size": 8}, "tp_size 8: 4 attention heads and 2 kv heads cannot be shared out"),
     ({"tp_size": 2}, "tp_size 2: jax sees 1 device"),
     ({"enable_hierarchical_cache": True}, "enable_hierarchical_cache"),
+    ({"kt_weight_path": "."}, "kt_weight_path"),
     ({"ops": "native"}, "ops"),
 ]
 

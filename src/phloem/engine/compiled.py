@@ -73,6 +73,7 @@ def check(config: Config, checkpoint: Checkpoint, device: str, decisions: list[D
         "enable_return_routed_experts": runtime.enable_return_routed_experts,
         "enable_deterministic_inference": runtime.enable_deterministic_inference,
         "kt_num_gpu_experts": kt.kt_num_gpu_experts is not None or kt.kt_method is not None,
+        "kt_weight_path": kt.kt_weight_path is not None,
     }
     for name, value in asked.items():
         if value:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+import torch
 from safetensors.torch import load_file
 from served import Server
 
 from phloem import Engine, platforms
 from phloem.core.errors import ConfigError, ModelLoadError
-from phloem.engine.compiled import bucket
+from phloem.engine.compiled import CompiledModel, bucket
 from phloem.testing.checkpoints import tiny_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -31,6 +33,20 @@ SIZES = {"dtype": "float32", "max_total_tokens": 1024, "chunked_prefill_size": 3
 def test_sizes_are_powers_of_two_up_to_the_largest() -> None:
     assert [bucket(count, 16, 100) for count in (1, 16, 17, 64, 65, 100)] == [16, 16, 32, 64, 100, 100]
     assert bucket(3, 1, 2) == 3  # more than was thought of is no error
+
+
+def test_logits_of_many_positions_of_a_prompt_are_compiled_for_few_sizes() -> None:
+    class Sizes:
+        def function(self, name: str, function: Any) -> Any:
+            del name, function
+            return lambda arrays: sizes.append(len(arrays[0])) or arrays[0]
+
+    sizes: list[int] = []
+    model: Any = SimpleNamespace(attention_specs=[], memory=[], vocab_size=8, hidden_size=2)
+    compiler: Any = Sizes()
+    head = CompiledModel(model, compiler, 6).head
+    assert [len(head(torch.ones(count, 2))) for count in (1, 3, 5, 6, 7, 9, 13, 109)] == [1, 3, 5, 6, 7, 9, 13, 109]
+    assert sizes == [1, 4, 6, 6, 8, 16, 16, 128]
 
 
 def test_served_by_jax_through_http_the_tokens_are_those_of_the_reference_table(tmp_path: Path) -> None:
@@ -116,6 +132,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tp_size": 8}, "tp_size 8: 4 attention heads and 2 kv heads cannot be shared out"),
     ({"tp_size": 2}, "tp_size 2: jax sees 1 device"),
     ({"enable_hierarchical_cache": True}, "enable_hierarchical_cache"),
+    ({"kt_weight_path": "."}, "kt_weight_path"),
     ({"ops": "native"}, "ops"),
 ]
 

@@ -111,7 +111,15 @@ def test_a_method_that_says_another_stored_format_is_refused(tmp_path: Path) -> 
         ({"kt_cpuinfer": 1}, "needs kt_num_gpu_experts"),
         ({"kt_num_gpu_experts": 7}, "7 of 6 experts"),
         ({"kt_num_gpu_experts": 7, "ops": None}, "7 of 6 experts"),
-        ({"kt_num_gpu_experts": 0, "init_expert_location": "/none.json", "ops": None}, "none.json"),
+        (
+            {
+                "kt_num_gpu_experts": 0,
+                "kt_expert_placement_strategy": "frequency",
+                "init_expert_location": "/none.json",
+                "ops": None,
+            },
+            "No such file",
+        ),
         ({"kt_expert_placement_strategy": "random"}, "needs kt_num_gpu_experts"),
         ({"kt_num_gpu_experts": -1}, "below 0"),
         ({"kt_num_gpu_experts": 0, "kt_cpuinfer": 4096}, "4096 threads, but"),
@@ -122,7 +130,7 @@ def test_a_method_that_says_another_stored_format_is_refused(tmp_path: Path) -> 
         ({"kt_num_gpu_experts": 0, "kt_method": "FP8"}, "the weights are plain"),
         ({"kt_num_gpu_experts": 0, "kt_max_deferred_experts_per_token": 2}, "2 of 2 experts"),
         ({"kt_num_gpu_experts": 2, "kt_expert_placement_strategy": "frequency"}, "none are given"),
-        ({"kt_num_gpu_experts": 2, "init_expert_location": "/none.json"}, "none.json"),
+        ({"kt_num_gpu_experts": 2, "init_expert_location": "/none.json"}, "none.json: places are uniform"),
         ({"kt_num_gpu_experts": 0, "tp_size": 2}, "not with tp_size"),
     ],
 )  # fmt: skip

@@ -73,6 +73,7 @@ def check(config: Config, checkpoint: Checkpoint, device: str, decisions: list[D
         "enable_return_routed_experts": runtime.enable_return_routed_experts,
         "enable_deterministic_inference": runtime.enable_deterministic_inference,
         "kt_num_gpu_experts": kt.kt_num_gpu_experts is not None or kt.kt_method is not None,
+        "kt_weight_path": kt.kt_weight_path is not None,
     }
     for name, value in asked.items():
         if value:
@@ -170,7 +171,9 @@ class CompiledModel:
         del hidden_LD, k, scale_LJ, norms
 
     def _padded(self, hidden_LD: Tensor) -> Tensor:
-        more = bucket(len(hidden_LD), 1, self._most) - len(hidden_LD)
+        # Log probabilities of a prompt want more positions than there are rows: of these too few sizes are compiled.
+        count = len(hidden_LD)
+        more = bucket(count, 1, self._most if count <= self._most else 1 << (count - 1).bit_length()) - count
         return torch.nn.functional.pad(hidden_LD, (0, 0, 0, more))
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> bool:

@@ -138,6 +138,10 @@ def _refuse(config: Config, checkpoint: Checkpoint) -> None:
         raise ConfigError(f"{name}: not for a model that does not generate", param=name)
     if ranks_of(config) > 1:
         raise ConfigError(f"{name}: not with {option_of(config)[0]} above 1", param=name)
+    given, strategy = config.experts.init_expert_location, config.experts.kt_expert_placement_strategy
+    if given not in (None, "trivial") and strategy != "frequency":
+        why = f"{given}: places are {strategy}; counts decide with kt_expert_placement_strategy frequency"
+        raise ConfigError(f"init_expert_location: {why}", param="init_expert_location")
     path, own = config.experts.kt_weight_path, checkpoint.path
     places = {own.resolve(), own.resolve().parent} if own.is_file() else {own.resolve()}
     if path is not None and path != config.model.model_path and Path(path).resolve() not in places:

@@ -174,7 +174,7 @@ def test_recorded_steps_of_ranks_answer_as_one_rank_does(
     assert decisions["rank_steps"][0] == "recorded" and "sums included" in decisions["rank_steps"][1]
 
 
-# Sizes, the rank that has no memory, and the op table. The first ones stand for the others, but with `--every`.
+# Sizes, the rank that has no memory, and the op table.
 STARVED: list[tuple[dict[str, int], int, str | None]] = [
     ({"tp_size": 4}, 0, "reference"),
     ({"tp_size": 4}, 1, None),
@@ -190,16 +190,13 @@ STARVED: list[tuple[dict[str, int], int, str | None]] = [
 ]
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "starved" in metafunc.fixturenames:
-        cases = STARVED[: None if metafunc.config.getoption("--every") else 5]
-        names = [
-            "-".join([*(f"{key[:-5]}{size}" for key, size in sizes.items()), f"rank{rank}", str(ops)])
-            for sizes, rank, ops in cases
-        ]
-        metafunc.parametrize("starved", cases, ids=names)
+def starved_name(case: tuple[dict[str, int], int, str | None]) -> str:
+    sizes, rank, ops = case
+    return "-".join([*(f"{key[:-5]}{size}" for key, size in sizes.items()), f"rank{rank}", str(ops)])
 
 
+@pytest.mark.some(5)
+@pytest.mark.parametrize("starved", STARVED, ids=starved_name)
 @pytest.mark.slow
 @pytest.mark.skipif(not built(), reason="the native library is not built (no C++ compiler?)")
 def test_a_step_without_memory_on_one_rank_is_undone_on_all(

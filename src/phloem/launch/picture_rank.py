@@ -61,14 +61,20 @@ class PictureRank:
 
     def _listen(self, pipe: RankPipe, orders: queue.SimpleQueue[wire.Pass | wire.Meet | wire.End]) -> None:
         """In a thread, as a pass may wait for a rank that will not come: not every comm tells by itself."""
-        order: wire.Order | None = None
-        while not isinstance(order, wire.End):
-            data = pipe.next()
-            order = wire.End() if data is None else wire.decode(data)
-            if isinstance(order, wire.Leave | wire.End) and self._share is not None:
-                self._share.comm.abort()
-            if not isinstance(order, wire.Leave):
-                orders.put(order)
+        try:
+            while (data := pipe.next()) is not None:
+                order = wire.decode(data)
+                if isinstance(order, wire.Leave | wire.End):
+                    self._leave()
+                if not isinstance(order, wire.Leave):
+                    orders.put(order)
+        finally:
+            self._leave()
+            orders.put(wire.End())  # whatever it is that nothing comes any more of
+
+    def _leave(self) -> None:
+        if self._share is not None:
+            self._share.comm.abort()
 
     def _meet(self, order: wire.Meet) -> None:
         comm = connect(self._name, self._rank, self._size, Path(order.place), SECONDS)

@@ -185,6 +185,18 @@ def _known(config: dict[str, Any], digest: str) -> str:
     return f"{json.dumps(settings, sort_keys=True)} {digest}"
 
 
+def alone_in(path: Path) -> list[str]:
+    """Tensors of a file that ranks do not share out, by its header; of a file that is none nothing is said here."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path / WEIGHTS), framework="pt", device="cpu") as found:
+            names = sorted(found.keys())
+    except (SafetensorError, OSError):
+        return []
+    return [name for name in names if _kind(name)[0] in ("embedding", "whole", "tokens", "magnitude")]
+
+
 def read(path: Path) -> AdapterFile:
     """Raises BadRequest for what is missing, contradicts itself, or is not known."""
     if not os.path.isdir(path):  # that of Path raises for a name that is too long

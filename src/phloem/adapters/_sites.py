@@ -133,6 +133,12 @@ class Site:
         return sum(t.nbytes for t in (self.down, self.up, self.factor, self.shift))
 
 
+def check_adaptable(model: Any) -> None:
+    """Raises ConfigError: the model's layers take no adapters."""
+    if not isinstance(model, Layer) or "adapted" not in dir(model) or next(iter(_linears(model)), None) is None:
+        raise ConfigError("enable_lora: the layers of this model take no adapters", param="enable_lora")
+
+
 class Sites:
     """All of a model's, and which modules go where.
 
@@ -147,8 +153,7 @@ class Sites:
 
     def __init__(self, model: Any, ops: Ops, dtype: torch.dtype, entries: int, rank: int) -> None:
         layers = list(_linears(model)) if isinstance(model, Layer) else []
-        if not layers or not isinstance(model, Layer) or "adapted" not in dir(model):
-            raise ConfigError("enable_lora: the layers of this model take no adapters", param="enable_lora")
+        check_adaptable(model)
         self.model: Adaptable = model  # pyright: ignore[reportAttributeAccessIssue] - as was just asked
         self.entries, self.rank = entries, rank
         self.dtype = ops.adapter_dtype or dtype

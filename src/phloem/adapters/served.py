@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phloem.adapters._peft import read_config
+from phloem.adapters._peft import alone_in, read_config, refuse, some
 from phloem.adapters._sites import Sites
 from phloem.core.adapters import adapter_spec
 from phloem.core.errors import BadRequest, ConfigError
@@ -35,6 +35,24 @@ def specs(config: LoraConfig) -> list[AdapterSpec]:
 
 def enabled(config: LoraConfig) -> bool:
     return config.enable_lora or bool(config.lora_paths)
+
+
+def check(config: LoraConfig, *, several: bool) -> None:
+    """What files of adapters to start with say of themselves, before anything is loaded. `several`: the model is shared
+    out among ranks.
+
+    Raises:
+        ConfigError: one cannot be read, is of too high a rank, or has what one rank alone serves.
+    """
+    for spec in specs(config):
+        rank, most = _rank(spec), config.max_lora_rank
+        if most is not None and rank > most:
+            why = f"its rank is {rank}, at most {most} is served (max_lora_rank)"
+            raise ConfigError(refuse(Path(spec.path), why).message, param="lora_paths")
+        alone = alone_in(Path(spec.path)) if several else []
+        if alone:
+            why = f"{some(alone)}: whole matrices, DoRA, and additions to embeddings are served by one rank alone"
+            raise ConfigError(refuse(Path(spec.path), why).message, param="lora_paths")
 
 
 def sites(

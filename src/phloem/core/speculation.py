@@ -102,6 +102,30 @@ def wanted(config: Config) -> Wanted:
     return _checked(Wanted(**values, adaptive=adaptive))
 
 
+def cannot(wanted: Wanted, why: str) -> ConfigError:
+    """That what was asked for is not served."""
+    name = "speculative_algorithm"
+    return ConfigError(f"{name}: {wanted.algorithm} cannot serve this model: {why}", param=name)
+
+
+def check_capture(flags: SpeculativeConfig, why: str) -> bool:
+    """Whether hidden states are captured. `why`: what makes it impossible here; "": nothing.
+
+    Raises:
+        ConfigError: flags that do not go together, or what is impossible was asked for.
+    """
+    if not flags.enable_spec_capture:
+        if flags.spec_capture_dir:
+            why = "no states are captured; enable_spec_capture must be given with it"
+            raise ConfigError(f"spec_capture_dir: {why}", param="spec_capture_dir")
+        return False
+    if not flags.spec_capture_dir:
+        raise ConfigError("enable_spec_capture needs spec_capture_dir", param="spec_capture_dir")
+    if why:
+        raise ConfigError(f"enable_spec_capture: {why}", param="enable_spec_capture")
+    return True
+
+
 def _usual(algorithm: str, adaptive: bool) -> int:
     """Drafts where nobody says how many."""
     if algorithm in MODELS:

@@ -14,16 +14,17 @@ def as_torchrun_says(values: dict[str, Any], env: Mapping[str, str]) -> dict[str
     A server of one rank that torchrun starts is none of several nodes: it is left alone.
 
     Raises:
-        ConfigError: torchrun has started several processes on a node, or as many nodes as options do not say.
+        ConfigError: torchrun has started several processes on a node, or as many nodes as options do not say; or the
+            environment has a part of what it must say, or no numbers where these belong.
     """
     nodes = values.get("nnodes") or 1
     started = "TORCHELASTIC_RUN_ID" in env
-    world = int(env["WORLD_SIZE"]) if env.get("WORLD_SIZE", "").isdecimal() else 1
     ranks = int(values.get("tp_size") or 1) * int(values.get("pp_size") or 1)
+    world = _number("WORLD_SIZE", env) if started and ranks > 1 else _number("WORLD_SIZE", env, 1, strict=False)
     if nodes == 1 and not (started and world > 1 and ranks > 1):
         return values
     if started:
-        if env.get("LOCAL_WORLD_SIZE", "1") != "1":
+        if env.get("LOCAL_WORLD_SIZE") not in (None, "1"):
             why = f"torchrun has started {env['LOCAL_WORLD_SIZE']} processes on a node, where one starts the others"
             raise ConfigError(f"nnodes: {why}: --nproc-per-node 1", param="nnodes")
         if nodes not in (1, world):
@@ -34,17 +35,26 @@ def as_torchrun_says(values: dict[str, Any], env: Mapping[str, str]) -> dict[str
         # A number that nobody can read must not make this node 0, which every node is that says nothing.
         names = ("NODE_RANK", "GROUP_RANK", *(["RANK"] if world == nodes else []))
         said = next((name for name in names if env.get(name)), None)
-        found["node_rank"] = None if said is None else _rank(said, env[said])
-    host, port = env.get("MASTER_ADDR"), env.get("MASTER_PORT", "")
-    if values.get("dist_init_addr") is None and host and port.isdecimal():
+        if said is None and started:
+            _number("GROUP_RANK", env)
+        found["node_rank"] = None if said is None else _number(said, env)
+    host, port = env.get("MASTER_ADDR"), env.get("MASTER_PORT")
+    if values.get("dist_init_addr") is None and (host or port):
+        if not host:
+            raise ConfigError("MASTER_ADDR: it is not set, and MASTER_PORT is", param="dist_init_addr")
         # At the port itself torchrun listens.
-        beside = int(port) + (env.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
+        beside = _number("MASTER_PORT", env) + (env.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
         found["dist_init_addr"] = f"[{host}]:{beside}" if ":" in host else f"{host}:{beside}"
     return {**values, **found}
 
 
-def _rank(name: str, said: str) -> int:
+def _number(name: str, env: Mapping[str, str], default: int = 0, *, strict: bool = True) -> int:
+    """Raises ConfigError where it is not set, or no number, unless a default may stand for that."""
+    said = env.get(name, "")
     try:
         return int(said)
     except ValueError:
-        raise ConfigError(f"{name}: {said!r} is no number", param=name) from None
+        if not strict:
+            return default
+        what = f"{said!r} is no number" if said else "it is not set, and other variables of torchrun are"
+        raise ConfigError(f"{name}: {what}", param=name) from None

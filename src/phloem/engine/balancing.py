@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from phloem.core.errors import BadRequest, ConfigError
+from phloem.core.errors import BadRequest
 from phloem.core.resolve import Decision
 from phloem.distributed.balance import balanced, balancedness, settled
+from phloem.engine.counts import check_counted
 from phloem.engine.memory import first_line
 from phloem.engine.parallel import Moved
 from phloem.models._common import Decoder
@@ -47,9 +48,8 @@ def settle(
     if spread is None:
         return None
     own, ep = config.experts, config.runtime.ep_size
-    if not spread.layers or not isinstance(model, Decoder):
-        name = "enable_eplb" if own.enable_eplb else "expert_distribution_recorder_mode"
-        raise ConfigError(f"{name}: {checkpoint.model_type} has no routed experts of ours", param=name)
+    check_counted(own, spread, model, checkpoint.model_type)
+    assert isinstance(model, Decoder), "as was just asked"
     experts = spread.layers[0].experts
     where = "by the counts given" if own.init_expert_location not in (None, "trivial") else "in their order"
     moves = f"moved every {own.eplb_rebalance_num_iterations} steps" if own.enable_eplb else "where they stay"

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,10 +15,11 @@ from phloem.core.errors import ConfigError
 from phloem.distributed.experts import KEYS, counts_of
 from phloem.engine.memory import first_line
 from phloem.layers.spread import Spread
+from phloem.models._common import Decoder
 
 if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
-    from phloem.core.config import Config
+    from phloem.core.config import Config, ExpertsConfig
     from phloem.distributed.experts import Counts
 
 MOST = 1 << 28  # numbers in a table: SGLang's have a row for each layer and each of up to thousands of passes
@@ -52,6 +53,13 @@ def _stored(path: str) -> dict[str, object]:
         if value is not None:
             data[key] = value
     return data
+
+
+def check_counted(own: ExpertsConfig, spread: Spread, model: Any, model_type: str) -> None:
+    """Of a model that was built with this. Raises ConfigError where it has no experts to count."""
+    if not spread.layers or not isinstance(model, Decoder):
+        name = "enable_eplb" if own.enable_eplb else "expert_distribution_recorder_mode"
+        raise ConfigError(f"{name}: {model_type} has no routed experts of ours", param=name)
 
 
 def spread_of(config: Config, checkpoint: Checkpoint) -> Spread | None:

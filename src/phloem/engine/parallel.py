@@ -13,7 +13,7 @@ import contextlib
 import gc
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -28,6 +28,7 @@ from phloem.distributed import deepep
 from phloem.distributed.comm import StepUndone
 from phloem.distributed.groups import Groups
 from phloem.distributed.mesh import Mesh
+from phloem.engine import on_paper
 from phloem.engine.apart import cut
 from phloem.engine.around import RunnerAround
 from phloem.engine.contexts import run_rows
@@ -38,7 +39,7 @@ from phloem.engine.memory import first_line, is_out_of_memory
 from phloem.engine.plans import Packing, Plan, Unpacking, ints, raw
 from phloem.engine.stages import Kind, Together
 from phloem.engine.transfer import LastTokens
-from phloem.engine.unshared import refuse_unshared
+from phloem.engine.unshared import option_of, refuse_unshared
 from phloem.engine.wanted import Wanted
 from phloem.kernels.ops import Ops
 from phloem.layers.context import BuildContext
@@ -142,9 +143,6 @@ class Team:
     busy: Callable[[float], None] = lambda _: None  # of the others: says seconds, where it was asked for
 
 
-_POSITIONS = 64  # tables of rotations are built for so many: nobody looks into them
-
-
 def ranks_of(config: Config) -> int:
     """How many processes one model is shared out among. Where steps are compiled whole it is one: the compiler shares
     them out among devices."""
@@ -174,18 +172,21 @@ def refuse(config: Config, checkpoint: Checkpoint) -> None:
     if Nodes.of(config).rank:
         raise ConfigError("node_rank: a further node is started by `phloem serve`", param="node_rank")
     refuse_unshared(config, checkpoint)
-    backend = config.runtime.moe_a2a_backend
+    backend, name = config.runtime.moe_a2a_backend, platforms.named(config.runtime.device)
+    if not platforms.facts_of(name).on_host:
+        why = f"ranks run on the processors of one machine, not on {name}"
+        raise ConfigError("{} {}: {}".format(*option_of(config), why), param="tp_size")
     if backend in deepep.NAMES:
-        name = platforms.named(config.runtime.device)
         deepep.refuse(backend, deepep.PACKAGE in platforms.facts_of(name).exchanges, name)
     meshes = [mesh_of(config, rank) for rank in range(0, ranks_of(config), config.runtime.tp_size)]
     # A share without weights says whether the sizes divide, before any process is started.
     for mesh in meshes:
         spread = spread_of(config, checkpoint)
-        ctx = BuildContext(Ops(), torch.bfloat16, torch.device("meta"), spread=spread)
-        ctx = shared(ctx, mesh, Groups(), config.runtime.moe_a2a_backend)
-        built = build_model(checkpoint.model_type, checkpoint.config, ctx, _POSITIONS)
-        if config.runtime.ep_size > 1 and not has_experts(built):
+        ctx = shared(on_paper.context(spread), mesh, Groups(), config.runtime.moe_a2a_backend)
+        built = build_model(checkpoint.model_type, checkpoint.config, ctx, on_paper.POSITIONS)
+        on_paper.check(config, checkpoint, built, spread, None)
+        on_paper.check_drafts(config, checkpoint, built)
+        if config.runtime.ep_size > 1 and not on_paper.has_experts(built):
             message = f"ep_size {config.runtime.ep_size}: {checkpoint.model_type} has no experts"
             raise ConfigError(message, param="ep_size")
 
@@ -199,11 +200,6 @@ def shared(ctx: BuildContext, mesh: Mesh, groups: Groups, backend: str = "none")
     exchange = None if by is None else deepep.DeepEP(by, low_latency=backend == deepep.NAMES[1])
     rows = Rows(groups.tp, mesh.cp if context else mesh.dp, backend != "none", context, exchange)
     return replace(ctx, mesh=mesh, comm=groups.attn, rows=rows)
-
-
-def has_experts(model: Any) -> bool:
-    """Whether there are experts among a model's weights."""
-    return not isinstance(model, Decoder) or any(weight.experts for weight in model.weights())
 
 
 class LostStep(EngineDead):

@@ -12,6 +12,7 @@ from phloem.layers.context import Chosen
 if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.config import Config
+    from phloem.core.memory import Group
     from phloem.kvcache.pool import KVPool
 
 NAME = "enable_return_routed_experts"
@@ -33,6 +34,17 @@ def chosen_of(config: Config, checkpoint: Checkpoint) -> Chosen | None:
     return Chosen()
 
 
+def check_told(chosen: Chosen, groups: tuple[Group, ...], model_type: str) -> tuple[int, bool]:
+    """The group of `group_of`, of a model that was built with this. Raises ConfigError: it has no experts, or no
+    pages."""
+    if not chosen.sizes:
+        raise ConfigError(f"{NAME}: {model_type} has no experts", param=NAME)
+    group = group_of(groups)
+    if group is None:
+        raise ConfigError(f"{NAME}: no layer of this model keeps its tokens in pages", param=NAME)
+    return group
+
+
 def keep_beside(pool: KVPool, chosen: Chosen | None, checkpoint: Checkpoint, decisions: list[Decision]) -> None:
     """Give the pool a place for what the layers note.
 
@@ -41,11 +53,7 @@ def keep_beside(pool: KVPool, chosen: Chosen | None, checkpoint: Checkpoint, dec
     """
     if chosen is None:
         return
-    if not chosen.sizes:
-        raise ConfigError(f"{NAME}: {checkpoint.model_type} has no experts", param=NAME)
-    group = group_of(pool.groups)
-    if group is None:
-        raise ConfigError(f"{NAME}: no layer of this model keeps its tokens in pages", param=NAME)
+    group = check_told(chosen, pool.groups, checkpoint.model_type)
     stated = checkpoint.config.get("num_hidden_layers") or len(checkpoint.config.get("layers_block_type") or ())
     layers = max(int(stated), max(chosen.sizes) + 1)
     k = max(chosen.sizes.values())

@@ -39,16 +39,25 @@ def refuse_unshared(config: Config, checkpoint: Checkpoint) -> None:
     for reason, found in reasons.items():
         if found:
             raise ConfigError(f"{name} {size}: {reason}", param=name)
+    _refuse_options(config, name, size)
     _refuse_ungrouped(config)
 
 
-def undrafted(config: Config, *, by_model: bool, recurrent: bool) -> str:
-    """Why several ranks of a model do not verify drafts; "": they do. `by_model`: a model makes them; `recurrent`: the
-    model's states have taken them in before they are refused."""
-    name, size = option_of(config)
-    if by_model:
-        return f"a model that drafts runs on one rank, and {name} is {size}"
-    return f"states without refused drafts are made anew on one rank, and {name} is {size}" if recurrent else ""
+def _refuse_options(config: Config, name: str, size: int) -> None:
+    """Raises ConfigError for an option that one rank alone keeps to."""
+    mode, of_pages = "disaggregation_mode", f"each of several ranks has a part of every page ({name} {size})"
+    counted = "kt_num_gpu_experts"
+    reasons = {
+        mode: (config.disagg.disaggregation_mode != "null", f"prompts cannot be computed elsewhere: {of_pages}"),
+        counted: (
+            config.experts.kt_num_gpu_experts is not None or config.experts.kt_weight_path is not None,
+            f"not with {name} above 1",
+        ),
+        "enable_return_routed_experts": (config.runtime.enable_return_routed_experts, f"not with {name} above 1"),
+    }
+    for option, (found, reason) in reasons.items():
+        if found:
+            raise ConfigError(f"{option}: {reason}", param=option)
 
 
 def _refuse_ungrouped(config: Config) -> None:

@@ -8,8 +8,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phloem.checkpoint.describe import describe
 from phloem.checkpoint.fingerprint import fingerprint
-from phloem.core.errors import ModelLoadError
+from phloem.core.adapters import adapter_spec
+from phloem.core.errors import ModelLoadError, PhloemError
 
 if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
@@ -25,6 +27,10 @@ SETTINGS = (
     *("device", "attention_backend", "ops", "enable_deterministic_inference"),
     *("kt_num_gpu_experts", "kt_method", "kt_max_deferred_experts_per_token", "kt_expert_placement_strategy"),
     *("ep_num_redundant_experts", "enable_eplb"),
+    *("enable_lora", "max_lora_rank", "max_loras_per_batch", "max_loaded_loras"),
+    *("speculative_algorithm", "speculative_num_steps", "speculative_num_draft_tokens", "speculative_eagle_topk"),
+    *("speculative_ngram_max_trie_depth", "speculative_ngram_capacity", "disable_speculative_adaptive"),
+    *("speculative_config", "enable_spec_capture"),
 )
 MOST = 6  # differences that are told
 LONGEST = 60  # characters of a value that is shown
@@ -50,7 +56,11 @@ def facts_of(config: Config, checkpoint: Checkpoint, command: str = "serve") -> 
         "model type": checkpoint.model_type,
         **config_facts(checkpoint),
         "digest of the weights": _digest(checkpoint),
-        "counts of experts (init_expert_location)": _counts(flat["init_expert_location"]),
+        "counts of experts (init_expert_location)": _file(flat["init_expert_location"]),
+        "tokens of drafts (speculative_token_map)": _file(flat["speculative_token_map"]),
+        "model that drafts (speculative_draft_model_path)": _draft(flat["speculative_draft_model_path"]),
+        # What is in them node 0 alone reads, and tells the others' ranks.
+        "adapters (lora_paths)": ", ".join(adapter_spec(text).name for text in flat["lora_paths"] or []) or "none",
     }
 
 
@@ -61,7 +71,18 @@ def _digest(checkpoint: Checkpoint) -> str:
         raise ModelLoadError(f"{error.filename}: {error.strerror}") from None
 
 
-def _counts(path: str | None) -> str:
+def _draft(path: str | None) -> str:
+    """By what a model or a head that drafts is known: it may lie elsewhere on another node."""
+    if path is None:
+        return "none"
+    try:
+        found = describe(path)
+        return f"{found.model_type}, digest {fingerprint(found)}"
+    except (PhloemError, OSError) as error:
+        return f"unreadable ({error})"
+
+
+def _file(path: str | None) -> str:
     if path in (None, "trivial"):
         return "none"
     try:

@@ -18,12 +18,13 @@ from phloem.core.messages import Failed, FromEngine, Ready, Stats, Submit, ToEng
 from phloem.core.ranges import parse_bytes
 from phloem.core.renoising import Renoising
 from phloem.core.targets import Targets
-from phloem.engine import parallel, worker
+from phloem.engine import on_paper, parallel, worker
 from phloem.engine.canvas import CanvasRunner
 from phloem.engine.compiled import CompiledModel
 from phloem.engine.renoise import RenoisingRunner
 from phloem.engine.runner import ModelRunner
-from phloem.engine.unshared import refuse_unshared, undrafted
+from phloem.engine.unserved import refuse_unserved, uncaptured, undrafted
+from phloem.engine.unshared import refuse_unshared
 from phloem.engine.watchdog import Watchdog
 from phloem.grammar._base import name_of
 from phloem.grammar._manager import GrammarManager, GrammarSettings
@@ -110,7 +111,7 @@ class EngineCore:
         beside = assemble.beside(drafts, checkpoint) if team is None else None
         built = worker.build(config, checkpoint, starting.took, team, beside)
         self.runner = built.runner
-        runner, speculates = _drafting(drafts, built, config, team)
+        runner, speculates = _drafting(drafts, built, config, checkpoint, team)
         if isinstance(built.denoising, Renoising):
             runner = RenoisingRunner(runner, built.denoising, checkpoint.vocab_size)
         elif built.denoising is not None:
@@ -247,19 +248,17 @@ def _cache(config: Config, checkpoint: Checkpoint, built: Built) -> CacheManager
 
 
 def _drafting(
-    drafts: speculation.Wanted, built: Built, config: Config, team: parallel.Team | None
+    drafts: speculation.Wanted, built: Built, config: Config, checkpoint: Checkpoint, team: parallel.Team | None
 ) -> tuple[Runner, bool]:
     """The runner, of rank 0 with the others, perhaps with drafts, and whether it has them. Raises ConfigError for a
     drafter that cannot serve."""
     runner = built.runner
     if not isinstance(runner, ModelRunner):
-        built.decisions.append(assemble.without(drafts, "the model does not generate"))
+        built.decisions.append(assemble.without(drafts, undrafted(config, checkpoint, several=False)))
         return runner, False
-    why = "" if built.sites is None else "beside adapters, drafts have not been shown to change no bit"
-    why = why if built.denoising is None else "a model of diffusion gives several tokens a pass by itself"
-    if team is not None:
-        recurrent = any(group.kind == "state" for group in runner.groups)
-        why = why or undrafted(config, by_model=drafts.algorithm in speculation.MODELS, recurrent=recurrent)
+    recurrent = any(group.kind == "state" for group in runner.groups)
+    fills = built.denoising is not None
+    why = undrafted(config, checkpoint, several=team is not None, recurrent=recurrent, fills=fills)
     drafter, decided = assemble.decide(drafts, runner, why)
     built.decisions.append(decided)
     inner = runner if team is None else parallel.ParallelRunner(runner, team.tell)
@@ -268,12 +267,9 @@ def _drafting(
 
 def _capturer(config: Config, built: Built, checkpoint: Checkpoint) -> Capturer | None:
     """What captures hidden states. Raises ConfigError where that was asked for and cannot be."""
-    why, runner = "", built.runner
+    runner = built.runner
     model = runner.model if isinstance(runner, ModelRunner) else None
-    if model is None:
-        why = "the model does not generate"
-    elif parallel.ranks_of(config) > 1 or config.runtime.dp_size > 1:
-        why = "states are captured by one engine on one rank"
+    why = uncaptured(config, checkpoint, several=parallel.ranks_of(config) > 1)
     return capturer(config.speculative, model, checkpoint.vocab_size, built.context_length, why)
 
 
@@ -366,13 +362,39 @@ def _no_grammar(submit: Submit, prompt: Any) -> None:
         raise BadRequest(f"{field} needs the tokenizer, which skip_tokenizer_init leaves out", param=field)
 
 
-def _refuse(config: Config, checkpoint: Checkpoint) -> None:
-    """As `parallel.refuse`; what further nodes do not find by themselves they are told."""
-    refuse_unshared(config, checkpoint)
-    try:
+def refuse(config: Config, checkpoint: Checkpoint) -> None:
+    """What cannot be served, as far as that is known before any rank is started and any weight read.
+
+    Raises:
+        ConfigError: settings that do not go together, or not with this model.
+        ModelLoadError: sizes that cannot be shared out, with those that could.
+    """
+    sizes = config.runtime.ep_size, config.runtime.attn_dp_size, config.nodes.nnodes
+    if checkpoint.pictures is not None:
+        refuse_ranks(config)
+        return
+    if config.disagg.encoder_only:
+        return
+    assemble.check(speculation.wanted(config))
+    several = parallel.ranks_of(config) > 1
+    refuse_unserved(config, checkpoint, several=several)
+    served.check(config.lora, several=several)
+    if several or max(sizes) > 1 or config.nodes.node_rank:
+        refuse_unshared(config, checkpoint)
         parallel.refuse(config, checkpoint)
+    else:
+        on_paper.refuse_alone(config, checkpoint)
+
+
+def _check(config: Config, checkpoint: Checkpoint) -> None:
+    """As `refuse`, and whether options contradict each other. What is wrong the further nodes are told."""
+    try:
+        check_tiers(config)
+        check_disagg(config)
+        check_encoders(config, checkpoint)
+        refuse(config, checkpoint)
     except PhloemError as error:
-        dismiss(config, checkpoint, error.message)
+        dismiss(config, error.message)
         raise
 
 
@@ -386,14 +408,7 @@ def serve(
 ) -> None:
     """Build, run and close an engine; whatever ends it is told to the door."""
     try:
-        check_tiers(config)
-        check_disagg(config)
-        check_encoders(config, checkpoint)
-        sizes = config.runtime.ep_size, config.runtime.attn_dp_size, config.nodes.nnodes
-        if checkpoint.pictures is not None:
-            refuse_ranks(config)
-        elif max(parallel.ranks_of(config), *sizes) > 1 or config.nodes.node_rank:
-            _refuse(config, checkpoint)
+        _check(config, checkpoint)
         usual = EngineCore if checkpoint.pictures is None else PictureCore
         kind = EncoderCore if config.disagg.encoder_only else usual
         core = kind(config, checkpoint, send)

@@ -19,10 +19,11 @@ import msgspec
 
 from phloem.checkpoint.describe import described
 from phloem.core.config import log_format
-from phloem.core.errors import ConfigError
-from phloem.core.nodes import Nodes
+from phloem.core.errors import ConfigError, PhloemError
+from phloem.core.nodes import Nodes, address_of
+from phloem.engine.unserved import refuse_unserved
 from phloem.engine.unshared import refuse_unshared
-from phloem.launch.agree import facts_of
+from phloem.launch.agree import facts_of, version_of
 from phloem.launch.child import LEAVE_SECONDS, Child, Said, end, meeting_place, watch
 from phloem.launch.wire import (
     BEAT,
@@ -61,6 +62,7 @@ _log = log.get("launch")
 
 AGAIN = 0.2  # seconds between two tries to reach node 0
 RESTART_WINDOW = 600.0  # seconds in which `max_engine_restarts` are counted
+FAREWELL = 10.0  # seconds in which node 0 may be reached, to hear that there is no start
 SLACK = 10.0  # seconds beyond its time-out that node 0 may take to say what is wrong
 
 
@@ -77,9 +79,14 @@ def run(config: Config) -> int:
     nodes = Nodes.of(config)
     log.configure(config.server.log_level, f"node {nodes.rank}", log_format())
     machine.allow_open_files()
-    checkpoint = described(config.model)
-    refuse_unshared(config, checkpoint)  # as node 0 does, which then listens to nobody
-    facts = facts_of(config, checkpoint)
+    try:
+        checkpoint = described(config.model)
+        refuse_unserved(config, checkpoint, several=True)  # as node 0 does
+        refuse_unshared(config, checkpoint)
+        facts = facts_of(config, checkpoint)
+    except PhloemError as error:
+        tell_lead(config, error.message)
+        raise
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -106,8 +113,9 @@ def run(config: Config) -> int:
         _log.warning("joining node 0 again (%d of %d)", len(ended), config.server.max_engine_restarts)
 
 
-def joined(config: Config, nodes: Nodes, facts: dict[str, str], stop: threading.Event) -> Stream:
-    """A stream on which `Begin` comes next, or has come: node 0 knows this node, and it node 0."""
+def joined(config: Config, nodes: Nodes, facts: dict[str, str], stop: threading.Event, problem: str = "") -> Stream:
+    """A stream on which `Begin` comes next, or has come: node 0 knows this node, and it node 0. `problem`: why this
+    node does not start, which is told to node 0 and ends the start of all."""
     until, why = monotonic() + config.nodes.dist_timeout, "it does not answer"
     resolve(nodes.host, nodes.port)
     while monotonic() < until:
@@ -120,7 +128,7 @@ def joined(config: Config, nodes: Nodes, facts: dict[str, str], stop: threading.
             stop.wait(AGAIN)
             continue
         try:
-            _hello(config, nodes, facts, stream, stop)
+            _hello(config, nodes, facts, stream, stop, problem)
             stream.trust(config.schedule.watchdog_timeout)
             return stream
         except (OSError, msgspec.DecodeError) as error:  # it may be about to start again
@@ -137,7 +145,23 @@ def joined(config: Config, nodes: Nodes, facts: dict[str, str], stop: threading.
     )
 
 
-def _hello(config: Config, nodes: Nodes, facts: dict[str, str], stream: Stream, stop: threading.Event) -> None:
+def tell_lead(config: Config, why: str, seconds: float = FAREWELL) -> None:
+    """Of a node that cannot start: node 0 is told the reason, if it is reached within so many seconds, so that nobody
+    waits for this one. Raises nothing: the reason is more than what hinders its telling."""
+    own, stop = config.nodes, threading.Event()
+    seconds = min(seconds, own.dist_timeout)
+    try:
+        host, port = address_of(own.dist_init_addr or "")
+        nodes = Nodes(own.nnodes, own.node_rank or 0, 1, host, port)
+        _log.error("%s; node 0 is told, if it is reached within %g s", why, seconds)
+        joined(config.with_(dist_timeout=seconds), nodes, {"version of phloem": version_of("phloem")}, stop, why)
+    except (PhloemError, OSError) as error:
+        _log.debug("node 0 was told, or not reached: %s", error)
+
+
+def _hello(
+    config: Config, nodes: Nodes, facts: dict[str, str], stream: Stream, stop: threading.Event, problem: str
+) -> None:
     """Both show who they are. Raises ConfigError where node 0 is another one, or refuses this node."""
     secret, version = config.nodes.dist_secret or "", facts["version of phloem"]
     where, own = f"node 0 at {stream.there}", fresh()
@@ -150,7 +174,7 @@ def _hello(config: Config, nodes: Nodes, facts: dict[str, str], stream: Stream, 
         has, lacks = ("this node", "node 0") if secret else ("node 0", "this node")
         raise ConfigError(f"{where}: dist_secret is set on {has}, and not on {lacks}", param="dist_secret")
     proof = proof_of(secret, "node", challenge.nonce, own) if secret else b""
-    stream.send(Hello(PROTOCOL, version, own, proof, nodes.rank, nodes.size, facts))
+    stream.send(Hello(PROTOCOL, version, own, proof, nodes.rank, nodes.size, facts, problem))
     answer = heard(stream, config.nodes.dist_timeout + SLACK, stop)
     if isinstance(answer, Refused):
         raise ConfigError(f"{where} refuses this node: {answer.why}")

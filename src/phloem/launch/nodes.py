@@ -17,7 +17,7 @@ import msgspec
 
 from phloem.core.errors import ConfigError, EngineDead, PhloemError
 from phloem.core.nodes import Nodes
-from phloem.launch.agree import differences, facts_of
+from phloem.launch.agree import differences, version_of
 from phloem.launch.wire import (
     BEAT,
     FOR_RANKS,
@@ -47,7 +47,6 @@ from phloem.utils.ipc import frame
 from phloem.utils.sockets import bind
 
 if TYPE_CHECKING:
-    from phloem.checkpoint.describe import Checkpoint
     from phloem.core.config import Config
 
 _log = log.get("launch")
@@ -246,7 +245,10 @@ class FurtherNodes:
         if self._ending:
             return None
         node = Node(hello.node, self._nodes.size, stream)
-        problem = differences(self._facts, hello.facts, node.name)
+        if hello.problem and self._begun:
+            return self._refuse(stream, f"{hello.problem}; all nodes are there")
+        problem = f"{node.name} does not start: {hello.problem}" if hello.problem else ""
+        problem = problem or differences(self._facts, hello.facts, node.name)
         if not problem and not 0 < hello.node < self._nodes.size:
             problem = f"{node.name}: nodes beside this one are 1 to {self._nodes.size - 1} (node_rank)"
         with self._lock:
@@ -320,15 +322,15 @@ class FurtherNodes:
             raise EngineDead(f"{node.name} has gone: {error}") from None
 
 
-def dismiss(config: Config, checkpoint: Checkpoint, why: str) -> None:
+def dismiss(config: Config, why: str) -> None:
     """Of node 0, which cannot start: the other nodes are told the reason, those that come soon."""
-    nodes = Nodes.of(config)
-    if nodes.size == 1 or config.nodes.use_ray:  # Ray starts the others later
+    if config.nodes.nnodes == 1 or config.nodes.use_ray:  # Ray starts the others later
         return
     seconds = min(FAREWELL, config.nodes.dist_timeout)
     _log.error("%s; the other nodes are told, if they come within %g s", why, seconds)
     try:
-        further = FurtherNodes(config, nodes, facts_of(config, checkpoint), lambda *_: None, lambda _: None)
+        facts = {"version of phloem": version_of("phloem")}
+        further = FurtherNodes(config, Nodes.of(config), facts, lambda *_: None, lambda _: None)
     except PhloemError as error:
         _log.warning("the other nodes are not told: %s", error.message)
         return

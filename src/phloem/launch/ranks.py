@@ -16,7 +16,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from phloem.checkpoint.describe import described
-from phloem.core.errors import EngineDead, PhloemError
+from phloem.core.errors import ConfigError, EngineDead, PhloemError
 from phloem.core.nodes import Nodes
 from phloem.core.resolve import Decision
 from phloem.distributed.choose import choose, connect
@@ -26,6 +26,7 @@ from phloem.distributed.shm import SharedMemory
 from phloem.engine.parallel import Busy, End, LostStep, Team, Told, encode_told, mesh_of, ranks_of
 from phloem.launch.agree import facts_of
 from phloem.launch.child import LEAVE_SECONDS, Child, Said, end, meeting_place, watch
+from phloem.launch.node import tell_lead
 from phloem.launch.nodes import FurtherNodes, Node, listening_beside
 from phloem.launch.ray_nodes import RayNodes
 from phloem.launch.ring import RingWriter
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 _log = log.get("launch")
 
 START_SECONDS = 120.0  # how long a rank may take to import what it needs
+SECOND_LEAD = 3.0  # that node 0 may take to hear of another node 0
 ANSWER_SECONDS = 30.0  # that one may take to answer behind its steps
 LAST_WORDS = 0.5  # seconds in which a broken collective may be explained by the end of a rank
 
@@ -160,7 +162,12 @@ class RankProcesses:
         if self._nodes.size == 1:
             return None
         facts = facts_of(config, described(config.model))
-        return FurtherNodes(config, self._nodes, facts, self._heard_of, self._lost)
+        try:
+            return FurtherNodes(config, self._nodes, facts, self._heard_of, self._lost)
+        except ConfigError as error:  # another node may have said that it is node 0
+            why = f"{error.message}; node_rank says, or leaves out, that this is node 0"
+            tell_lead(config, why, SECOND_LEAD)
+            raise ConfigError(why, param=error.param) from None
 
     def _meet(self, config: Config, name: str) -> Groups:
         for rank in self._nodes.ranks(0)[1:]:

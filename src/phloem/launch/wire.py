@@ -41,7 +41,8 @@ class Challenge(msgspec.Struct, frozen=True, tag=True):
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
-    """A node's answer: which one it is, and what must be alike. `proof`: see `proof_of`."""
+    """A node's answer: which one it is, and what must be alike. `proof`: see `proof_of`; `problem`: why it does not
+    start, of one that has come to say that alone."""
 
     protocol: int
     version: str
@@ -50,6 +51,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     node: int
     nodes: int
     facts: dict[str, str]
+    problem: str = ""
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):

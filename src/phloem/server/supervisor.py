@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from phloem.client.start import make_client
 from phloem.core.errors import EngineDead, PhloemError
 from phloem.core.messages import Drain, EngineLink
+from phloem.launch.nodes import dismiss
 from phloem.server.app import create_app
 from phloem.server.greet import greet
 from phloem.server.health import Health
@@ -72,9 +73,11 @@ def run(
             tracer = Tracer(endpoint, "phloem") if endpoint else None
             app = create_app(client, config, info, tracer, films)
         supervisor = _Supervisor(config, start_engine, client, info, began, phases, app, tracer)
-    except BaseException:
+    except BaseException as error:
         engine.close()
         sock.close()
+        if isinstance(error, PhloemError):
+            dismiss(config, error.message)  # other nodes, if there are any
         raise
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(supervisor.serve(engine, sock))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from phloem.core.errors import ConfigError
 from phloem.core.resolve import Decision
-from phloem.core.speculation import AUTO, MODELS, NONE
+from phloem.core.speculation import AUTO, MODELS, NONE, cannot
 from phloem.engine.branches import TreeShape
 from phloem.speculation.controller import Controller
 from phloem.speculation.drafters import DRAFTERS, loader, of_texts
@@ -81,7 +81,7 @@ def decide(wanted: Wanted, runner: ModelRunner, why: str = "") -> tuple[str, Dec
 def without(wanted: Wanted, why: str) -> Decision:
     """That nothing is drafted. Raises ConfigError where a drafter was asked for."""
     if wanted.algorithm not in (AUTO, NONE):
-        raise ConfigError(f"{NAME}: {wanted.algorithm} cannot serve this model: {why}", param=NAME)
+        raise cannot(wanted, why)
     return Decision(NAME, NONE, why)
 
 

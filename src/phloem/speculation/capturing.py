@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from phloem.core.errors import BadRequest, ConfigError
+from phloem.core.speculation import check_capture
 from phloem.speculation.capture import aux_layers, capture
 from phloem.speculation.drafters._files import decoder_of
 
@@ -133,14 +134,7 @@ def capturer(
     Raises:
         ConfigError: flags that do not go together, or a model that gives no states.
     """
-    if not config.enable_spec_capture:
-        if config.spec_capture_dir:
-            why = "no states are captured; enable_spec_capture must be given with it"
-            raise ConfigError(f"spec_capture_dir: {why}", param="spec_capture_dir")
+    if not check_capture(config, why):
         return None
-    if not config.spec_capture_dir:
-        raise ConfigError("enable_spec_capture needs spec_capture_dir", param="spec_capture_dir")
-    if why:
-        raise ConfigError(f"enable_spec_capture: {why}", param="enable_spec_capture")
-    assert model is not None, "why says so"
+    assert model is not None and config.spec_capture_dir is not None, "why says so, and so does the check"
     return Capturer(model, vocab_size, context, Path(config.spec_capture_dir).expanduser())

@@ -52,7 +52,7 @@ class Child:
     Args:
         rank: its number in the world.
         heard: called in that thread, with what it says.
-        ended: called at its end, with the reason.
+        ended: called once with the reason, at its end or as soon as it says that it has failed.
         module: what is run.
     """
 
@@ -67,7 +67,7 @@ class Child:
             pass_fds=[theirs.fileno()],
         )
         theirs.close()
-        self._heard, self._ended = heard, ended
+        self._heard, self._ended, self._over = heard, ended, False
         self._thread = threading.Thread(target=self._listen, name=f"phloem-rank-{rank}", daemon=True)
         self._thread.start()
 
@@ -93,7 +93,22 @@ class Child:
             self._ours.shutdown(socket.SHUT_RDWR)  # one direction alone wakes nobody who polls
 
     def _listen(self) -> None:
-        frames, why = Frames(), ""
+        try:
+            self._hear()
+        except Exception as error:  # who is not listened to is not waited for
+            self._end(f"what it says is not understood ({type(error).__name__}: {error})")
+        code = self.process.wait()
+        self._end(f"its process ({self.process.pid}) {how_ended(code)}")
+
+    def _end(self, why: str) -> None:
+        """Tell its end, once."""
+        if not self._over:
+            self._over = True
+            self._ended(self, why)
+
+    def _hear(self) -> None:
+        """Until nothing more can come."""
+        frames = Frames()
         # A descriptor of its own, which outlives the other; it waits by `poll`, for that one's time-out is its too.
         with socket.socket(fileno=os.dup(self._ours.fileno())) as ear:
             ready = select.poll()
@@ -105,15 +120,14 @@ class Child:
                 except BlockingIOError:
                     continue
                 except OSError:
-                    break
+                    return
                 if not data:
-                    break
+                    return
                 for item in frames.cut(data):
                     said = msgspec.msgpack.decode(item, type=Said)
-                    why = said.why if said.what == "failed" else why
+                    if said.what == "failed":  # its process may take minutes to end: threads of it wait for others
+                        self._end(said.why)
                     self._heard(self, said)
-        code = self.process.wait()
-        self._ended(self, why or f"its process ({self.process.pid}) {how_ended(code)}")
 
     def leave(self, seconds: float) -> None:
         """Tell it that nothing comes any more, and close when it has ended, or after so long."""

@@ -281,7 +281,10 @@ class FurtherNodes:
     # --- those who are there
 
     def _listen(self, node: Node) -> None:
-        why = self._hear(node)
+        try:
+            why = self._hear(node)
+        except Exception as error:  # who is not listened to is not waited for
+            why = f"what it says is not understood ({type(error).__name__}: {error})"
         node.over.set()
         if self._closing.is_set():
             return

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import threading
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -48,6 +49,7 @@ _log = log.get("launch")
 START_SECONDS = 120.0  # how long a rank may take to import what it needs
 SECOND_LEAD = 3.0  # that node 0 may take to hear of another node 0
 ANSWER_SECONDS = 30.0  # that one may take to answer behind its steps
+LOOK = 0.1  # seconds between looks at ranks that are waited for
 LAST_WORDS = 0.5  # seconds in which a broken collective may be explained by the end of a rank
 
 Phase = Literal["start", "serving", "drained"]  # how far an engine had come when it ended
@@ -150,7 +152,6 @@ class RankProcesses:
             name, why = choose(config.runtime.tp_comm)
             self._further = self._listen(config)
             groups = self._groups = self._meet(config, name)
-            self._watcher.start()
         except BaseException as error:
             self.close("start", str(error))
             raise
@@ -172,6 +173,7 @@ class RankProcesses:
     def _meet(self, config: Config, name: str) -> Groups:
         for rank in self._nodes.ranks(0)[1:]:
             self.ranks.append(Child(rank, self._heard, self._ended))
+        self._watcher.start()
         further = self._further
         if further is not None:
             further.wait()
@@ -198,10 +200,26 @@ class RankProcesses:
             self._all_said("here", START_SECONDS)
             for rank in self.ranks:
                 rank.patience(config.schedule.watchdog_timeout)
-            return join(config, 0, way)
+            return self._joined(config, way)
         finally:
             if way.listening is not None:
                 way.listening.close()
+
+    def _joined(self, config: Config, way: Way) -> Groups:
+        """Rank 0's ends. In a thread of its own, which waits for ranks that do not come as long as gloo lets it: they
+        may have gone meanwhile. Raises EngineDead."""
+        found: Future[Groups] = Future()
+
+        def work() -> None:
+            try:
+                found.set_result(join(config, 0, way))
+            except BaseException as error:
+                found.set_exception(error)
+
+        threading.Thread(target=work, name="phloem-join", daemon=True).start()
+        while not wait([found], LOOK).done:
+            self.check()
+        return found.result()
 
     def tell(self, told: Told) -> None:
         """To every rank, from any thread. Raises EngineDead when one has gone."""

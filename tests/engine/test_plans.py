@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import msgspec
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phloem.core.batch import FROM_DEVICE, Batch
+from phloem.engine import plans
 from phloem.engine.parallel import decode_told, encode_told
 from phloem.engine.plans import Cells, Packing, Plan, Unpacking
 
@@ -52,12 +54,13 @@ table = st.integers(1, 4).flatmap(
 )
 
 
-@given(st.lists(table, min_size=1, max_size=8))
-def test_what_comes_is_what_was_sent(tables: list[list[Any]]) -> None:
-    """Of any tables one after another; a batch that has come does not change with the next one."""
+@given(st.lists(table, min_size=1, max_size=8), st.sampled_from([-1, plans.WHOLE]))
+def test_what_comes_is_what_was_sent(tables: list[list[Any]], whole: int) -> None:
+    """Of any tables one after another, told whole or by cells; a batch that has come does not change with the next."""
     packing, unpacking = Packing(), Unpacking()
     sent = [batch(step, each) for step, each in enumerate(tables)]
-    come = [unpacking.unpack(told(packing, one)) for one in sent]
+    with patch.object(plans, "WHOLE", whole):
+        come = [unpacking.unpack(told(packing, one)) for one in sent]
     for one, other in zip(sent, come, strict=True):
         same(one, other)
 
@@ -84,7 +87,20 @@ def test_of_a_steady_step_a_few_cells_are_sent() -> None:
     assert told(packing, replace(third, step=4, tables=(after.copy(),))).tables == [Cells(128, b"", b"")]
 
 
-def test_of_rows_that_become_longer_only_new_pages_are_sent() -> None:
+def test_a_small_table_is_told_whole_and_rows_that_stay_are_not() -> None:
+    """Also where the same slots come in another array, and in one of another type or order."""
+    packing, unpacking = Packing(), Unpacking()
+    first = batch(1, [np.zeros((64, 8), np.int32)])
+    unpacking.unpack(told(packing, first))
+    pages = np.arange(8 * 64, dtype=np.int32).reshape(8, 64).T
+    second = replace(first, step=2, tables=(pages,), slots=first.slots.astype(np.int64))
+    plan = told(packing, second)
+    assert plan.tables == [np.ascontiguousarray(pages).tobytes()] and plan.slots is None
+    same(second, unpacking.unpack(plan))
+
+
+def test_of_rows_that_become_longer_only_new_pages_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "WHOLE", -1)
     packing, unpacking = Packing(), Unpacking()
     pages = np.arange(1, 641, dtype=np.int32).reshape(64, 10)
     unpacking.unpack(told(packing, batch(1, [pages])))

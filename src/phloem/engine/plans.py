@@ -1,8 +1,9 @@
 """Batches as bytes, for ranks that execute them: each is told only what differs from the batch before.
 
 While the same requests decode, the scheduler gives the same arrays with every batch, as nothing changes them after a
-launch: what is the same object needs no look. Where rows have new pages the tables are other ones, of which the cells
-that differ are told. Both ends see all batches in one order, those that never run among them.
+launch: what is the same object needs no look. Where rows have new pages the tables are other ones: a small one is told
+whole, for looking where two differ takes longer than copying one; of a large one the cells that differ are told. Both
+ends see all batches in one order, those that never run among them.
 
 Token ids are not told: they come with the word to go, when those that the step before has chosen are known.
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Table = NDArray[np.int32]
+
+
+WHOLE = 32 << 10  # bytes of a table that is told whole: see `docs/parallel.md`
+_INT32 = np.dtype(np.int32)
 
 
 class Cells(msgspec.Struct, frozen=True, array_like=True):
@@ -53,6 +58,7 @@ class Packing:
     """The end that sends."""
 
     _last: Batch | None = None  # as the other end has it
+    _slots: bytes = b""  # of it
 
     def pack(self, batch: Batch) -> Plan:
         """What the other ranks need of a batch. Raises ValueError for one that they cannot execute."""
@@ -62,17 +68,21 @@ class Packing:
         if batch.embeds or any(part is not None for part in alone):
             raise ValueError("a batch with pictures, or drafts of a model runs on one rank alone")
         self._last = batch
-        rows = last is not None and (batch.slots is last.slots or np.array_equal(batch.slots, last.slots))
+        slots, rows = None, last is not None and batch.slots is last.slots
+        if not rows:  # as bytes, which are compared in a tenth of the time that numpy takes
+            before, slots = self._slots, raw(batch.slots)
+            rows, self._slots = last is not None and slots == before, slots
         tables: list[bytes | Cells] | None = None
         if last is None or not rows or len(last.tables) != len(batch.tables):
             tables = [raw(table) for table in batch.tables]
         elif batch.tables is not last.tables:
-            tables = [_news(old, new) for old, new in zip(last.tables, batch.tables, strict=True)]
+            both = zip(last.tables, batch.tables, strict=True)
+            tables = [raw(new) if new.nbytes <= WHOLE else _news(old, new) for old, new in both]
         return Plan(
             batch.step,
             batch.epoch,
             raw(batch.prefix_lens),
-            None if rows else raw(batch.slots),
+            None if rows else slots,
             None if last is not None and batch.query_lens is last.query_lens else raw(batch.query_lens),
             None if same else raw(batch.outputs),
             tables,
@@ -143,8 +153,8 @@ def _table(last: Batch, number: int, told: bytes | Cells, rows: int) -> Table:
 
 
 def raw(array: NDArray[np.integer[Any]]) -> bytes:
-    """As int32."""
-    return np.ascontiguousarray(array, np.int32).tobytes()
+    """As int32, row by row."""
+    return (array if array.dtype is _INT32 else array.astype(np.int32)).tobytes()
 
 
 def ints(data: bytes) -> NDArray[np.int32]:

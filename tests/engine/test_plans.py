@@ -131,7 +131,8 @@ def test_plans_that_never_run_count_and_what_was_told_before_stays() -> None:
         same(each, other)
 
 
-def test_what_differs_from_nothing_and_what_one_rank_runs_alone_is_refused() -> None:
+def test_what_differs_from_nothing_and_what_one_rank_runs_alone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "WHOLE", -1)
     packing = Packing()
     packing.pack(batch(1, [[[1, 2, 3]]]))
     plan = packing.pack(batch(2, [[[1, 2, 4]]]))

@@ -21,10 +21,11 @@ from phloem.cli._options import parse
 from phloem.core.config import Config
 from phloem.core.errors import ConfigError, PhloemError
 from phloem.core.nodes import Nodes
-from phloem.launch import checkup
+from phloem.launch import checkup, node
 from phloem.launch.agree import differences, facts_of
 from phloem.launch.node import joined
 from phloem.launch.nodes import FurtherNodes, Node
+from phloem.launch.ranks import RankProcesses
 from phloem.launch.wire import Begin, Bye, Echo, Word, from_lead, resolve
 from phloem.testing.checkpoints import tiny_checkpoint
 from phloem.utils.sockets import bind
@@ -151,6 +152,43 @@ def test_where_no_start_is_possible_all_nodes_hear_why() -> None:
         assert not telling.is_alive()
 
 
+def test_a_node_that_cannot_start_says_so_and_nobody_waits_for_it() -> None:
+    """However it came to that: node 0 hears of a checkpoint that is not there, and of a node rank that cannot be."""
+    for rank, why in ((1, "no such file"), (7, "node_rank 7: there are 2 nodes")):
+        port = free_port()
+        with leading(port) as lead:
+            node.tell_lead(config_of(port, node_rank=rank), why)
+            assert refusal_of(lead.nodes.wait) == f"node {rank} of 2 (127.0.0.1) does not start: {why}"
+    port = free_port()
+    with leading(port) as lead:
+        stream = join(port)
+        lead.nodes.wait()
+        lead.nodes.begin("shm", 1)
+        node.tell_lead(config_of(port, node_rank=1), "it comes too late")
+        lead.nodes.wait()
+        lead.nodes.tell(b"still")
+        assert lead.lost.empty()
+        stream.close()
+
+
+def test_a_node_that_cannot_start_waits_for_no_node_0(caplog: pytest.LogCaptureFixture) -> None:
+    """Nor for another program at its port."""
+    begun = time.monotonic()
+    node.tell_lead(config_of(free_port(), node_rank=1), "no such file", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        node.tell_lead(config_of(other.getsockname()[1], node_rank=1), "no such file", 0.3)
+    node.tell_lead(config_of(1, node_rank=1, dist_init_addr=None), "no such file")
+    assert time.monotonic() - begun < 8
+
+
+def test_a_second_node_0_is_told_to_the_first(tmp_path: Path) -> None:
+    path, port = str(tiny_checkpoint("llama", tmp_path)), free_port()
+    with leading(port) as lead:
+        with pytest.raises(ConfigError, match="is in use; node_rank says, or leaves out, that this is node 0"):
+            RankProcesses(config_of(port, model_path=path, tp_size=2))
+        assert "node 0 of 2 (127.0.0.1) does not start" in refusal_of(lead.nodes.wait)
+
+
 def test_nobody_waits_for_nodes_that_do_not_come_to_hear_it() -> None:
     with leading(free_port()) as lead:
         lead.nodes.dismiss("sizes do not divide", 0.2)
@@ -257,16 +295,24 @@ def test_what_no_name_can_be_is_refused_by_the_option(host: str) -> None:
         bind(host, 0)
 
 
-def test_what_several_ranks_do_not_serve_is_said_by_a_further_node_alone(tmp_path: Path) -> None:
-    """Node 0 says the same, and then listens to nobody."""
-    path = tiny_checkpoint("llama", tmp_path)
-    node = FurtherNode(path, *options(free_port(), tp=2), "--enable-deterministic-inference")
-    try:
-        assert node.wait() == 1
-        why = "tp_size 2: sums over ranks are not the same bits for every tp_size"
-        eventually(lambda: any(why in line for line in node.lines), 5)
-    finally:
-        node.close()
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        (["--enable-deterministic-inference"], "tp_size 2: sums over ranks are not the same bits for every tp_size"),
+        (["--speculative-algorithm", "nextn"], "mtp cannot serve this model: a model that drafts runs on one rank"),
+    ],
+)
+def test_what_several_ranks_do_not_serve_is_said_by_a_further_node(more: list[str], why: str, tmp_path: Path) -> None:
+    """And told to node 0, where only this node was asked for it."""
+    path, port = tiny_checkpoint("llama", tmp_path), free_port()
+    with leading(port) as lead:
+        other = FurtherNode(path, *options(port, tp=2), *more)
+        try:
+            assert other.wait() == 1
+            eventually(lambda: any(why in line for line in other.lines), 5)
+            assert why in refusal_of(lead.nodes.wait)
+        finally:
+            other.close()
 
 
 def test_the_names_of_other_engines_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,6 +351,25 @@ def test_torchrun_says_which_node_this_is(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="--nproc-per-node 1"):
         parse("serve", ["m", "--tp", "2"])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    for name, value, why in (
+        ("WORLD_SIZE", "", "WORLD_SIZE: it is not set, and other variables of torchrun are"),
+        ("WORLD_SIZE", "two", "WORLD_SIZE: 'two' is no number"),
+        ("MASTER_PORT", "", "MASTER_PORT: it is not set"),
+        ("MASTER_PORT", "http", "MASTER_PORT: 'http' is no number"),
+        ("MASTER_ADDR", "", "MASTER_ADDR: it is not set, and MASTER_PORT is"),
+    ):
+        with monkeypatch.context() as half:
+            half.setenv(name, value)
+            with pytest.raises(ConfigError, match=why):
+                parse("serve", ["m", "--tp", "2"])
+            assert parse("serve", ["m"])[0].nodes.nnodes == 1
+    with monkeypatch.context() as half:
+        for name in ("RANK", "GROUP_RANK"):
+            half.delenv(name)
+        with pytest.raises(ConfigError, match="GROUP_RANK: it is not set"):
+            parse("serve", ["m", "--tp", "2"])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     monkeypatch.setenv("NODE_RANK", "1")
     assert parse("serve", ["m", "--tp", "2"])[0].nodes.nnodes == 1
@@ -332,6 +397,47 @@ def test_checkpoints_are_told_apart(tmp_path: Path) -> None:
     assert "dtype is float32 there, auto here" in differences(
         facts[0], facts_of(config_of(1, model_path=str(same), dtype="float32"), describe(str(same))), "node 1"
     )
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "why"),
+    [
+        ({}, {"speculative_algorithm": "ngram"}, "speculative_algorithm is ngram there, None here"),
+        ({"speculative_num_steps": 3}, {}, "speculative_num_steps is None there, 3 here"),
+        ({"enable_lora": True}, {}, "enable_lora is False there, True here"),
+        ({"max_lora_rank": 8}, {"max_lora_rank": 16}, "max_lora_rank is 16 there, 8 here"),
+        ({"lora_paths": ["a=/x"]}, {"lora_paths": ["a=/y", "b=/x"]}, "adapters (lora_paths) is a, b there, a here"),
+        ({"speculative_token_map": "FILE"}, {}, "tokens of drafts (speculative_token_map) is none there"),
+        ({}, {"speculative_draft_model_path": "/no"}, "(speculative_draft_model_path) is unreadable (/no"),
+    ],
+)
+def test_drafts_and_adapters_are_compared(
+    here: dict[str, Any], there: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    path = str(tiny_checkpoint("llama", tmp_path))
+    (tmp_path / "map.json").write_text("[1, 2]")
+    facts = [
+        facts_of(
+            config_of(
+                1, model_path=path, **{n: str(tmp_path / "map.json") if v == "FILE" else v for n, v in one.items()}
+            ),
+            describe(path),
+        )
+        for one in (here, there)
+    ]
+    assert why in differences(facts[0], facts[1], "node 1")
+
+
+def test_models_that_draft_are_told_apart(tmp_path: Path) -> None:
+    """By what they are, not by where they lie."""
+    first, same, other = (str(tiny_checkpoint(name, tmp_path / at)) for name, at in (("llama", "a"), ("llama", "b"),
+                                                                                     ("qwen3", "c")))  # fmt: skip
+    facts = [
+        facts_of(config_of(1, model_path=first, speculative_draft_model_path=path), describe(first))
+        for path in (first, same, other)
+    ]
+    assert differences(facts[0], facts[1], "node 1") == ""
+    assert "model that drafts (speculative_draft_model_path) is qwen3" in differences(facts[0], facts[2], "node 1")
 
 
 def test_doctor_says_how_far_the_other_nodes_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,7 +165,7 @@ def _hello(
     """Both show who they are. Raises ConfigError where node 0 is another one, or refuses this node."""
     secret, version = config.nodes.dist_secret or "", facts["version of phloem"]
     where, own = f"node 0 at {stream.there}", fresh()
-    challenge = heard(stream, HELLO_SECONDS, stop)
+    challenge = heard(stream, min(HELLO_SECONDS, config.nodes.dist_timeout), stop)
     if not isinstance(challenge, Challenge):
         raise Lost("it does not begin as node 0 does")
     if challenge.protocol != PROTOCOL:

@@ -171,7 +171,7 @@ def test_a_node_that_cannot_start_says_so_and_nobody_waits_for_it() -> None:
         stream.close()
 
 
-def test_a_node_that_cannot_start_waits_for_no_node_0(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_node_that_cannot_start_waits_for_no_node_0() -> None:
     """Nor for another program at its port."""
     begun = time.monotonic()
     node.tell_lead(config_of(free_port(), node_rank=1), "no such file", 0.3)

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from share_support import checkpoint
 
 from phloem.checkpoint.describe import describe
-from phloem.checkpoint.families import FAMILIES, family
+from phloem.checkpoint.families import family
 from phloem.core.config import Config
 from phloem.core.errors import ConfigError
 from phloem.launch import core
-from phloem.testing.checkpoints import tiny_checkpoint
+from phloem.testing.checkpoints import families, tiny_checkpoint
 
 SUFFIX, SEVERAL = {"speculative_algorithm": "suffix"}, {"pp_size": 2}
 DRAFT = {"speculative_algorithm": "standalone", "speculative_draft_model_path": "MODEL"}
@@ -97,7 +97,7 @@ def test_adapters_that_ranks_do_not_share_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(FAMILIES.names()))
+@pytest.mark.parametrize("name", families())
 def test_of_no_family_that_is_served_with_adapters(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model without weights can be made of every one of them."""
     path = str(tiny_checkpoint(name, tmp_path))

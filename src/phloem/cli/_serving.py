@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from phloem.cli._options import parse
@@ -14,7 +15,6 @@ from phloem.server import start
 
 if TYPE_CHECKING:
     from phloem.core.config import Config
-    from phloem.core.messages import EngineLink
 
 DESCRIPTION = "Serve a model behind the OpenAI API and the native API, by default on 127.0.0.1."
 
@@ -22,7 +22,7 @@ DESCRIPTION = "Serve a model behind the OpenAI API and the native API, by defaul
 def run(argv: list[str]) -> int:
     config, _ = parse("serve", argv, description=DESCRIPTION)
     if _leads(config):
-        return _lead(config)
+        return start.run(config, lambda: engine_of(config), partial(dismiss, config))
     early.close()  # this node starts ranks alone
     return node.run(config)
 
@@ -35,19 +35,4 @@ def _leads(config: Config) -> bool:
         early.close()
         if config.nodes.node_rank:
             node.tell_lead(config, error.message)
-        raise
-
-
-def _lead(config: Config) -> int:
-    begun: list[EngineLink] = []  # which tells the other nodes itself why it ends
-
-    def start_engine() -> EngineLink:
-        begun.append(engine_of(config))
-        return begun[-1]
-
-    try:
-        return start.run(config, start_engine)
-    except PhloemError as error:
-        if not begun:
-            dismiss(config, error.message)
         raise

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from phloem.client.start import make_client
 from phloem.core.errors import EngineDead, PhloemError
 from phloem.core.messages import Drain, EngineLink
-from phloem.launch.nodes import dismiss
 from phloem.server.app import create_app
 from phloem.server.greet import greet
 from phloem.server.health import Health
@@ -51,6 +50,7 @@ def run(
     start_engine: StartEngine,
     began: float,
     films: FilmFolder | None = None,
+    refused: Callable[[str], None] = lambda why: None,
 ) -> int:
     """Serve until a signal; returns the process's exit status. Engine and socket are closed in every case.
 
@@ -61,6 +61,7 @@ def run(
         start_engine: makes the next ones.
         began: when the start began, by `time.perf_counter`.
         films: where films are kept, taken before the engine was started.
+        refused: told why there is no start, by what the engine has nothing to do with.
 
     Raises:
         PhloemError: the configuration or the checkpoint is wrong; no port was opened.
@@ -77,7 +78,7 @@ def run(
         engine.close()
         sock.close()
         if isinstance(error, PhloemError):
-            dismiss(config, error.message)  # other nodes, if there are any
+            refused(error.message)
         raise
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(supervisor.serve(engine, sock))

@@ -25,6 +25,7 @@ from phloem.adapters._peft import AdapterFile, assembled, check_config, content,
 from phloem.core.adapters import Lender, Sent
 from phloem.core.errors import BadRequest, PhloemError
 from phloem.utils import log
+from phloem.utils.courtesy import Courtesy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -264,6 +265,7 @@ class Desk(Lender):
         most: different adapters among the rows of a step.
         memory: bytes that all adapters in memory may take; None: as many as there are places.
         unpacked: tensors of a payload: of blobs, their format, and the most bytes that they may take.
+        busy: whether steps run, which what is done beside them holds up as little as can be.
     """
 
     def __init__(
@@ -274,6 +276,7 @@ class Desk(Lender):
         most: int | None,
         memory: int | None,
         unpacked: Unpacked | None = None,
+        busy: Callable[[], bool] = lambda: False,
     ) -> None:
         self.sites, self.between = sites, between
         self.most = min(most or sites.entries, sites.entries)
@@ -284,8 +287,8 @@ class Desk(Lender):
         self._held: list[Version | None] = [None] * (sites.entries + 1)
         self._coming: list[Version] = []  # loads that were asked for, and have not ended
         self._count = 0  # of versions, and of loans
-        self._worker = ThreadPoolExecutor(1, "phloem-adapters")
-        self._filler = ThreadPoolExecutor(1, "phloem-adapters-placed")  # not behind a file that is slow to read
+        self._worker = ThreadPoolExecutor(1, "phloem-adapters", Courtesy(busy).begin)
+        self._filler = ThreadPoolExecutor(1, "phloem-adapters-placed", Courtesy(busy).begin)  # not behind a file that is slow to read
 
     # for the scheduler
 

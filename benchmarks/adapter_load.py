@@ -11,6 +11,7 @@ and, as machines have other things to do, those of as much time just before that
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import tempfile
@@ -81,6 +82,8 @@ def main() -> None:
 
 def measure(engine: Any, folder: Path, options: Any) -> dict[str, Any]:
     """Milliseconds."""
+    gc.collect()
+    gc.freeze()  # as `phloem serve` does: else Python looks through all that was imported every few loads (0.1 s)
     time.sleep(1.0)  # what an engine does in the background once it is ready
     first = [_load(engine, folder, at) for at in range(4)]
     turns: list[dict[str, Any]] = []

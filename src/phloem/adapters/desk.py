@@ -25,7 +25,7 @@ from phloem.adapters._peft import AdapterFile, assembled, check_config, content,
 from phloem.core.adapters import Lender, Sent
 from phloem.core.errors import BadRequest, PhloemError
 from phloem.utils import log
-from phloem.utils.courtesy import Courtesy
+from phloem.utils.courtesy import Courtesy, courteous, leave
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -287,8 +287,8 @@ class Desk(Lender):
         self._held: list[Version | None] = [None] * (sites.entries + 1)
         self._coming: list[Version] = []  # loads that were asked for, and have not ended
         self._count = 0  # of versions, and of loans
-        self._worker = ThreadPoolExecutor(1, "phloem-adapters", Courtesy(busy).begin)
-        self._filler = ThreadPoolExecutor(1, "phloem-adapters-placed", Courtesy(busy).begin)  # not behind a file that is slow to read
+        self._worker = ThreadPoolExecutor(1, "phloem-adapters", self._courtesy(busy).begin)
+        self._filler = ThreadPoolExecutor(1, "phloem-adapters-placed", self._courtesy(busy).begin)  # not behind a file that is slow to read
 
     # for the scheduler
 
@@ -376,6 +376,10 @@ class Desk(Lender):
     def read(self, version: Version) -> Future[Read]:
         return self._worker.submit(self._fitted, version)
 
+    def _courtesy(self, busy: Callable[[], bool]) -> Courtesy:
+        """Steps of a device, and those of several ranks, do not wait for what a host's thread does."""
+        return Courtesy(lambda: self.sites.beside and busy(), self.between)
+
     def put(self, entry: int, version: Version, read: Read) -> Pending[Any]:
         """Where stacks are in the host's memory they are filled beside running steps, none of which looks there: behind
         those that may have rows of an adapter that was there before."""
@@ -388,7 +392,8 @@ class Desk(Lender):
 
         def filled() -> Pending[Any]:
             if there():
-                sites.fill(entry, read.fits)
+                with courteous():
+                    sites.fill(entry, read.fits)
             return self.between(lambda: sites.show(entry, read.fits, read.own) if there() else None)
 
         if not sites.used(entry):
@@ -492,16 +497,22 @@ class Desk(Lender):
             _log.info("adapter %s, which came as tensors, is forgotten for %s", going.name, new.name)
             self.unload(going.name)
 
+    def _waited(self, work: Callable[[], Any]) -> Any:
+        """What it gives, run between two steps."""
+        leave()
+        return self.between(work).result()
+
+    @courteous()
     def _fitted(self, version: Version) -> Read:
         def base(name: str) -> Tensor:
-            found = self.between(lambda: self._base(name)).result()
+            found = self._waited(lambda: self._base(name))
             self._based.add(_source(version))
             return found
 
         if isinstance(version.sent, Sent):
             version.sent = self._taken(Path(version.path), version.sent)
         found = version.sent if version.sent is not None else read(Path(version.path))
-        rest, own = split(found, self.sites, base, lambda work: self.between(work).result())
+        rest, own = split(found, self.sites, base, self._waited)
         made = Read(fit(rest, self.sites, base), own)
         if found.digest is not None:
             version.confirm(found.content)
@@ -509,6 +520,7 @@ class Desk(Lender):
 
     def _taken(self, path: Path, sent: Sent) -> AdapterFile:
         """Copies of the tensors that were sent: whoever sent them may write over them."""
+        leave()
         tensors = sent.tensors if sent.coming is None else sent.coming.result()
         if tensors is None:
             blobs = [*sent.blobs, *(Path(file).read_bytes() for file in sent.files)]

@@ -16,7 +16,6 @@ from phloem.adapters._fits import Fit
 from phloem.adapters._peft import check_finite, refuse, some
 from phloem.adapters._sites import zeros
 from phloem.quant._source import out_of_range
-from phloem.utils.courtesy import give_way
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -66,7 +65,6 @@ def _packed(file: AdapterFile, sites: Sites, wanted: dict[str, list[Place]]) -> 
         down, up = module.down, module.up
         if down is None or up is None:
             continue
-        give_way()
         for place in wanted[name]:
             stack, at = where[place.site]
             shapes = down.shape, down.dtype, up.shape, up.dtype
@@ -76,18 +74,10 @@ def _packed(file: AdapterFile, sites: Sites, wanted: dict[str, list[Place]]) -> 
         group.sort(key=lambda one: one[0])
         for run in _runs(group):
             _fill(stacks[stack], run, [file.modules[name] for _, name, _ in run])
-    if any(_out_of_range(values) for stack in stacks for values in (stack.down, stack.up)):
+    if any(out_of_range(values) for stack in stacks for values in (stack.down, stack.up)):
         for name, places in wanted.items():
             _check_kept(file, name, places, {site: _of(stacks, at) for site, at in where.items()})
     return {site: _of(stacks, at) for site, at in where.items()}
-
-
-def _out_of_range(stack: Tensor) -> bool:
-    for values in stack:
-        if out_of_range(values):
-            return True
-        give_way()
-    return False
 
 
 def _stacks(sites: Sites, ranks: dict[int, int]) -> tuple[list[_Stack], dict[int, tuple[int, int]]]:
@@ -121,18 +111,15 @@ def _runs(group: list[tuple[int, str, Place]]) -> Iterator[list[tuple[int, str, 
 
 def _fill(stack: _Stack, run: list[tuple[int, str, Place]], modules: list[Module]) -> None:
     """One module of sites that follow each other."""
-    give_way()
     (first, _, place), scale = run[0], modules[0].scale
     rows = slice(first, first + len(run))
     downs = [module.down for module in modules if module.down is not None]
     ups = [_rows(module.up, place) for module in modules if module.up is not None]
     rank = len(downs[0])
     stack.down[rows, place.part, :rank] = torch.stack(downs)
-    give_way()
     whole = torch.stack(ups)
     if scale != 1.0:  # numbers of the type that is kept are rounded once, as those of float32 are
         whole = (whole if whole.dtype == stack.up.dtype else whole.float()) * scale
-        give_way()
     stack.up[rows, :rank, place.start : place.start + place.size] = whole.transpose(1, 2)
 
 
@@ -150,7 +137,6 @@ def _checked(file: AdapterFile, sites: Sites) -> dict[str, list[Place]]:
     nowhere: list[str] = []
     found: dict[str, list[Place]] = {}
     for name, module in file.modules.items():
-        give_way()
         own = sites.resolve(name)
         if own is None or module.embedding or module.whole is not None or module.tokens is not None:
             nowhere.append(f"{name} (whole)" if module.whole is not None else name)
@@ -187,7 +173,6 @@ def _ranks(file: AdapterFile, wanted: dict[str, list[Place]]) -> dict[int, int]:
     """Site -> the largest rank of what goes there."""
     found: dict[int, int] = {}
     for name, places in wanted.items():
-        give_way()
         down = file.modules[name].down
         if down is not None:
             found |= {place.site: max(found.get(place.site, 0), len(down)) for place in places}

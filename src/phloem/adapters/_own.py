@@ -18,7 +18,6 @@ from phloem.adapters._peft import check_finite, refuse, some, token_ids
 from phloem.adapters._sites import bare, block_key
 from phloem.adapters._worn import Own
 from phloem.layers.worn import LowRank, TokenRows, WornEmbedding, WornExperts, WornHead
-from phloem.utils.courtesy import give_way
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,7 +45,6 @@ def split(file: AdapterFile, sites: Sites, base: Base, between: Between) -> tupl
     """
     found = _Split(file, sites, base, between)
     for name, module in file.modules.items():
-        give_way()
         found.take(name, module)
     if sites.tell is not None and found.names:
         why = (

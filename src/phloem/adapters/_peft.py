@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from phloem.adapters._stored import Stored, digest, stored
 from phloem.core.errors import BadRequest
 from phloem.quant._source import LARGEST, out_of_range
-from phloem.utils.courtesy import give_way
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -208,7 +207,6 @@ def assembled(
     if not modules:
         raise refuse(path, f"{WEIGHTS} holds no tensors")
     for name, module in modules.items():
-        give_way()
         if (module.down is None) != (module.up is None):
             missing = "lora_A" if module.down is None else "lora_B"
             raise refuse(path, f"{name} has no {missing}")
@@ -248,7 +246,6 @@ def _modules(path: Path, tensors: Iterable[tuple[str, Tensor]], sound: bool) -> 
     unknown: list[str] = []
     taken: dict[tuple[str, str], str] = {}  # what of which module -> the tensor that said it
     for key, tensor in tensors:
-        give_way()
         kind, name = _kind(key)
         if kind is None:
             unknown.append(key)

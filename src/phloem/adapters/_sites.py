@@ -24,7 +24,6 @@ from phloem.layers.grouped import Gathered
 from phloem.layers.linear import Linear
 from phloem.layers.moe import SparseMLP
 from phloem.layers.weight import Layer
-from phloem.utils.courtesy import give_way
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping
@@ -271,7 +270,6 @@ class Sites:
         with torch.inference_mode():
             for number, site in enumerate(self.sites):
                 site.fill(entry, fits.get(number))
-                give_way()
         self._used.add(entry)
 
     def show(self, entry: int, fits: Mapping[int, Fit], own: Own | None = None) -> None:

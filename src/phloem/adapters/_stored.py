@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,6 @@ import torch
 
 from phloem.checkpoint.fingerprint import of_files
 from phloem.quant._source import out_of_range
-from phloem.utils.courtesy import give_way
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SMALL = 64 << 20  # bytes of a file that is read at once
-PORTION = 256 << 10  # bytes between which others may go on
 _KINDS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -49,13 +46,14 @@ def stored(file: Path) -> Stored:
         with safe_open(str(file), framework="pt", device="cpu") as found:
             tensors = [(key, found.get_tensor(key)) for key in found.keys()]  # noqa: SIM118 - not a dict
         return Stored(tensors, _aside(partial(digest, file)))
-    values, known = _read(file)
+    values = np.fromfile(file, np.uint8)
+    known = _aside(lambda: hashlib.sha256(values.data).hexdigest())  # as long as all else takes
     row, places = _row_of(values)
     if row is None:
         return Stored(sorted(load(values.tobytes()).items()), known)
     parts = row.split([count for _, _, count in places])
     tensors = [(name, part.view(shape)) for (name, shape, _), part in zip(places, parts, strict=True)]
-    return Stored(sorted(tensors, key=lambda pair: pair[0]), known, not _out_of_range(row))
+    return Stored(sorted(tensors, key=lambda pair: pair[0]), known, not out_of_range(row))
 
 
 def digest(file: Path) -> str:
@@ -63,31 +61,6 @@ def digest(file: Path) -> str:
     if file.is_file() and file.stat().st_size <= SMALL:
         return hashlib.sha256(file.read_bytes()).hexdigest()
     return of_files([file])
-
-
-def _read(file: Path) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], Future[str]]:
-    """A file's bytes and what it is known by. Raises OSError."""
-    known, found = hashlib.sha256(), Future[str]()
-    with file.open("rb", buffering=0) as source:
-        values = np.empty(os.fstat(source.fileno()).st_size, np.uint8)
-        at = 0
-        while at < len(values):
-            count = source.readinto(values[at : at + PORTION].data)
-            if not count:
-                raise OSError(f"its end came after {at} of {len(values)} bytes")
-            known.update(values[at : at + count].data)
-            at += count
-            give_way()
-    found.set_result(known.hexdigest())
-    return values, found
-
-
-def _out_of_range(row: Tensor) -> bool:
-    for part in row.split(PORTION):
-        if out_of_range(part):
-            return True
-        give_way()
-    return False
 
 
 def _aside(work: Callable[[], str]) -> Future[str]:

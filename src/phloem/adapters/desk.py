@@ -11,6 +11,7 @@ Used in the scheduler's thread alone, but for the reading.
 from __future__ import annotations
 
 import secrets
+import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +26,6 @@ from phloem.adapters._peft import AdapterFile, assembled, check_config, content,
 from phloem.core.adapters import Lender, Sent
 from phloem.core.errors import BadRequest, PhloemError
 from phloem.utils import log
-from phloem.utils.courtesy import Courtesy, courteous, leave
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -265,7 +265,6 @@ class Desk(Lender):
         most: different adapters among the rows of a step.
         memory: bytes that all adapters in memory may take; None: as many as there are places.
         unpacked: tensors of a payload: of blobs, their format, and the most bytes that they may take.
-        busy: whether steps run, which what is done beside them holds up as little as can be.
     """
 
     def __init__(
@@ -276,7 +275,6 @@ class Desk(Lender):
         most: int | None,
         memory: int | None,
         unpacked: Unpacked | None = None,
-        busy: Callable[[], bool] = lambda: False,
     ) -> None:
         self.sites, self.between = sites, between
         self.most = min(most or sites.entries, sites.entries)
@@ -287,8 +285,10 @@ class Desk(Lender):
         self._held: list[Version | None] = [None] * (sites.entries + 1)
         self._coming: list[Version] = []  # loads that were asked for, and have not ended
         self._count = 0  # of versions, and of loans
-        self._worker = ThreadPoolExecutor(1, "phloem-adapters", self._courtesy(busy).begin)
-        self._filler = ThreadPoolExecutor(1, "phloem-adapters-placed", self._courtesy(busy).begin)  # not behind a file that is slow to read
+        self._worker = ThreadPoolExecutor(1, "phloem-adapters", one_thread)
+        self._filler = ThreadPoolExecutor(
+            1, "phloem-adapters-placed", one_thread
+        )  # not behind a file that is slow to read
 
     # for the scheduler
 
@@ -376,10 +376,6 @@ class Desk(Lender):
     def read(self, version: Version) -> Future[Read]:
         return self._worker.submit(self._fitted, version)
 
-    def _courtesy(self, busy: Callable[[], bool]) -> Courtesy:
-        """Steps of a device, and those of several ranks, do not wait for what a host's thread does."""
-        return Courtesy(lambda: self.sites.beside and busy(), self.between)
-
     def put(self, entry: int, version: Version, read: Read) -> Pending[Any]:
         """Where stacks are in the host's memory they are filled beside running steps, none of which looks there: behind
         those that may have rows of an adapter that was there before."""
@@ -392,8 +388,7 @@ class Desk(Lender):
 
         def filled() -> Pending[Any]:
             if there():
-                with courteous():
-                    sites.fill(entry, read.fits)
+                sites.fill(entry, read.fits)
             return self.between(lambda: sites.show(entry, read.fits, read.own) if there() else None)
 
         if not sites.used(entry):
@@ -497,22 +492,16 @@ class Desk(Lender):
             _log.info("adapter %s, which came as tensors, is forgotten for %s", going.name, new.name)
             self.unload(going.name)
 
-    def _waited(self, work: Callable[[], Any]) -> Any:
-        """What it gives, run between two steps."""
-        leave()
-        return self.between(work).result()
-
-    @courteous()
     def _fitted(self, version: Version) -> Read:
         def base(name: str) -> Tensor:
-            found = self._waited(lambda: self._base(name))
+            found = self.between(lambda: self._base(name)).result()
             self._based.add(_source(version))
             return found
 
         if isinstance(version.sent, Sent):
             version.sent = self._taken(Path(version.path), version.sent)
         found = version.sent if version.sent is not None else read(Path(version.path))
-        rest, own = split(found, self.sites, base, self._waited)
+        rest, own = split(found, self.sites, base, lambda work: self.between(work).result())
         made = Read(fit(rest, self.sites, base), own)
         if found.digest is not None:
             version.confirm(found.content)
@@ -520,7 +509,6 @@ class Desk(Lender):
 
     def _taken(self, path: Path, sent: Sent) -> AdapterFile:
         """Copies of the tensors that were sent: whoever sent them may write over them."""
-        leave()
         tensors = sent.tensors if sent.coming is None else sent.coming.result()
         if tensors is None:
             blobs = [*sent.blobs, *(Path(file).read_bytes() for file in sent.files)]
@@ -540,6 +528,16 @@ class Desk(Lender):
         values = sum(len(site.sizes) * site.inputs + site.outputs for site in self.sites.sites)
         values += sum(block.config.count * 3 * sum(block.down.shapes[0]) for block in self.sites.blocks.values())
         return 8 * (values * self.sites.rank + 2 * rows * hidden) + SLACK
+
+
+def one_thread() -> None:
+    """The calling thread has none of torch's beside it from now on: they would take the cores that steps compute on."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(1)
+    # That sets the calling thread, and what threads that come later begin with: the latter is set back by one of them.
+    other = threading.Thread(target=torch.set_num_threads, args=(usual,), name="phloem-threads")
+    other.start()
+    other.join()
 
 
 def _source(version: Version) -> str:

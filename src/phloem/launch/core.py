@@ -317,8 +317,7 @@ def _desk(config: Config, built: Built, report: worker.Report) -> Desk | None:
         return model.get_weight(name)
 
     memory = None if config.lora.lora_memory is None else parse_bytes(config.lora.lora_memory, "lora_memory")
-    most = config.lora.max_loras_per_batch
-    desk = Desk(built.sites, runner.between, base, most, memory, named_tensors, lambda: runner.busy_since > 0)
+    desk = Desk(built.sites, runner.between, base, config.lora.max_loras_per_batch, memory, named_tensors)
     try:
         for spec in served.specs(config.lora):
             desk.load(spec.name, spec.path, spec.pinned).result()

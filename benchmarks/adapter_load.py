@@ -4,8 +4,8 @@
 
 Each turn loads two random adapters of all linear layers by turns, under names that are loaded already: first with
 nothing beside it, then beside one greedy stream. The first load of the process, and the first ones of either name,
-count for themselves. A stream's gaps are the times between two of its tokens, as the caller gets them: those that overlap a load,
-and, as machines have other things to do, those of as much time just before that load.
+count for themselves. A stream's gaps are the times between two of its tokens, as the caller gets them: those that
+overlap a load, and, as machines have other things to do, those of as much time just before that load.
 """
 
 from __future__ import annotations

@@ -286,9 +286,8 @@ class Desk(Lender):
         self._coming: list[Version] = []  # loads that were asked for, and have not ended
         self._count = 0  # of versions, and of loans
         self._worker = ThreadPoolExecutor(1, "phloem-adapters", one_thread)
-        self._filler = ThreadPoolExecutor(
-            1, "phloem-adapters-placed", one_thread
-        )  # not behind a file that is slow to read
+        # Not behind a file that is slow to read.
+        self._filler = ThreadPoolExecutor(1, "phloem-adapters-placed", one_thread)
 
     # for the scheduler
 

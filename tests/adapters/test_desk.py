@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
 import pytest
+import torch
 
 from phloem.adapters import desk as room
-from phloem.adapters.desk import Desk, Loan, Read, Version
+from phloem.adapters.desk import Desk, Loan, Read, Version, one_thread
 from phloem.core.errors import BadRequest
 
 
@@ -235,3 +237,18 @@ def test_whoever_waits_for_an_adapter_gets_it_of_the_new_weights() -> None:
     desk.rebase()
     desk.slow.pop("/a").set_result(READ)
     assert until_ready(waiting) and desk.reads == 4
+
+
+def test_a_thread_that_reads_has_none_of_torch_s_beside_it_and_all_others_have_as_many_as_before() -> None:
+    before, seen = torch.get_num_threads(), list[int]()
+
+    def ask(first: Callable[[], None] | None = None) -> None:
+        if first is not None:
+            first()
+        seen.append(torch.get_num_threads())
+
+    for first in (one_thread, None):
+        thread = threading.Thread(target=ask, args=(first,))
+        thread.start()
+        thread.join()
+    assert seen == [1, before] and torch.get_num_threads() == before

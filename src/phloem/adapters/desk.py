@@ -11,6 +11,7 @@ Used in the scheduler's thread alone, but for the reading.
 from __future__ import annotations
 
 import secrets
+import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -284,8 +285,9 @@ class Desk(Lender):
         self._held: list[Version | None] = [None] * (sites.entries + 1)
         self._coming: list[Version] = []  # loads that were asked for, and have not ended
         self._count = 0  # of versions, and of loans
-        self._worker = ThreadPoolExecutor(1, "phloem-adapters")
-        self._filler = ThreadPoolExecutor(1, "phloem-adapters-placed")  # not behind a file that is slow to read
+        self._worker = ThreadPoolExecutor(1, "phloem-adapters", one_thread)
+        # Not behind a file that is slow to read.
+        self._filler = ThreadPoolExecutor(1, "phloem-adapters-placed", one_thread)
 
     # for the scheduler
 
@@ -525,6 +527,16 @@ class Desk(Lender):
         values = sum(len(site.sizes) * site.inputs + site.outputs for site in self.sites.sites)
         values += sum(block.config.count * 3 * sum(block.down.shapes[0]) for block in self.sites.blocks.values())
         return 8 * (values * self.sites.rank + 2 * rows * hidden) + SLACK
+
+
+def one_thread() -> None:
+    """The calling thread has none of torch's beside it from now on: they would take the cores that steps compute on."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(1)
+    # That sets the calling thread, and what threads that come later begin with: the latter is set back by one of them.
+    other = threading.Thread(target=torch.set_num_threads, args=(usual,), name="phloem-threads")
+    other.start()
+    other.join()
 
 
 def _source(version: Version) -> str:

@@ -27,7 +27,7 @@ import phloem
 from phloem.bench import _spec_peers
 from phloem.bench._peers import children, end_children, found_program
 from phloem.bench._report import context, write_line
-from phloem.bench._spec_texts import KINDS, Asked, Writer, draw
+from phloem.bench._spec_texts import KINDS, Asked, Writer, aligned, draw
 from phloem.checkpoint.describe import describe
 from phloem.cli._options import parse
 from phloem.core.config import opt
@@ -186,7 +186,7 @@ def commit() -> str:
 def _measure(
     plain: Any, drafting: Any, names: Sequence[str], sizes: Sequence[int], options: Options
 ) -> list[dict[str, Any]]:
-    rng = random.Random(options.seed)
+    rng, page = random.Random(options.seed), plain.ready["page_size"]
     found: dict[tuple[str, int], list[Turns]] = defaultdict(list)
     for engine in (plain, drafting):
         for size in sizes:  # recordings, and memory that is touched for the first time
@@ -195,6 +195,7 @@ def _measure(
         for name in names:
             for size in sizes:
                 asked = draw(name, max(size, options.prompts // size * size), plain, rng, options.output_len)
+                asked = aligned(asked, page)
                 turns = found[name, size]
                 for at in range(0, len(asked.prompts), size):
                     part = Asked(asked.prompts[at : at + size], asked.params[at : at + size])

@@ -256,7 +256,7 @@ PHL_INLINE void group_of_chunk(Totals<R, Vec::parts, Memory>& total, const uint8
 }
 
 // Chunk `c` of a unit times R rows, all of its operands in registers.
-template <class L, int R>
+template <class L, int R, class V = Vec>
 PHL_INLINE void whole_chunk(Totals<R, 1, false>& total, const uint8_t* unit, const uint8_t* p, const uint8_t* lower, int c,
                             const Activation* act, int64_t act_step) {
   constexpr int CG = L::chunk_groups, per_group = 8 / CG;
@@ -274,7 +274,7 @@ PHL_INLINE void whole_chunk(Totals<R, 1, false>& total, const uint8_t* unit, con
 #pragma GCC unroll 8
     for (int j = g * per_group; j < (g + 1) * per_group; ++j) {
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) Vec::dot_input(sum[r], op[j], act[r * act_step + c].q, j);
+      for (int r = 0; r < R; ++r) V::dot_input(sum[r], op[j], act[r * act_step + c].q, j);
     }
     for (int r = 0; r < R; ++r) {
       const Activation& a = act[r * act_step + c];

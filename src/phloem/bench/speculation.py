@@ -1,8 +1,8 @@
 """What speculation gains: tokens a step, speed beside plain decoding, and whether the answers are the same.
 
 Two engines in this process answer the same requests in turns, one with drafts and one without, and the one without
-once more: its two times beside each other (`plain`) say how far a ratio can be trusted, and its two answers whether
-plain decoding is the same each time. Prompts are in the prefix cache before the time is taken, so decoding is what is
+once more: its two times beside each other (`plain`), and the standard error of the turns' ratios, say how far a ratio can be
+trusted, and its two answers whether plain decoding is the same each time. Prompts are in the prefix cache before the time is taken, so decoding is what is
 measured; every round has prompts of its own, so no answer was seen before. The table also has what a draft costs and
 how long steps of n rows took.
 
@@ -237,13 +237,15 @@ def _record(name: str, size: int, turns: Sequence[Turns]) -> dict[str, Any]:
         sum(x != y for one in turns for x, y in zip(one.plain.ids, getattr(one, side).ids, strict=True))
         for side in ("drafting", "again")
     )
+    ratios = [_pace([one.plain, one.again]) / _pace([one.drafting]) for one in turns]
     return {
         "workload": name,
         "batch": size,
         "plain_tok_per_s": 1 / _pace([*plain, *again]),
         "tok_per_s": 1 / _pace(drafting),
         "speed_up": _pace([*plain, *again]) / _pace(drafting),
-        "speed_ups": [round(_pace([one.plain, one.again]) / _pace([one.drafting]), 3) for one in turns],
+        "speed_ups": [round(ratio, 3) for ratio in ratios],
+        "error": statistics.stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else None,
         "plain_beside_plain": _pace(plain) / _pace(again),
         "accept_length": (steps + right) / steps if steps else 1.0,
         "accept_rate": right / drafts if drafts else None,
@@ -272,15 +274,16 @@ def draft_microseconds(config: Config, tokens: int = 2000) -> float:
 
 def _table(records: Sequence[dict[str, Any]]) -> None:
     print(
-        f"{'workload':>12} {'batch':>5} {'plain tok/s':>12} {'tok/s':>8} {'speed-up':>8} {'plain':>6} {'accept':>7} "
+        f"{'workload':>12} {'batch':>5} {'plain tok/s':>12} {'tok/s':>8} {'speed-up':>13} {'plain':>6} {'accept':>7} "
         f"{'rate':>6} same"
     )
     for one in records:
+        error = "" if one["error"] is None else f"+-{one['error']:.2f}"
         rate = "-" if one["accept_rate"] is None else f"{one['accept_rate']:.2f}"
         same = f"NO: {one['other_answers']} of {one['answers']}, plain {one['plain_other_answers']}"
         print(
             f"{one['workload']:>12} {one['batch']:>5} {one['plain_tok_per_s']:>12,.0f} {one['tok_per_s']:>8,.0f} "
-            f"{one['speed_up']:>7.2f}x {one['plain_beside_plain']:>6.2f} {one['accept_length']:>7.2f} {rate:>6}  "
+            f"{one['speed_up']:>7.2f}x{error:>6} {one['plain_beside_plain']:>5.2f} {one['accept_length']:>7.2f} {rate:>6}  "
             f"{'yes' if one['same'] else same}"
         )
     if any(record["plain_other_answers"] for record in records):

@@ -1,10 +1,10 @@
 """What speculation gains: tokens a step, speed beside plain decoding, and whether the answers are the same.
 
 Two engines in this process answer the same requests in turns, one with drafts and one without, and the one without
-once more: its two times beside each other (`plain`), and the standard error of the turns' ratios, say how far a ratio can be
-trusted, and its two answers whether plain decoding is the same each time. Prompts are in the prefix cache before the time is taken, so decoding is what is
-measured; every round has prompts of its own, so no answer was seen before. The table also has what a draft costs and
-how long steps of n rows took.
+once more: its two times beside each other (`plain`), and the standard error of the turns' ratios, say how far a ratio
+can be trusted, and its two answers whether plain decoding is the same each time. Prompts are in the prefix cache before
+the time is taken, so decoding is what is measured; every round has prompts of its own, so no answer was seen before.
+The table also has what a draft costs and how long steps of n rows took.
 
 With --llama-server, llama.cpp's own modes answer the same prompts beside ours instead: servers, each asked one request
 at a time at temperature 0.
@@ -282,8 +282,8 @@ def _table(records: Sequence[dict[str, Any]]) -> None:
         rate = "-" if one["accept_rate"] is None else f"{one['accept_rate']:.2f}"
         same = f"NO: {one['other_answers']} of {one['answers']}, plain {one['plain_other_answers']}"
         print(
-            f"{one['workload']:>12} {one['batch']:>5} {one['plain_tok_per_s']:>12,.0f} {one['tok_per_s']:>8,.0f} "
-            f"{one['speed_up']:>7.2f}x{error:>6} {one['plain_beside_plain']:>5.2f} {one['accept_length']:>7.2f} {rate:>6}  "
+            f"{one['workload']:>12} {one['batch']:>5} {one['plain_tok_per_s']:>12,.0f} "
+            f"{one['tok_per_s']:>8,.0f} {one['speed_up']:>7.2f}x{error:>6} {one['plain_beside_plain']:>5.2f} {one['accept_length']:>7.2f} {rate:>6}  "
             f"{'yes' if one['same'] else same}"
         )
     if any(record["plain_other_answers"] for record in records):

@@ -283,12 +283,12 @@ def _table(records: Sequence[dict[str, Any]]) -> None:
         same = f"NO: {one['other_answers']} of {one['answers']}, plain {one['plain_other_answers']}"
         print(
             f"{one['workload']:>12} {one['batch']:>5} {one['plain_tok_per_s']:>12,.0f} "
-            f"{one['tok_per_s']:>8,.0f} {one['speed_up']:>7.2f}x{error:>6} {one['plain_beside_plain']:>5.2f} {one['accept_length']:>7.2f} {rate:>6}  "
-            f"{'yes' if one['same'] else same}"
+            f"{one['tok_per_s']:>8,.0f} {one['speed_up']:>7.2f}x{error:>6} {one['plain_beside_plain']:>5.2f} "
+            f"{one['accept_length']:>7.2f} {rate:>6}  {'yes' if one['same'] else same}"
         )
     if any(record["plain_other_answers"] for record in records):
         print(
-            "plain decoding was not the same twice, as steps of prompts and of more than 24 rows have other last bits; "
+            "plain decoding was not the same twice: steps of prompts, and of more than 24 rows, have other last bits;"
         )
         print("with --enable-deterministic-inference every answer is the same")
 

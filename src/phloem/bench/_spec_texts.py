@@ -92,7 +92,10 @@ def aligned(asked: Asked, page: int) -> Asked:
     """The same without a few tokens near the prompts' beginnings (of the template's system message): of each, whole
     pages and one token are left. With the pages in the cache a request then enters as one row, so that 16 of them never
     make a step of more rows than have one row's bits, whatever enters with what."""
-    prompts = [prompt[:2] + prompt[2 + (len(prompt) - 1) % page :] for prompt in asked.prompts]
+    prompts = [
+        prompt[:2] + prompt[2 + (len(prompt) - 1) % page :] if len(prompt) > page else prompt
+        for prompt in asked.prompts
+    ]
     return Asked(prompts, asked.params)
 
 

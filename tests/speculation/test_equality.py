@@ -113,6 +113,31 @@ def test_one_prompt_many_samples(plain: phloem.Engine, speculating: phloem.Engin
     assert [one["output_ids"] for one in got] == [one["output_ids"] for one in want]
 
 
+def test_sixteen_requests_at_a_time_in_steps_of_any_length(checkpoint: str) -> None:
+    """Prompts that enter beside decodes make steps of more than 24 rows, in which packed weights of few bits take
+    another form: what enters with what is chance, and the table of `enable_deterministic_inference` has one form."""
+    kept: dict[str, Any] = {
+        "model_path": checkpoint,
+        "quantization": "int4",
+        "enable_deterministic_inference": True,
+        "max_running_requests": 16,
+        "max_total_tokens": 4096,
+    }
+    prompts = ["the dog a page table " * (1 + number % 5) for number in range(16)]
+    params = [
+        {"max_new_tokens": 6 + 3 * number, "temperature": 0.0, "ignore_eos": True}
+        | ({"json_schema": SCHEMA} if number % 4 == 3 else {})
+        for number in range(16)
+    ]
+    found: list[Any] = []
+    for kind in ("none", "suffix"):
+        more = {"speculative_algorithm": kind, "disable_speculative_adaptive": kind != "none"}
+        with phloem.Engine(**kept, **more) as engine:
+            found.append(engine.generate(prompts, [dict(one) for one in params]))
+    assert [one["output_ids"] for one in found[1]] == [one["output_ids"] for one in found[0]]
+    assert sum(one["meta_info"]["spec_num_correct_drafts"] for one in found[1]) > 20
+
+
 @pytest.mark.parametrize(
     ("values", "reason"),
     [

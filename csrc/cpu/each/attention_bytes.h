@@ -1,9 +1,9 @@
-// What attention_int8.h does with AVX2: products of bytes, as keys and values lie in their pages. vpmaddubsw adds two products as a
-// word, and the words of two steps are added before vpmaddwd widens them: five instructions for 64 products, where words take eight
-// and must be taken apart first. So that no word overflows, four numbers of a query (four weights of a tile) share one: a row's scale
-// is such that no four of one word, those of one sign, add up to more than a word bears. A number alone in its four has seven bits of
-// magnitude, a weight eight; four that are alike have five and six. With AVX-VNNI a product and its sum are one instruction; the
-// bits are the same.
+// What attention_int8.h does with AVX2: products of bytes, as keys and values lie in their pages. vpmaddubsw adds two
+// products as a word, and the words of two steps are added before vpmaddwd widens them: five instructions for 64
+// products, where words take eight and must be taken apart first. So that no word overflows, four numbers of a query
+// (four weights of a tile) share one: a row's scale is such that no four of one word, those of one sign, add up to more
+// than a word bears. A number alone in its four has seven bits of magnitude, a weight eight; four that are alike have
+// five and six. With AVX-VNNI a product and its sum are one instruction; the bits are the same.
 #pragma once
 #if PHL_VNNI
 #include "../vnni.h"
@@ -68,8 +68,9 @@ PHL_INLINE __m256i four_at(const void* p) {
   return _mm256_set1_epi32(four);
 }
 
-// sum + products of unsigned and signed bytes of two steps (one: y and v are not there). One after the other: gcc 12 would make
-// many products first, and put them on the stack. By value, as it leaves an array there whose elements an asm refers to.
+// sum + products of unsigned and signed bytes of two steps (one: y and v are not there). One after the other: gcc 12
+// would make many products first, and put them on the stack. By value, as it leaves an array there whose elements an
+// asm refers to.
 template <bool Two>
 PHL_INLINE __m256i add_bytes(__m256i sum, __m256i x, __m256i u, __m256i y, __m256i v) {
 #if PHL_VNNI
@@ -85,7 +86,8 @@ PHL_INLINE __m256i add_bytes(__m256i sum, __m256i x, __m256i u, __m256i y, __m25
 }
 
 template <int R, int C>
-PHL_INLINE void dots(const AttentionArgs& a, const Int8Job& job, Int8Span& span, int64_t first, float (*scores)[kBlockTokens]) {
+PHL_INLINE void dots(const AttentionArgs& a, const Int8Job& job, Int8Span& span, int64_t first,
+                     float (*scores)[kBlockTokens]) {
   constexpr int V = kGroup / W;
   const int64_t size = a.head_size;
   const bool fetch = span.ahead.any();

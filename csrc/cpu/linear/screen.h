@@ -28,8 +28,8 @@ PHL_INLINE void energies(const Activation* a, int64_t chunks, float* out) {
   }
 }
 
-// f(r, sum) for R rows: the products of a chunk of few bits with its inputs. Where registers hold no chunk, an operand meets as
-// many rows as their sums leave room for, and products are added before they are widened.
+// f(r, sum) for R rows: the products of a chunk of few bits with its inputs. Where registers hold no chunk, an operand
+// meets as many rows as their sums leave room for, and products are added before they are widened.
 template <class L, int R, class G>
 PHL_INLINE void each_chunk_sum(const uint8_t* p, const Activation* act, int64_t act_step, G&& f) {
   if constexpr (Vec::parts == 1 && !Vec::holds_chunk) {

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 
 from phloem.bench._spec_texts import Asked, aligned
-from phloem.bench.speculation import Turn, Turns, _record, _table
+from phloem.bench.speculation import Turn, Turns, _record, _table, in_flight
 
 
 def turn(seconds: float, *answers: list[int]) -> Turn:
@@ -38,3 +39,23 @@ def test_of_a_prompt_whole_pages_and_one_token_are_left() -> None:
     assert [len(prompt) for prompt in found.prompts] == [17, 17, 33, 33, 9]
     for before, after in zip(asked.prompts, found.prompts, strict=True):
         assert after[:2] == before[:2] and after[-9:] == before[-9:]
+
+
+def test_where_a_request_has_ended_the_next_begins() -> None:
+    class Engine:
+        running, most, order = 0, 0, list[int]()
+
+        async def async_generate(self, input_ids: list[int], sampling_params: dict[str, Any]) -> dict[str, Any]:
+            self.running += 1
+            self.most = max(self.most, self.running)
+            self.order.append(input_ids[0])
+            for _ in range(sampling_params["max_new_tokens"]):
+                await asyncio.sleep(0)
+            self.running -= 1
+            return {"output_ids": input_ids}
+
+    engine, lengths = Engine(), (40, 1, 1, 1, 1)
+    asked = Asked([[number] for number in range(5)], [{"max_new_tokens": length} for length in lengths])
+    found = asyncio.run(in_flight(engine, asked, 2))
+    assert [one["output_ids"] for one in found] == asked.prompts
+    assert engine.most == 2 and engine.order == [0, 1, 2, 3, 4]

@@ -2,8 +2,10 @@
 
 Two engines in this process answer the same requests in turns, one with drafts and one without, and the one without
 once more: its two times beside each other (`plain`), and the standard error of the turns' ratios, say how far a ratio
-can be trusted, and its two answers whether plain decoding is the same each time. Prompts are in the prefix cache before
-the time is taken, so decoding is what is measured; every round has prompts of its own, so no answer was seen before.
+can be trusted, and its two answers whether plain decoding is the same each time. As many requests run at a time as
+--batch says: where one has ended, the next begins, as in a server that is kept busy. Prompts are in the prefix cache
+before the time is taken, so decoding is what is measured; every round has prompts of its own, so no answer was seen
+before.
 The table also has what a draft costs and how long steps of n rows took.
 
 With --llama-server, llama.cpp's own modes answer the same prompts beside ours instead: servers, each asked one request
@@ -12,6 +14,7 @@ at a time at temperature 0.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import signal
@@ -60,7 +63,8 @@ class Options:
     our_modes: str = opt(",".join(_spec_peers.OUR_MODES), "Ours beside them, with commas.")
     llama_args: str = opt("", "Further arguments for llama-server, as one string.")
     draft: str | None = opt(None, "GGUF file that drafts in both (default: each model for itself).")
-    prompts: int = opt(3, "Prompts of a round and workload, at least; as many at a time as --batch says.")
+    prompts: int = opt(3, "Prompts of a round and workload, at least.")
+    waves: int = opt(4, "Prompts of a round for each request at a time, at least: the last ones run beside fewer.")
     logs: str = opt("speculation-logs", "Folder for the logs of the servers beside llama.cpp.")
 
 
@@ -194,32 +198,40 @@ def _measure(
     for number in range(options.rounds):
         for name in names:
             for size in sizes:
-                asked = draw(name, max(size, options.prompts // size * size), plain, rng, options.output_len)
-                asked = aligned(asked, page)
+                count = max(options.prompts, (options.waves if size > 1 else 1) * size)
+                asked = aligned(draw(name, count, plain, rng, options.output_len), page)
                 turns = found[name, size]
-                for at in range(0, len(asked.prompts), size):
-                    part = Asked(asked.prompts[at : at + size], asked.params[at : at + size])
-                    turns.append(_turns(plain, drafting, part, len(turns)))
+                turns.append(_turns(plain, drafting, asked, size, len(turns)))
                 one = _record(name, size, turns)
                 print(f"round {number + 1}, {name}, {size}: {one['speed_up']:.2f}x so far", flush=True)
     return [_record(name, size, turns) for (name, size), turns in found.items()]
 
 
-def _turns(plain: Any, drafting: Any, asked: Asked, number: int) -> Turns:
+def _turns(plain: Any, drafting: Any, asked: Asked, size: int, number: int) -> Turns:
     """Drafts between the two plain sides, before them and after them in turns: each place is as warm as the others."""
     order = [(0, plain), (2, plain)]
     order.insert((1, 0, 2)[number % 3], (1, drafting))
-    done = {place: _turn(engine, asked) for place, engine in order}
+    done = {place: _turn(engine, asked, size) for place, engine in order}
     return Turns(done[0], done[1], done[2])
 
 
-def _turn(engine: Any, asked: Asked) -> Turn:
+def _turn(engine: Any, asked: Asked, size: int) -> Turn:
     engine.flush_cache(timeout=10.0)
-    params = [dict(one) for one in asked.params]
     engine.generate(input_ids=asked.prompts, sampling_params={"max_new_tokens": 1, "temperature": 0.0})
     start = perf_counter()
-    answers = engine.generate(input_ids=asked.prompts, sampling_params=params)
+    answers = asyncio.run(in_flight(engine, asked, size))
     return Turn(perf_counter() - start, answers)
+
+
+async def in_flight(engine: Any, asked: Asked, size: int) -> list[dict[str, Any]]:
+    """The answers, in the order of the prompts; `size` requests at a time."""
+    free = asyncio.Semaphore(size)
+
+    async def answer(prompt: list[int], params: dict[str, Any]) -> dict[str, Any]:
+        async with free:
+            return await engine.async_generate(input_ids=prompt, sampling_params=dict(params))
+
+    return await asyncio.gather(*map(answer, asked.prompts, asked.params))
 
 
 def _pace(turns: Sequence[Turn]) -> float:

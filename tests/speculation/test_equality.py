@@ -165,9 +165,28 @@ def test_the_choice_is_printed_with_its_reason(plain: phloem.Engine, speculating
     assert value in ("suffix", "ngram") and "to the bit" in reason
 
 
-def test_nothing_is_drafted_unasked(checkpoint: str) -> None:
+def test_where_no_bit_changes_repeated_text_is_drafted_unasked(checkpoint: str, plain: phloem.Engine) -> None:
+    prompt, params = "the dog a page table " * 6, {"max_new_tokens": 24, "temperature": 0.0}
     with phloem.Engine(model_path=checkpoint, **TIGHT) as engine:
         (found,) = [one for one in engine.ready["decisions"] if one[0] == "speculative_algorithm"]
+        answer: Any = engine.generate(prompt, params)
+    assert found[1] == "suffix" and "--speculative-algorithm none" in found[2] and "to the bit" in found[2]
+    assert "spec_verify_ct" in answer["meta_info"]
+    expected: Any = plain.generate(prompt, params)
+    assert answer["output_ids"] == expected["output_ids"]
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"dtype": "float32", "ops": "reference"}, "last bits"),
+        ({"disable_speculative_adaptive": True}, "by name"),
+        ({"tp_size": 2}, "several ranks"),
+    ],
+)
+def test_elsewhere_nothing_is_drafted_unasked(checkpoint: str, values: dict[str, Any], reason: str) -> None:
+    with phloem.Engine(model_path=checkpoint, **{**TIGHT, **values}) as engine:
+        (found,) = [one for one in engine.ready["decisions"] if one[0] == "speculative_algorithm"]
         answer: Any = engine.generate("the dog a page table " * 6, {"max_new_tokens": 4})
-    assert found[1] == "none" and "asked for" in found[2]
+    assert found[1] == "none" and reason in found[2] and "asked for: suffix" in found[2]
     assert "spec_verify_ct" not in answer["meta_info"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from phloem.core.adapters import SENT
 from phloem.core.config import traces_folder
-from phloem.core.errors import BadRequest, PhloemError
+from phloem.core.errors import BadRequest
 from phloem.protocol import weights as ask
 from phloem.utils.profiler import ACTIVITIES
 
@@ -87,7 +87,7 @@ class Administered:
             activities: of CPU, GPU and MEM; default: the first two.
 
         Raises:
-            PhloemError: a trace is being made already.
+            BadRequest: a trace is being made already.
         """
         unknown = [name for name in activities or () if name not in ACTIVITIES]
         if unknown:
@@ -105,7 +105,7 @@ class Administered:
         return reply.data["path"]
 
     def stop_profile(self) -> str:
-        """End the trace, and give its file, which is written then. Raises PhloemError: there is none."""
+        """End the trace, and give its file, which is written then. Raises BadRequest: there is none."""
         return self._control("stop_profile").data["path"]
 
     def load_lora_adapter(self, lora_name: str, lora_path: str, pinned: bool = False) -> dict[str, str]:
@@ -113,7 +113,7 @@ class Administered:
         folders of all by name.
 
         Raises:
-            PhloemError: the folder holds no adapter for this model; the text names what is wrong.
+            BadRequest: the folder holds no adapter for this model; the text names what is wrong.
         """
         reply = self._door.run(self._client.load_adapter(lora_name, lora_path, pinned))
         self._check(reply)
@@ -130,7 +130,7 @@ class Administered:
         what adapter_config.json would hold. Gives the folders of all by name.
 
         Raises:
-            PhloemError: they are no adapter for this model; the text names what is wrong.
+            BadRequest: they are no adapter for this model; the text names what is wrong.
         """
         found = list(tensors.items()) if isinstance(tensors, dict) else list(tensors)
         return self._load_sent(lora_name, {"config": config_dict, "tensors": found}, pinned)
@@ -150,7 +150,7 @@ class Administered:
         folders of all by name.
 
         Raises:
-            PhloemError: there is no such group, or the tensors are no adapter for this model.
+            BadRequest: there is no such group, or the tensors are no adapter for this model.
         """
         listed, sizes = list(names), [list(shape) for shape in shapes]
         announced = ask.announcement(listed, [str(dtype) for dtype in dtypes], sizes, group_name, load_format)
@@ -166,7 +166,7 @@ class Administered:
         """Forget an adapter; requests that have begun with it end with it. Gives the folders of the rest by name.
 
         Raises:
-            PhloemError: there is no such adapter.
+            BadRequest: there is no such adapter.
         """
         reply = self._door.run(self._client.unload_adapter(lora_name))
         self._check(reply)
@@ -176,7 +176,7 @@ class Administered:
         """The first rows of the weight that the checkpoint calls `name`, as numbers. Read between two steps.
 
         Raises:
-            PhloemError: there is no such weight.
+            BadRequest: there is no such weight.
         """
         reply = self._door.run(self._client.control("get_weights_by_name", name=name, rows=truncate_size))
         self._check(reply)
@@ -185,7 +185,7 @@ class Administered:
     @staticmethod
     def _check(reply: Any) -> None:
         if not reply.ok:
-            raise PhloemError(reply.message)
+            raise BadRequest(reply.message, param=reply.data.get("param"), code="refused")
 
     # weights
 
@@ -204,7 +204,7 @@ class Administered:
         start_idx, end_idx of each]}.
 
         Raises:
-            PhloemError: a name, shape or type is wrong; nothing has been changed.
+            BadRequest: a name, shape or type is wrong; nothing has been changed.
         """
         tensors: Any = named_tensors  # what is none at all is refused where it is read
         if isinstance(tensors, Iterable) and not isinstance(tensors, dict):
@@ -224,7 +224,7 @@ class Administered:
         """The weights of another checkpoint of the same model, read beside running steps.
 
         Raises:
-            PhloemError: the checkpoint is missing something, or another model's; nothing has been changed.
+            BadRequest: the checkpoint is missing something, or another model's; nothing has been changed.
         """
         args = {"source": "disk", "path": model_path, "load_format": load_format}
         return self._update(**args, version=weight_version, flush=flush_cache, abort_all=abort_all_requests)
@@ -326,7 +326,7 @@ class Administered:
         """Give memory back to the system: of weights, kv_cache, cuda_graph, or all; bytes. Requests wait meanwhile.
 
         Raises:
-            PhloemError: requests are running.
+            BadRequest: requests are running.
         """
         return self._control("release_memory", tags=None if tags is None else list(tags)).data["bytes"]
 

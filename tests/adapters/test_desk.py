@@ -240,15 +240,15 @@ def test_whoever_waits_for_an_adapter_gets_it_of_the_new_weights() -> None:
 
 
 def test_a_thread_that_reads_has_none_of_torch_s_beside_it_and_all_others_have_as_many_as_before() -> None:
-    before, seen = torch.get_num_threads(), list[int]()
+    own, seen = torch.get_num_threads(), list[int]()
 
     def ask(first: Callable[[], None] | None = None) -> None:
         if first is not None:
             first()
         seen.append(torch.get_num_threads())
 
-    for first in (one_thread, None):
+    for first in (None, one_thread, None):  # what a new thread has may be another number than this one's own
         thread = threading.Thread(target=ask, args=(first,))
         thread.start()
         thread.join()
-    assert seen == [1, before] and torch.get_num_threads() == before
+    assert seen == [seen[0], 1, seen[0]] and torch.get_num_threads() == own

@@ -6,6 +6,7 @@ import base64
 import json
 import pickle
 import re
+import threading
 from collections.abc import Iterator
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -177,3 +178,29 @@ def test_as_many_as_there_are_places_are_kept_and_the_one_unused_for_longest_is_
         said(engine, "v2")
     for name in ("kept", "v3"):
         engine.unload_lora_adapter(name)
+
+
+def test_numbers_of_a_config_that_no_adapter_has_are_refused_over_http(http: httpx.Client) -> None:
+    payload = {"serialized_named_tensors": [text(tensors(), "safetensors")], "load_format": "safetensors"}
+    for alpha in (1e308, 10**30):
+        body = {"lora_name": "odd", "config_dict": {**CONFIG, "lora_alpha": alpha}, **payload}
+        answer = http.post("/load_lora_adapter_from_tensors", json=body)
+        assert answer.status_code == 400 and "lora_alpha must be a number" in answer.text
+
+
+def test_patterns_that_take_for_ever_are_refused_and_nobody_waits_for_them(engine: Engine) -> None:
+    given = tensors()
+    name = "base_model.model." + "a" * 60 + ".q_proj.lora"
+    given |= {f"{name}_A.weight": torch.ones(4, 32), f"{name}_B.weight": torch.ones(64, 4)}
+    config, refused = {**CONFIG, "rank_pattern": {"(a|aa)+b": 4}}, list[str]()
+
+    def load() -> None:
+        with pytest.raises(BadRequest) as raised:
+            engine.load_lora_adapter_from_tensors("slow", given, config)
+        refused.append(str(raised.value))
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    while thread.is_alive():
+        said(engine, None)
+    assert "rank_pattern or alpha_pattern takes too long" in refused[0]

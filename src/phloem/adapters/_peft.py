@@ -10,9 +10,13 @@ import json
 import math
 import os
 import re
+import time
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import regex
 
 from phloem.adapters._stored import Stored, digest, stored
 from phloem.core.errors import BadRequest
@@ -28,6 +32,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LARGEST_CONFIG = 16 << 20  # bytes
 LARGEST_SCALE = 1e9  # of an alpha: products beyond are no numbers any more
 LARGEST_RANK = 1 << 16
+PATTERN_SECONDS = 2.0  # that the patterns of one adapter may take; usual ones take microseconds
 # Settings that change what is computed, and are not served: each with the values that ask for nothing.
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "use_qalora": (False,),
@@ -149,7 +154,7 @@ def check_config(path: Path, config: dict[str, Any]) -> None:
         for key in table:
             try:
                 _ending(key)
-            except (re.error, RecursionError, OverflowError) as error:
+            except (re.error, regex.error, RecursionError, OverflowError) as error:
                 raise refuse(path, f"{name}: {key!r:.80} is no regular expression: {error}") from None
     _check_names(path, config)
 
@@ -218,6 +223,7 @@ def assembled(
     modules = _modules(path, tensors, sound)
     if not modules:
         raise refuse(path, f"{WEIGHTS} holds no tensors")
+    until = time.monotonic() + PATTERN_SECONDS
     for name, module in modules.items():
         if (module.down is None) != (module.up is None):
             missing = "lora_A" if module.down is None else "lora_B"
@@ -225,11 +231,11 @@ def assembled(
         if module.magnitude is not None and module.down is None:
             raise refuse(path, f"{name} has a lora_magnitude_vector alone")
         if module.down is not None and module.up is not None:
-            module.scale = _scale(path, config, name, module.down, module.up)
+            module.scale = _scale(path, config, name, module.down, module.up, until)
         if module.embedding:
             if set(module.embedding) != {"A", "B"}:
                 raise refuse(path, f"{name} has but one of lora_embedding_A and lora_embedding_B")
-            module.scale = _scale(path, config, name, module.embedding["A"], module.embedding["B"])
+            module.scale = _scale(path, config, name, module.embedding["A"], module.embedding["B"], until)
     if config.get("use_dora") and not any(m.magnitude is not None for m in modules.values()):
         raise refuse(path, "use_dora is set, and no lora_magnitude_vector is there")
     base = config.get("base_model_name_or_path")
@@ -302,10 +308,13 @@ def _kind(key: str) -> tuple[str | None, str]:
     return None, name
 
 
-def _scale(path: Path, config: dict[str, Any], name: str, down: Tensor, up: Tensor) -> float:
+def _scale(path: Path, config: dict[str, Any], name: str, down: Tensor, up: Tensor, until: float) -> float:
     """s of s B A, with the ranks compared."""
-    rank = _pattern(config.get("rank_pattern"), name, config["r"])
-    alpha = _pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
+    try:
+        rank = _pattern(config.get("rank_pattern"), name, config["r"], until)
+        alpha = _pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8), until)
+    except TimeoutError:
+        raise refuse(path, f"rank_pattern or alpha_pattern takes too long to be compared with {name!r:.80}") from None
     fits = down.ndim == 2 and up.ndim == 2 and down.shape[0] == up.shape[1] and down.is_floating_point()
     if not fits or down.shape[0] != rank:
         _check_ranks(path, config, name, down, up, rank)
@@ -322,17 +331,25 @@ def _check_ranks(path: Path, config: dict[str, Any], name: str, down: Tensor, up
         raise refuse(path, f"{name}: {shapes}, but {CONFIG} says rank {rank}")
 
 
-def _pattern(patterns: Any, name: str, default: Any) -> Any:
-    """Of a table from regular expressions to values, that of the first one that ends the module's name."""
+def _pattern(patterns: Any, name: str, default: Any, until: float) -> Any:
+    """Of a table from regular expressions to values, that of the first one that ends the module's name. Raises
+    TimeoutError at `until`, in seconds of the monotonic clock: a few characters can ask for centuries, and all other
+    threads go on meanwhile."""
     for key, value in (patterns or {}).items():
-        if _ending(key).match(name):
+        left = until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        if _ending(key).match(name, concurrent=True, timeout=left):
             return value
     return default
 
 
-def _ending(pattern: str) -> re.Pattern[str]:
-    """Finds names that end in it, as PEFT does. Raises re.error."""
-    return re.compile(rf"(?:.*\.)?(?:{pattern})$")
+@lru_cache(maxsize=256)
+def _ending(pattern: str) -> regex.Pattern[str]:
+    """Finds names that end in it, as PEFT does. Raises re.error where PEFT could not read it, regex.error."""
+    whole = rf"(?:.*\.)?(?:{pattern})$"
+    re.compile(whole)
+    return regex.compile(whole)
 
 
 def token_ids(file: AdapterFile, name: str, rows: Tensor, most: int) -> list[int]:

@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 
 from phloem.core.caching import StepCaching
+from phloem.core.errors import BadRequest
 from phloem.core.media import Media
 from phloem.core.request import Align, FinishReason, SamplingParams
 
@@ -320,13 +321,25 @@ FromEngine = (
     Tokens | Painted | Stats | Reweighted | Lost | ControlReply | Progress | Ready | Failed | Stopped | Heartbeat
 )
 
-_encoder = msgspec.msgpack.Encoder()
+
+def _plain(value: Any) -> Any:
+    """Numbers of a body that remember how they were written are floats to an engine."""
+    if isinstance(value, float):
+        return float(value)
+    raise TypeError(f"a {type(value).__name__} cannot be sent")
+
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=_plain)
 _to_engine = msgspec.msgpack.Decoder(ToEngine)
 _from_engine = msgspec.msgpack.Decoder(FromEngine)
 
 
 def encode(message: Message) -> bytes:
-    return _encoder.encode(message)
+    """Raises BadRequest: an integer has more than 64 bits."""
+    try:
+        return _encoder.encode(message)
+    except OverflowError:
+        raise BadRequest("the request has an integer of more than 64 bits") from None
 
 
 def decode_to_engine(data: bytes) -> ToEngine:

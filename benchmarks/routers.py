@@ -44,7 +44,7 @@ from phloem.simulation.traces import BLOCK, read_trace
 MODEL = "model"
 OURS = {"round_robin": False, "cache_aware": False, "cache_aware+events": True}  # name -> follows cache events
 BEACON = 1 << 30  # from which on tokens are of pages that only say: everything before has arrived
-PATIENCE = 30.0  # seconds for events to arrive
+PATIENCE = 300.0  # seconds for events to arrive
 
 
 class Dynamo(Cached):

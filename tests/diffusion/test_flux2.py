@@ -112,3 +112,12 @@ def test_what_a_distilled_model_does_not_take_is_refused_by_field() -> None:
         run = Run(pipe)
         run.submit("a", **given)  # type: ignore[arg-type]
         assert (run.last("a").status, run.last("a").param) == (400, field)
+
+
+@pytest.mark.parametrize("sides", [(63, 64), (65 * 9, 65)])
+def test_a_picture_too_small_or_too_narrow_for_the_model_is_the_clients_fault(sides: tuple[int, int]) -> None:
+    run = Run(flux_2())
+    run.submit("a", pictures=[Pixels(*sides, bytes(sides[0] * sides[1] * 3))])
+    run.steps()
+    assert (run.last("a").status, run.last("a").param) == (400, "image")
+    assert "{}×{}".format(*sides) in run.last("a").error

@@ -193,6 +193,8 @@ def test_adapters_that_do_not_fit_are_refused_by_field(folders: Any, tmp_path: P
         ),
         ({**good, f"{prefix}.dora_scale": b.clone()}, "DoRA"),
         ({f"{prefix}.lora_A.weight": a * float("nan"), f"{prefix}.lora_B.weight": b}, "finite"),
+        ({f"{prefix}.lora_A.weight": a * 1e30, f"{prefix}.lora_B.weight": b}, "beyond 1e"),
+        ({f"{prefix}.lora_A.weight": a[:0].clone(), f"{prefix}.lora_B.weight": b[:, :0].clone()}, "matrices of 0x"),
         ({"x": a}, "expected matrices"),
     ]
     for at, (found, says) in enumerate(cases):

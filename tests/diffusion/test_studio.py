@@ -149,17 +149,20 @@ def test_what_the_model_does_not_take_is_refused_at_once_with_its_field() -> Non
     made.submit(draw("a", true_cfg=2.0))
     made.submit(draw("b", steps=0))
     made.submit(draw("c", width=100, height=1000))
-    assert [told.done(key).param for key in "abc"] == ["true_cfg_scale", "num_inference_steps", "size"]
-    assert {told.done(key).status for key in "abc"} == {400}
+    made.submit(draw("d", film=True))
+    assert [told.done(key).param for key in "abcd"] == ["true_cfg_scale", "num_inference_steps", "size", "model"]
+    assert {told.done(key).status for key in "abcd"} == {400}
+    assert told.done("d").code == "wrong_task"
     assert not made.step()
 
 
 def test_a_full_queue_is_answered_503() -> None:
-    made, told = studio(most_waiting=2)
-    for key in "abc":
+    made, told = studio(most=3, most_waiting=2)  # those in work do not wait
+    for key in "abcdef":
         made.submit(draw(key))
-    assert told.done("c").status == 503
+    assert told.done("f").status == 503 and told.done("f").error.startswith("2 pictures are waiting")
     finish(made)
+    assert [told.done(key).error for key in "abcde"] == [""] * 5
 
 
 def test_previews_come_in_their_order_and_the_picture_last() -> None:

@@ -140,7 +140,7 @@ def foreign_gateway(name: str, fleet: Fleet) -> Iterator[str]:
         eventually(serves, 60)
         yield url
     finally:
-        process.terminate()
+        process.kill()  # smg waits up to three minutes for a request that `serves` has given up on
         process.wait(20)
 
 

@@ -355,6 +355,8 @@ def test_torchrun_says_which_node_this_is(monkeypatch: pytest.MonkeyPatch) -> No
     for name, value, why in (
         ("WORLD_SIZE", "", "WORLD_SIZE: it is not set, and other variables of torchrun are"),
         ("WORLD_SIZE", "two", "WORLD_SIZE: 'two' is no number"),
+        ("WORLD_SIZE", "0", "WORLD_SIZE: 0 must be above 0"),
+        ("WORLD_SIZE", "-3", "WORLD_SIZE: -3 must be above 0"),
         ("MASTER_PORT", "", "MASTER_PORT: it is not set"),
         ("MASTER_PORT", "http", "MASTER_PORT: 'http' is no number"),
         ("MASTER_ADDR", "", "MASTER_ADDR: it is not set, and MASTER_PORT is"),
@@ -369,6 +371,12 @@ def test_torchrun_says_which_node_this_is(monkeypatch: pytest.MonkeyPatch) -> No
             half.delenv(name)
         with pytest.raises(ConfigError, match="GROUP_RANK: it is not set"):
             parse("serve", ["m", "--tp", "2"])
+    with monkeypatch.context() as half:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            half.delenv(name)
+        with pytest.raises(ConfigError, match="MASTER_ADDR: it is not set, and other variables of torchrun are"):
+            parse("serve", ["m", "--tp", "2"])
+        assert Nodes.of(parse("serve", ["m", "--tp", "2", "--dist-init-addr", "k:7"])[0]).port == 7
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     monkeypatch.setenv("NODE_RANK", "1")

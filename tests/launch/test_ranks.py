@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from loads import answers, load
 from native_support import built
-from served import Server, eventually, gone, ranks_of, shared_folders
+from served import Server, check_folders_gone, eventually, gone, ranks_of, shared_folders
 from share_support import SIZES, ThreadRanks, checkpoint, planned
 
 from phloem import Engine
@@ -496,7 +496,7 @@ def test_a_rank_that_is_stopped_is_found_within_two_seconds(tmp_path: Path) -> N
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(30) == 0
         eventually(lambda: all(gone(pid) for pid in pids), 5)
-        assert shared_folders() <= before
+        check_folders_gone(before)
     finally:
         server.close()
 

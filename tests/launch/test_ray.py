@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
-from served import Server, eventually, gone, ranks_of, shared_folders
+from served import Server, check_folders_gone, eventually, gone, ranks_of, shared_folders
 from share_support import checkpoint
 from test_nodes import struck
 
@@ -145,7 +145,7 @@ def test_ray_places_starts_and_starts_again(module: str, told: str, tmp_path: Pa
         eventually(lambda: all(gone(pid) for pid in last.values()), 30)
     finally:
         server.close()
-    assert shared_folders() <= before
+    check_folders_gone(before)
     eventually(lambda: free_processors() == 4, 30)
 
 

@@ -231,6 +231,28 @@ def test_forced_text_comes_in_steps_of_so_many_tokens_at_most(
     assert found[0] == found[1]
 
 
+@both
+def test_forced_texts_of_several_requests_share_those_tokens(overlap: bool, constrained: Callable[[bool], Any]) -> None:
+    found: list[dict[str, list[int]]] = []
+    for most in (0, 6):
+        seen: list[int] = []
+
+        def look(batch: Batch, seen: list[int] = seen) -> bool:
+            if (batch.prefix_lens >= 20).all():  # no prompts
+                seen.append(batch.num_tokens)
+            return False
+
+        driver = Driver(overlap=overlap, prepare=constrained(True), starve=look, forced_tokens=most, page_size=16)
+        for name in "abcd":
+            prompt = random_tokens(random.Random(name), 20)
+            driver.submit(name, prompt, 100, json_schema=json.dumps(SCHEMA))
+        driver.run()
+        found.append(driver.tokens)
+        assert max(seen) == 6 if most else max(seen) > 12
+        assert driver.scheduler.results.jumped_tokens > 40
+    assert found[0] == found[1]
+
+
 @pytest.fixture(scope="module")
 def constrained() -> Any:
     pytest.importorskip("llguidance")

@@ -63,6 +63,8 @@ async def test_pictures_come_in_forms_and_in_json() -> None:
         ({"prompt": "a"}, {"image": file(b"no picture")}, "image"),
         ({"prompt": "a"}, {"image": file(SMALL[:50])}, "image"),
         ({"prompt": "a"}, {"image": file(bomb())}, "image"),
+        ({"prompt": "a"}, {"image": file(png(bytes(303), 101, 1))}, "image"),  # and so a column of millions of pixels
+        ({"prompt": "a"}, {"image": file(png(bytes(303), 1, 101))}, "image"),
         ({"prompt": "a"}, {"image": file(), "mask": file(bomb())}, "mask"),
         ({"prompt": "a"}, {"image": file(), "mask": file(png(bytes(3), 1, 1))}, "mask"),
         ({"prompt": "a"}, [("image", file())] * 3, "image"),

@@ -149,7 +149,8 @@ async def test_what_the_engine_refuses_is_the_answer() -> None:
             response = await door.post(PATH, {"prompt": "a", "stream": stream})
             assert (response.status_code, response.json()["error"]["param"]) == (400, "size")
         async with drawing(refuse_draw=(507, "no memory", "")) as door:
-            assert (await door.post(PATH, {"prompt": "a", "stream": stream})).status_code == 507
+            response = await door.post(PATH, {"prompt": "a", "stream": stream})
+            assert (response.status_code, response.json()["error"]["code"]) == (507, "told_so")
 
 
 @on_loop

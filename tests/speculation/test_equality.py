@@ -113,6 +113,31 @@ def test_one_prompt_many_samples(plain: phloem.Engine, speculating: phloem.Engin
     assert [one["output_ids"] for one in got] == [one["output_ids"] for one in want]
 
 
+def test_sixteen_requests_at_a_time_in_steps_of_any_length(checkpoint: str) -> None:
+    """Prompts that enter beside decodes make steps of more than 24 rows, in which packed weights of few bits take
+    another form: what enters with what is chance, and the table of `enable_deterministic_inference` has one form."""
+    kept: dict[str, Any] = {
+        "model_path": checkpoint,
+        "quantization": "int4",
+        "enable_deterministic_inference": True,
+        "max_running_requests": 16,
+        "max_total_tokens": 4096,
+    }
+    prompts = ["the dog a page table " * (1 + number % 5) for number in range(16)]
+    params = [
+        {"max_new_tokens": 6 + 3 * number, "temperature": 0.0, "ignore_eos": True}
+        | ({"json_schema": SCHEMA} if number % 4 == 3 else {})
+        for number in range(16)
+    ]
+    found: list[Any] = []
+    for kind in ("none", "suffix"):
+        more = {"speculative_algorithm": kind, "disable_speculative_adaptive": kind != "none"}
+        with phloem.Engine(**kept, **more) as engine:
+            found.append(engine.generate(prompts, [dict(one) for one in params]))
+    assert [one["output_ids"] for one in found[1]] == [one["output_ids"] for one in found[0]]
+    assert sum(one["meta_info"]["spec_num_correct_drafts"] for one in found[1]) > 20
+
+
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
@@ -140,9 +165,28 @@ def test_the_choice_is_printed_with_its_reason(plain: phloem.Engine, speculating
     assert value in ("suffix", "ngram") and "to the bit" in reason
 
 
-def test_nothing_is_drafted_unasked(checkpoint: str) -> None:
+def test_where_no_bit_changes_repeated_text_is_drafted_unasked(checkpoint: str, plain: phloem.Engine) -> None:
+    prompt, params = "the dog a page table " * 6, {"max_new_tokens": 24, "temperature": 0.0}
     with phloem.Engine(model_path=checkpoint, **TIGHT) as engine:
         (found,) = [one for one in engine.ready["decisions"] if one[0] == "speculative_algorithm"]
+        answer: Any = engine.generate(prompt, params)
+    assert found[1] == "suffix" and "--speculative-algorithm none" in found[2] and "to the bit" in found[2]
+    assert "spec_verify_ct" in answer["meta_info"]
+    expected: Any = plain.generate(prompt, params)
+    assert answer["output_ids"] == expected["output_ids"]
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"dtype": "float32", "ops": "reference"}, "last bits"),
+        ({"disable_speculative_adaptive": True}, "by name"),
+        ({"tp_size": 2}, "several ranks"),
+    ],
+)
+def test_elsewhere_nothing_is_drafted_unasked(checkpoint: str, values: dict[str, Any], reason: str) -> None:
+    with phloem.Engine(model_path=checkpoint, **{**TIGHT, **values}) as engine:
+        (found,) = [one for one in engine.ready["decisions"] if one[0] == "speculative_algorithm"]
         answer: Any = engine.generate("the dog a page table " * 6, {"max_new_tokens": 4})
-    assert found[1] == "none" and "asked for" in found[2]
+    assert found[1] == "none" and reason in found[2] and "asked for: suffix" in found[2]
     assert "spec_verify_ct" not in answer["meta_info"]

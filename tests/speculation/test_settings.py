@@ -20,7 +20,7 @@ def read(**values: Any) -> Wanted:
 
 
 def test_nothing_said_is_auto() -> None:
-    assert read() == Wanted() and read().algorithm == "auto" and read().rows == 1
+    assert read() == Wanted(drafts=23) and read().algorithm == "auto" and read().rows == 24
     assert read(speculative_algorithm="none").rows == 1
 
 

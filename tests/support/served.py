@@ -97,3 +97,9 @@ def ranks_of(pid: int) -> list[int]:
 def shared_folders() -> set[str]:
     """What ranks share memory in, while they start."""
     return {folder.name for folder in Path("/dev/shm").glob("phloem-ranks-*")}
+
+
+def check_folders_gone(before: set[str]) -> None:
+    """Those of another server on this machine go when its ranks have started; what is left behind stays."""
+    new = shared_folders() - before
+    eventually(lambda: not new & shared_folders(), 60)

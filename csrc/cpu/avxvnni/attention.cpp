@@ -1,2 +1,2 @@
-// Attention with AVX-VNNI's dot products of words beside int8 pages (each/attention_words.h).
+// Attention with AVX-VNNI's dot products of bytes beside int8 pages (each/attention_bytes.h).
 #include "../each/attention.cpp"

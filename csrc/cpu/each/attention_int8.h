@@ -1,9 +1,9 @@
 // Query rows against the int8 cache: one path for one query token and for many. A tile of 64 tokens is used as it lies in
 // its pages, in groups of 16 (int8_page.h); while it is computed the next one is asked for, so that memory is busy all
 // the time. With AVX-512 all products are of bytes (vpdpbusd): a query row has one scale, and so have a row's weights in
-// a tile, whose largest is 255. With AVX2 they are of words (vpmaddwd), which take no more instructions than signed bytes
-// would: queries have 14 bits and weights 15. With NEON they are of bytes, two for each query and weight
-// (attention_dots.h). Elsewhere queries, weights and products are float32.
+// a tile, whose largest is 255. With AVX2 they are of bytes too, of which four of a row share a word
+// (attention_bytes.h). With NEON they are of bytes, two for each query and weight (attention_dots.h). Elsewhere queries,
+// weights and products are float32.
 #pragma once
 #include "../int8_page.h"
 #include "attention_args.h"
@@ -149,7 +149,7 @@ struct Int8Span {
   float unit;            // largest scale / kMostWeight (portable: 1)
 };
 
-constexpr float kMostWeight = PHL_LEVEL == 2 ? 255.0f : PHL_NEON ? 16300.0f : 32767.0f;  // in a tile
+constexpr float kMostWeight = PHL_LEVEL == 2 ? 255.0f : PHL_NEON ? 16300.0f : 1.0f;  // in a tile
 
 PHL_INLINE const float* scales_of(const int8_t* group, int64_t size) {
   return reinterpret_cast<const float*>(group + kGroup * size);
@@ -165,14 +165,6 @@ PHL_INLINE int32_t highest_of(vi x) {
 }
 #elif PHL_NEON
 PHL_INLINE int32_t highest_of(vi x) { return vmaxvq_s32((int32x4_t)x); }
-#endif
-
-#if PHL_LEVEL == 1
-// Eight numbers as words: of each four the first and the third, then the others.
-PHL_INLINE __m128i even_and_odd(__m256i x) {
-  x = _mm256_shuffle_epi32(x, 0xd8);
-  return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packs_epi32(x, x), 0x08));
-}
 #endif
 
 // Scales of the values that exist. A NaN there is the largest.
@@ -325,7 +317,7 @@ PHL_INLINE vf power(vf x) {
 #if PHL_NEON
 #include "attention_dots.h"
 #else
-#include "attention_words.h"
+#include "attention_bytes.h"
 #endif
 namespace phl {
 namespace PHL_NS {
@@ -465,8 +457,15 @@ PHL_INLINE void tile(const AttentionArgs& a, const Int8Job& job, Int8Span& span,
     for (int64_t t = 0; t < C * kGroup; t += W) {
       const vf p = power(alone(load(scores[r] + t) * scale[r]) - base[r]);
       total += p;
+#if PHL_LEVEL == 1
+      store(scores[r] + t, p * load(span.weights + t));
+#else
       store_weights(weights[r], t, p * load(span.weights + t));
+#endif
     }
+#if PHL_LEVEL == 1
+    unit[r] *= pack_weights(scores[r], C * kGroup, weights[r]);
+#endif
     float* const sums = job.sums + (first + r) * W;
     store(sums, shrunk_sum(load(sums), shrink[r], total, share[r]));
   }

@@ -256,7 +256,7 @@ PHL_INLINE void group_of_chunk(Totals<R, Vec::parts, Memory>& total, const uint8
 }
 
 // Chunk `c` of a unit times R rows, all of its operands in registers.
-template <class L, int R>
+template <class L, int R, class V = Vec>
 PHL_INLINE void whole_chunk(Totals<R, 1, false>& total, const uint8_t* unit, const uint8_t* p, const uint8_t* lower, int c,
                             const Activation* act, int64_t act_step) {
   constexpr int CG = L::chunk_groups, per_group = 8 / CG;
@@ -267,13 +267,18 @@ PHL_INLINE void whole_chunk(Totals<R, 1, false>& total, const uint8_t* unit, con
     const F d = scale_of<L>(unit, c * CG + g);
     F m = d;
     if constexpr (L::min) m = minimum_of<L>(unit, c * CG + g);
+    // Operands outside, rows inside: neighbouring instructions are of different rows, so that none waits for the one
+    // before it. Row after row, each sum is one chain of all its operands.
+    I sum[R];
+    for (int r = 0; r < R; ++r) sum[r] = start_sum<L::zero_log, L::wide, CG == 2>(act[r * act_step + c], g);
+#pragma GCC unroll 8
+    for (int j = g * per_group; j < (g + 1) * per_group; ++j) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) V::dot_input(sum[r], op[j], act[r * act_step + c].q, j);
+    }
     for (int r = 0; r < R; ++r) {
       const Activation& a = act[r * act_step + c];
-      I sum = start_sum<L::zero_log, L::wide, CG == 2>(a, g);
-      for (int j = g * per_group; j < (g + 1) * per_group; ++j) {
-        sum = Vec::dot<L::wide>(sum, op[j], Vec::spread4(a.q, j));
-      }
-      total.set(r, 0, accumulate<L::min, CG == 2>(total.get(r, 0), sum, d, m, a, g));
+      total.set(r, 0, accumulate<L::min, CG == 2>(total.get(r, 0), sum[r], d, m, a, g));
     }
   }
 }

@@ -28,6 +28,34 @@ PHL_INLINE void energies(const Activation* a, int64_t chunks, float* out) {
   }
 }
 
+// f(r, sum) for R rows: the products of a chunk of few bits with its inputs. Where registers hold no chunk, an operand
+// meets as many rows as their sums leave room for, and products are added before they are widened.
+template <class L, int R, class G>
+PHL_INLINE void each_chunk_sum(const uint8_t* p, const Activation* act, int64_t act_step, G&& f) {
+  if constexpr (Vec::parts == 1 && !Vec::holds_chunk) {
+    constexpr int most = Vec::held_rows;
+    each_count<0, (R + most - 1) / most>([&](auto nth_pass) __attribute__((always_inline)) {
+      constexpr int first = decltype(nth_pass)::value * most, N = R - first < most ? R - first : most;
+      Vec::Sum<L::bits, false> sum[N];
+      for (int r = 0; r < N; ++r) sum[r].total = start_sum<L::zero_log, false, false>(act[(first + r) * act_step], 0);
+      each_count<0, 8>([&](auto nth) __attribute__((always_inline)) {
+        constexpr int j = decltype(nth)::value;
+        const auto w = Vec::ready<false>(operand<L, j>(p, nullptr));
+        for (int r = 0; r < N; ++r) sum[r].add(j, w, Vec::spread4(act[(first + r) * act_step].q, j));
+      });
+      for (int r = 0; r < N; ++r) f(first + r, sum[r].all(8));
+    });
+  } else {
+    U op[8];
+    unpack<L>(p, nullptr, op);
+    for (int r = 0; r < R; ++r) {
+      I sum = start_sum<L::zero_log, false, false>(act[r * act_step], 0);
+      for (int j = 0; j < 8; ++j) sum = Vec::dot<false>(sum, op[j], Vec::spread4(act[r * act_step].q, j));
+      f(r, sum);
+    }
+  }
+}
+
 // Upper bounds of the logits of one block of the screen for R rows. energy[r * chunks + c]. Split: a weight is
 // 16 (n - 8) + 7.5 +- 7.5 for the n that is read.
 template <int R, bool Split>
@@ -41,19 +69,15 @@ void screen_block(const uint8_t* w, int64_t units, const Activation* act, int64_
   for (int64_t u = 0; u < units; ++u, w += L::unit_bytes, act += L::chunks, energy += L::chunks) {
     for (int at = 0; at < L::unit_bytes; at += 64) prefetch(w + kPrefetch + at);
     for (int c = 0; c < L::chunks; ++c) {
-      U op[8];
-      unpack<L>(w + L::header + c * L::chunk_bytes, nullptr, op);
+      const uint8_t* p = w + L::header + c * L::chunk_bytes;
       F d = scale_of<L>(w, c);
       const F middle = Vec::mul(d, Vec::set(7.5f));
       if constexpr (Split) d = Vec::mul(d, Vec::set(16.0f));
       const F step = Split ? Vec::add(middle, middle) : d, square = Vec::mul(step, step);
-      for (int r = 0; r < R; ++r) {
-        const Activation& a = act[r * act_step + c];
-        I sum = start_sum<L::zero_log, false, false>(a, 0);
-        for (int j = 0; j < 8; ++j) sum = Vec::dot<false>(sum, op[j], Vec::spread4(a.q, j));
-        total[r] = accumulate<Split, false>(total[r], sum, d, middle, a, 0);
+      each_chunk_sum<L, R>(p, act + c, act_step, [&](int r, I sum) __attribute__((always_inline)) {
+        total[r] = accumulate<Split, false>(total[r], sum, d, middle, act[r * act_step + c], 0);
         spread[r] = Vec::fma(square, Vec::set(energy[r * chunks + c]), spread[r]);
-      }
+      });
     }
   }
   for (int r = 0; r < R; ++r) upper[r] = Vec::fma(Vec::sqrt(spread[r]), Vec::set(kDeviations), total[r]);

@@ -101,6 +101,12 @@ struct Vec {
     return _mm512_dpbusd_epi32(sum, w, a);
   }
 
+  // Of 32 inputs the j-th four are added to a sum. In words of its own: gcc would load the four into a register first,
+  // and put row after row, each a chain.
+  PHL_INLINE static void dot_input(I& sum, U w, const int8_t* a, int j) {
+    asm volatile("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(reinterpret_cast<const int32_t&>(a[4 * j])));
+  }
+
   template <bool Wide>
   static U ready(U w) {
     return w;

@@ -74,6 +74,7 @@ struct Vec {
     }
     return sum;
   }
+  static void dot_input(I& sum, const U& w, const int8_t* a, int j) { sum = dot<false>(sum, w, a + 4 * j); }
   template <bool Wide>
   static U ready(U w) {
     return w;

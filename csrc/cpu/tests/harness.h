@@ -88,14 +88,14 @@ constexpr bool partial(int level) { return level == kI8mm; }
 constexpr bool rounds_pairs(int level) { return level == kI8mm; }
 // Whether this level makes bytes of the weights that meet many rows.
 constexpr bool makes_bytes(int) { return false; }
-constexpr bool rounds_attention(int) { return false; }  // to 8 bits
+constexpr bool rounds_attention(int, bool) { return false; }  // to 8 bits
 // The level itself, and the one that is derived from it where its units are linked in.
 inline std::vector<int> with_derived(int level) { return {level}; }
 #else
 constexpr bool partial(int level) { return level == kAvxVnni; }
 constexpr bool rounds_pairs(int) { return false; }
 constexpr bool makes_bytes(int level) { return level >= kAvx512; }
-constexpr bool rounds_attention(int level) { return level >= kAvx512; }
+constexpr bool rounds_attention(int level, bool int8) { return level >= (int8 ? kAvx2 : kAvx512); }
 inline std::vector<int> with_derived(int level) {
   const OpEntry* op = find_op("linear", level + 1);
   const bool linked = (level == kAvx2 || level == kAvx512) && op != nullptr && op->level == level + 1;

@@ -88,6 +88,17 @@ def draw(kind: str, count: int, engine: Any, rng: random.Random, length: int) ->
     return Asked(prompts, params)
 
 
+def aligned(asked: Asked, page: int) -> Asked:
+    """The same without a few tokens near the prompts' beginnings (of the template's system message): of each, whole
+    pages and one token are left. With the pages in the cache a request then enters as one row, so that 16 of them never
+    make a step of more rows than have one row's bits, whatever enters with what."""
+    prompts = [
+        prompt[:2] + prompt[2 + (len(prompt) - 1) % page :] if len(prompt) > page else prompt
+        for prompt in asked.prompts
+    ]
+    return Asked(prompts, asked.params)
+
+
 def _conversation(kind: str, rng: random.Random) -> list[dict[str, str]]:
     if kind == "free":
         return [_user(f"Write a short essay, number {rng.randrange(1000)}, about {rng.choice(_TOPICS)}.")]

@@ -57,7 +57,7 @@ class Painting:
     def take(self, told: Painted) -> None:
         if told.error:
             kind = _BY_STATUS.get(told.status, PhloemError)
-            self.fail(kind(told.error, param=told.param))
+            self.fail(kind(told.error, param=told.param, code=told.code))
             return
         if told.done:
             self.open.discard(told.id)

@@ -219,6 +219,7 @@ class Painted(Message):
     error: str = ""
     status: int = 500
     param: str | None = None
+    code: str | None = None
     queue_seconds: float = 0.0
     text_tokens: int = 0
     image_tokens: int = 0  # of the latents

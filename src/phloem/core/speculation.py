@@ -61,7 +61,7 @@ class Wanted:
     @property
     def rows(self) -> int:
         """Rows of one token that a step of a single request may have."""
-        return 1 if self.algorithm in (AUTO, NONE) else 1 + self.drafts
+        return 1 if self.algorithm == NONE else 1 + self.drafts
 
 
 def wanted(config: Config) -> Wanted:
@@ -130,7 +130,7 @@ def _usual(algorithm: str, adaptive: bool) -> int:
     """Drafts where nobody says how many."""
     if algorithm in MODELS:
         return USUAL_CHAIN
-    return LONG_DRAFTS if adaptive and algorithm not in (AUTO, NONE) else USUAL_DRAFTS
+    return LONG_DRAFTS if adaptive and algorithm != NONE else USUAL_DRAFTS
 
 
 def _lossless(flags: SpeculativeConfig) -> None:

@@ -21,6 +21,8 @@ def as_torchrun_says(values: dict[str, Any], env: Mapping[str, str]) -> dict[str
     started = "TORCHELASTIC_RUN_ID" in env
     ranks = int(values.get("tp_size") or 1) * int(values.get("pp_size") or 1)
     world = _number("WORLD_SIZE", env) if started and ranks > 1 else _number("WORLD_SIZE", env, 1, strict=False)
+    if started and ranks > 1 and world < 1:
+        raise ConfigError(f"WORLD_SIZE: {world} must be above 0", param="WORLD_SIZE")
     if nodes == 1 and not (started and world > 1 and ranks > 1):
         return values
     if started:
@@ -39,12 +41,13 @@ def as_torchrun_says(values: dict[str, Any], env: Mapping[str, str]) -> dict[str
             _number("GROUP_RANK", env)
         found["node_rank"] = None if said is None else _number(said, env)
     host, port = env.get("MASTER_ADDR"), env.get("MASTER_PORT")
-    if values.get("dist_init_addr") is None and (host or port):
+    if values.get("dist_init_addr") is None and (host or port or started):
         if not host:
-            raise ConfigError("MASTER_ADDR: it is not set, and MASTER_PORT is", param="dist_init_addr")
+            beside = "MASTER_PORT is" if port else "other variables of torchrun are"
+            raise ConfigError(f"MASTER_ADDR: it is not set, and {beside}", param="dist_init_addr")
         # At the port itself torchrun listens.
-        beside = _number("MASTER_PORT", env) + (env.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
-        found["dist_init_addr"] = f"[{host}]:{beside}" if ":" in host else f"{host}:{beside}"
+        its = _number("MASTER_PORT", env) + (env.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
+        found["dist_init_addr"] = f"[{host}]:{its}" if ":" in host else f"{host}:{its}"
     return {**values, **found}
 
 

@@ -80,8 +80,11 @@ class Studio:
     def submit(self, draw: Draw) -> None:
         """Take a picture up, or answer why not."""
         try:
-            if len(self.jobs) >= self.settings.most_waiting:
-                raise QueueFull(f"{len(self.jobs)} pictures are waiting, the server takes no more")
+            # Those in work do not wait; a pipeline that runs whole works on one.
+            waiting = len(self.jobs) - (1 if isinstance(self.painter, Whole) else self.settings.most)
+            if waiting >= self.settings.most_waiting:
+                what = "films" if self.painter.facts.films else "pictures"
+                raise QueueFull(f"{waiting} {what} are waiting, the server takes no more")
             job = self.jobs[draw.id] = self._admitted(draw)
         except PhloemError as error:
             self._fail(draw.id, error)
@@ -279,8 +282,8 @@ class Studio:
         self._fail(job.id, error)
 
     def _fail(self, key: str, error: PhloemError) -> None:
-        param = error.param if isinstance(error, BadRequest) else None
-        self._send(Painted(id=key, done=True, error=error.message, status=error.status, param=param))
+        param, code = (error.param, error.code) if isinstance(error, BadRequest) else (None, None)
+        self._send(Painted(id=key, done=True, error=error.message, status=error.status, param=param, code=code))
 
     def stats(self) -> Stats:
         """Since the last ones."""

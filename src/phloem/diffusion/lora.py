@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from phloem.core.errors import BadRequest
+from phloem.quant._source import LARGEST
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -206,14 +207,15 @@ def _layer(name: str, state: dict[str, Tensor], scale: float, transformer: torch
         raise _refused(f"{name} is a {type(linear).__name__}: only linear layers take adapters")
     inputs, outputs = linear.in_features, linear.out_features
     bias = state.get(f"{name}.lora_B.bias")
-    fits = a.ndim == b.ndim == 2 and a.shape == (b.shape[1], inputs) and b.shape[0] == outputs
+    fits = a.ndim == b.ndim == 2 and 0 < len(a) == b.shape[1] and a.shape[1] == inputs and b.shape[0] == outputs
     if not fits or (bias is not None and bias.shape != (outputs,)):
         raise _refused(
             f"{name} has matrices of {_size(a)} and {_size(b)}, this model's layer takes {inputs} and gives {outputs}"
         )
     given = [one for one in (a, b, bias) if one is not None]
-    if not (all(one.is_floating_point() and bool(torch.isfinite(one).all()) for one in given) and abs(scale) < 1e6):
-        raise _refused(f"{name} has values that are no finite numbers")
+    sane = all(one.is_floating_point() and bool((one.abs() <= LARGEST).all()) for one in given)  # NaN is not
+    if not sane or not abs(scale) < 1e6:
+        raise _refused(f"{name} has values that are no finite numbers, or beyond {LARGEST:g}")
     return Layer(a, b, scale, bias)
 
 

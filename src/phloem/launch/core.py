@@ -259,7 +259,8 @@ def _drafting(
     recurrent = any(group.kind == "state" for group in runner.groups)
     fills = built.denoising is not None
     why = undrafted(config, checkpoint, several=team is not None, recurrent=recurrent, fills=fills)
-    drafter, decided = assemble.decide(drafts, runner, why)
+    alone = team is None and config.disagg.disaggregation_mode == "null"
+    drafter, decided = assemble.decide(drafts, runner, why, alone)
     built.decisions.append(decided)
     inner = runner if team is None else parallel.ParallelRunner(runner, team.tell)
     return assemble.around(drafts, runner, drafter, inner), drafter != speculation.NONE

@@ -32,7 +32,9 @@ class Pace:
     worthwhile: int  # prompt tokens from which on another prompt makes a step no more efficient
     draft_room: int = 0
     whole: bool = False  # prompts are not divided: each is computed in one step
-    forced: int = 0  # tokens that a grammar forced in a request's step, at most: more have other bits. 0: any number
+    # Rows of a step that have the bits of one alone, at most: what grammars forced is cut where it would make more of
+    # it, beside the decodes. 0: any number.
+    forced: int = 0
     # Steps that the runner has on their way at a time, where it has stages: the rows that decode are dealt out among so
     # many, and a row is in one of them. 1: a row's next step may be launched before its token is known.
     waves: int = 1
@@ -144,8 +146,9 @@ def spend(slots: Slots, waiting: Iterable[Chunk], means: Means) -> Spent:
         return spent
     pages = means.pages - len(needy) if slots.paged[0] else means.pages
     pace = means.pace
-    purse = _Purse(min(pace.budget, means.most), pages, slots.page_size, slots.paged[0], pace.whole, pace.forced)
+    purse = _Purse(min(pace.budget, means.most), pages, slots.page_size, slots.paged[0], pace.whole)
     purse.price = pace.price
+    purse.bounds, purse.forced = len(decodes) < pace.forced, pace.forced - len(decodes)
     if len(decodes):
         # With every slot decoding there must be a token for each, or the last ones would starve.
         purse.left = min(max(purse.left - len(decodes), 0), means.pace.mixed)
@@ -192,7 +195,8 @@ class _Purse:
     size: int
     paged: bool  # else these are states, of which a request takes all it ever needs when it enters
     whole: bool = False  # see `Pace`; the first of a step may be longer than what there is
-    forced: int = 0  # see `Pace`
+    forced: int = 0  # tokens that grammars forced, as far as the step keeps within `Pace.forced`
+    bounds: bool = False  # whether `forced` holds: with a prompt's chunk, or so many decodes, the step has more anyway
     long: int = 0  # tokens of a prompt beyond which it is a long one
     used: bool = False
     price: Price | None = None  # of tokens of prompts; `left` counts such as have nothing before them
@@ -233,9 +237,14 @@ def _go_on(spent: Spent, slots: Slots, prefills: list[int], purse: _Purse) -> in
             return at
         request, start = slots.at(slot), int(slots.computed[slot])
         todo = int(slots.length[slot]) - start
-        if purse.forced and start + 1 >= slots.forced[slot]:
+        if start + 1 < slots.forced[slot]:
+            purse.bounds = False
+        elif purse.bounds and purse.forced <= 0:
+            continue  # one of the next steps has room for it
+        elif purse.bounds:
             todo = min(todo, purse.forced)
         count = purse.chunk(start, todo, int(slots.covered[slot]))
+        purse.forced -= count
         if count <= 0 and purse.whole:
             continue  # one of the next steps has room for it
         if count <= 0:
@@ -302,7 +311,7 @@ def promised_to(slots: Slots, staying: NDArray[np.int32], share: float) -> int:
 
 def _lengthen(chunk: Chunk, slots: Slots, purse: _Purse) -> None:
     slot, at = chunk.request.slot, chunk.start + chunk.count
-    if purse.forced and at >= slots.forced[slot]:
+    if purse.bounds and at >= slots.forced[slot]:
         return
     covered = max(int(slots.covered[slot]), -(-at // purse.size) * purse.size)
     chunk.count += max(0, purse.chunk(at, int(slots.length[slot]) - at, covered))

@@ -9,6 +9,7 @@ from phloem.core.errors import ConfigError
 from phloem.core.resolve import Decision
 from phloem.core.speculation import AUTO, MODELS, NONE, cannot
 from phloem.engine.branches import TreeShape
+from phloem.platforms._facts import in_host_memory
 from phloem.speculation.controller import Controller
 from phloem.speculation.drafters import DRAFTERS, loader, of_texts
 from phloem.speculation.modelled import ModelledRunner
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 NAME = "speculative_algorithm"
 # A step of more rows on the CPU multiplies some weights in another form, and so in other bits.
 MOST_ROWS = 24
+USUAL = "suffix"  # unasked, where nothing is lost by it
 
 
 def check(wanted: Wanted) -> None:
@@ -59,8 +61,9 @@ def beside(wanted: Wanted, checkpoint: Checkpoint) -> Beside | None:
     return branching
 
 
-def decide(wanted: Wanted, runner: ModelRunner, why: str = "") -> tuple[str, Decision]:
+def decide(wanted: Wanted, runner: ModelRunner, why: str = "", alone: bool = True) -> tuple[str, Decision]:
     """(The drafter's name, or `none`; the decision). `why`: what else is served makes it impossible; "": nothing.
+    `alone`: the engine has one rank, and prefills and decodes.
 
     Raises:
         ConfigError: the drafter that was asked for cannot serve this model.
@@ -73,9 +76,26 @@ def decide(wanted: Wanted, runner: ModelRunner, why: str = "") -> tuple[str, Dec
     if why:
         return NONE, without(wanted, why)
     if asked == AUTO:
-        return NONE, Decision(NAME, NONE, "drafting can lose a tenth of plain decoding's speed; asked for: suffix")
+        return _unasked(wanted, runner, alone)
     what = "drafts" if wanted.topk == 1 else f"drafts as a tree, {wanted.topk} wide and {wanted.steps} deep"
     return asked, Decision(NAME, asked, f"as asked, up to {wanted.drafts} {what}; {_how(wanted, runner)}")
+
+
+def _unasked(wanted: Wanted, runner: ModelRunner, alone: bool) -> tuple[str, Decision]:
+    """`decide` where nobody said anything: only what changes no bit, and was measured to cost nothing."""
+    why = ""
+    if not in_host_memory(runner.pool.device):
+        why = "not measured to pay on a device of its own"
+    elif not runner.row_bits:
+        why = "the number of rows may change the last bits here"
+    elif not alone:
+        why = "not measured to pay with several ranks, or with prefill and decode in two servers"
+    elif not wanted.adaptive:
+        why = "drafts that are verified always are asked for by name"
+    if why:
+        return NONE, Decision(NAME, NONE, f"{why}; asked for: {USUAL}")
+    what = f"repeated text comes several tokens a step, up to {wanted.drafts} drafts, with few requests at a time"
+    return USUAL, Decision(NAME, USUAL, f"{what}; {_how(wanted, runner)}; --speculative-algorithm none does without")
 
 
 def without(wanted: Wanted, why: str) -> Decision:

@@ -54,7 +54,7 @@ class FakeStudio(FakeEngine):
     def _draw(self, draw: Draw) -> None:
         if self.refuse_draw is not None:
             status, text, param = self.refuse_draw
-            self.say(Painted(id=draw.id, done=True, error=text, status=status, param=param))
+            self.say(Painted(id=draw.id, done=True, error=text, status=status, param=param, code="told_so"))
             return
         if draw.film:
             self.say(Painted(id=draw.id, steps=draw.steps or 4))

@@ -61,7 +61,10 @@ class Flux2(Family):
         processor, found, shapes = self.pipe.image_processor, list["Tensor"](), list[tuple[int, int]]()
         for picture in pictures:
             image = image_of(picture)
-            processor.check_image_input(image)
+            try:
+                processor.check_image_input(image)
+            except ValueError as error:  # too small or too narrow for what the model was trained on
+                raise BadRequest(f"image: {error}", param="image") from None
             if image.width * image.height > MOST_AREA:
                 image = processor._resize_to_target_area(image, MOST_AREA)
             width, height = (side // self.grid * self.grid for side in image.size)

@@ -71,7 +71,7 @@ class VideosBody(PictureFields, kw_only=True):
         except ValueError:
             raise BadRequest(f"seconds: {self.seconds!r:.40} is no number", param="seconds") from None
         if not isfinite(seconds) or not 0 < seconds <= MAX_SECONDS:
-            raise BadRequest(f"seconds: {self.seconds!r:.40} is not above 0", param="seconds")
+            raise BadRequest(f"seconds: {self.seconds!r:.40} is not in 0 to {MAX_SECONDS:g}", param="seconds")
         grid = facts.frame_grid
         frames = max(0, round((seconds * fps - 1) / grid)) * grid + 1
         if frames > facts.max_frames:

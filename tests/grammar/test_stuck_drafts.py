@@ -53,7 +53,7 @@ def test_a_chosen_draft_that_leads_nowhere_is_the_clients_fault() -> None:
     found = follower()
     found.move_to([])
     assert len(found.masks([], [OTHER, STUCK_BEHIND, OTHER])) == 2
-    with pytest.raises(BadRequest, match="ebnf: .*goes on from here"):
+    with pytest.raises(BadRequest, match=r"ebnf: .*goes on from here"):
         found.masks([OTHER, STUCK_BEHIND, 30], [])  # what was chosen behind it had no mask
 
 

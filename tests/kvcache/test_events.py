@@ -221,6 +221,16 @@ def test_wrong_settings_are_told_with_what_there_is() -> None:
 # over ZeroMQ
 
 
+def test_a_publisher_that_connects_says_that_nobody_can_subscribe(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("zmq", reason="needs pyzmq")
+    publisher = ZmqPublisher(read_config('{"endpoint": "tcp://127.0.0.1:9"}'), SIZE)
+    try:
+        assert publisher.info()["bound"] is False
+        assert "nobody can subscribe here" in caplog.text
+    finally:
+        publisher.close()
+
+
 @pytest.fixture
 def published() -> Iterator[tuple[Driver, ZmqPublisher, Any]]:
     zmq = pytest.importorskip("zmq", reason="needs pyzmq")

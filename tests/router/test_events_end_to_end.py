@@ -146,6 +146,19 @@ async def test_the_gateway_sends_a_prompt_of_tokens_where_its_pages_are() -> Non
     sink.close()
 
 
+async def test_a_server_that_takes_no_subscribers_is_guessed_at(caplog: pytest.LogCaptureFixture) -> None:
+    """Its account would stay as it was when it was asked, and be believed."""
+    away = ZmqPublisher(read_config('{"endpoint": "tcp://127.0.0.1:9"}'), SIZE)
+    event = {"type": "BlockStored", "block_hashes": [1], "token_ids": [1, 2, 3, 4], "block_size": 4}
+    one = Worker(facts={"kv_events": away.info()}, dump={"sequence": 0, "events": [event]})
+    async with gateway(one, policy="cache_aware") as gate:
+        await gate.until(lambda: "takes no subscribers" in caplog.text)
+        fleet = gate.router.fleet
+        assert not fleet.cached.knows(fleet.workers[one.url].bit)
+        assert (await gate.http.delete(f"/workers/{fleet.workers[one.url].id}")).status_code == 202
+    away.close()
+
+
 def test_endpoints_are_reached_at_their_worker() -> None:
     assert endpoint_at("tcp://*:5557", "10.0.0.7") == "tcp://10.0.0.7:5557"
     assert endpoint_at("tcp://0.0.0.0:5557", "::1") == "tcp://[::1]:5557"

@@ -67,6 +67,19 @@ def test_answers_are_those_of_plain_decoding(overlap: bool, seed: int) -> None:
     assert driver.runner.max_tokens <= 64
 
 
+@both
+def test_prompts_are_measured_beside_drafts(overlap: bool) -> None:
+    """Refusals by a predicted wait, deadlines and gateways go by it."""
+    guess = Guess(right=1.0)
+    driver = Driver(overlap=overlap, chunked_prefill_size=16, drafter=guess, draft_room=4)
+    prompt = random_tokens(random.Random(1), 40)
+    guess.know("a", prompt, driver.expected(prompt, 20, 0, None))
+    driver.submit("a", prompt, 20)
+    driver.run()
+    assert driver.runner.accepted > 3
+    assert driver.scheduler.meter.prefill_tokens == 40 - 3  # chunks of 16, 16 and 8, less one each
+
+
 @pytest.mark.slow
 @both
 @pytest.mark.parametrize("seed", range(6))

@@ -145,6 +145,11 @@ class Batch:
         return len(self.input_ids)
 
     @property
+    def num_prompt_tokens(self) -> int:
+        """Of prompts, less one a row: neither decoding rows nor the drafts behind them count. Not of a step with canvases."""
+        return int(np.maximum(self.query_lens - np.maximum(self.outputs, 1), 0).sum())
+
+    @property
     def is_decode(self) -> bool:
         """True when every row has exactly one new token and yields one: the step a graph can serve."""
         return self.num_tokens == self.num_rows and bool((self.outputs == 1).all())

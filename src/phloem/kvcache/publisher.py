@@ -98,7 +98,11 @@ class ZmqPublisher:
         self._pub = self._context.socket(zmq.PUB)
         self._pub.setsockopt(zmq.SNDHWM, config.hwm)
         self._router: Any = None
-        self.endpoint = self._open(self._pub, config.endpoint, config.bind)
+        self.bound = binds(config.endpoint) if config.bind is None else config.bind
+        self.endpoint = self._open(self._pub, config.endpoint, self.bound)
+        if not self.bound:
+            text = "cache events go to whoever listens at %s: nobody can subscribe here; with a host of * or bind they can"
+            _log.warning(text, self.endpoint)
         self.replay_endpoint: str | None = None
         if config.replay_endpoint:
             self._router = self._context.socket(zmq.ROUTER)
@@ -108,10 +112,10 @@ class ZmqPublisher:
         self._thread = threading.Thread(target=self._run, name="phloem-kv-events", daemon=True)
         self._thread.start()
 
-    def _open(self, sock: Any, endpoint: str, bind: bool | None) -> str:
+    def _open(self, sock: Any, endpoint: str, bind: bool) -> str:
         place = _with_rank(endpoint, self._rank)
         try:
-            if binds(place) if bind is None else bind:
+            if bind:
                 sock.bind(place)
                 return sock.getsockopt_string(self._zmq.LAST_ENDPOINT) if place.endswith(":*") else place
             sock.connect(place)
@@ -155,6 +159,7 @@ class ZmqPublisher:
             "publisher": "zmq",
             "instance": self._instance,
             "endpoint": self.endpoint,
+            "bound": self.bound,
             "endpoint_host": host.partition("://")[2],
             "endpoint_port_base": int(port) - self._rank if port.isdigit() else None,
             "topic": self._config.topic,

@@ -46,7 +46,7 @@ class Fleet:
         self.workers: dict[str, Worker] = {}  # by address
         self._draw = random.Random(seed)
         self._policies: dict[str, Policy] = {}
-        self._followers: dict[Worker, tuple[Any, asyncio.Task[None]]] = {}
+        self._followers: dict[Worker, tuple[Any, asyncio.Task[None] | None]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._busy = asyncio.Semaphore(AT_ONCE)
         self._bits = 0
@@ -302,6 +302,11 @@ class Fleet:
             self._told_zmq = True
             return
         self._unfollow(worker)
+        if about.get("bound") is False:
+            text = "worker %s sends its cache events to %s and takes no subscribers: its cache is guessed at"
+            self._followers[worker] = about, None
+            _log.warning(text, worker.url, about.get("endpoint"))
+            return
 
         async def dump() -> tuple[int, list[Any]] | None:
             found = await self.fetch(worker, "/kv_events/dump")
@@ -313,7 +318,7 @@ class Fleet:
 
     def _unfollow(self, worker: Worker) -> None:
         found = self._followers.pop(worker, None)
-        if found is not None:
+        if found is not None and found[1] is not None:
             found[1].cancel()
         self.cached.forget(worker.bit)
 

@@ -65,7 +65,7 @@ class Meter:
         return self.prefill_seconds / self.prefill_tokens if self.prefill_tokens else 0.0
 
     def step_done(self, output: StepOutput, prompts: int = 0) -> None:
-        """`prompts`: tokens of the step beyond one a row."""
+        """`prompts`: tokens of prompts, less one a row."""
         self.steps += 1
         if prompts > 0:
             self.prefill_tokens += prompts

@@ -512,8 +512,7 @@ class Scheduler:
         begun, self._step_began = self._step_began, self.clock()
         traced.step(launched.plan, begun, self._step_began)
         batch = launched.plan.batch
-        mixed = self.settings.speculates or batch.canvas is not None
-        self.meter.step_done(output, 0 if mixed else batch.num_tokens - batch.num_rows)
+        self.meter.step_done(output, batch.num_prompt_tokens if batch.canvas is None else 0)
         self._service.saw(batch, output.forward_seconds)
         self.planner.throttle.passed()
         self._cornered = None

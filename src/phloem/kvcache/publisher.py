@@ -101,7 +101,9 @@ class ZmqPublisher:
         self.bound = binds(config.endpoint) if config.bind is None else config.bind
         self.endpoint = self._open(self._pub, config.endpoint, self.bound)
         if not self.bound:
-            text = "cache events go to whoever listens at %s: nobody can subscribe here; with a host of * or bind they can"
+            text = (
+                "cache events go to whoever listens at %s: nobody can subscribe here; with a host of * or bind they can"
+            )
             _log.warning(text, self.endpoint)
         self.replay_endpoint: str | None = None
         if config.replay_endpoint:

@@ -92,6 +92,37 @@ async def test_a_named_worker_is_tried_again_and_no_other_is_asked_for_it() -> N
         gate.idle()
 
 
+@pytest.mark.parametrize(
+    ("begin", "again"),
+    [
+        (b"HTTP/1.1 200 OK\r\nx: ", b"a"),  # a line without an end
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n0\r\nx: ", b"a"),  # a trailer, likewise
+    ],
+)
+async def test_a_header_without_an_end_is_cut_off(begin: bytes, again: bytes) -> None:
+    sent = 0
+
+    async def endless(request: Request) -> None:
+        nonlocal sent
+        request.writer.write(begin)
+        for _ in range(2000):
+            request.writer.write(again * (16384 // len(again)))
+            sent += 16384
+            await request.writer.drain()
+            await asyncio.sleep(0)
+
+    async with gateway(Worker(answer=endless), retry_max_retries=0) as gate:
+        answer = None
+        try:
+            answer = await asyncio.wait_for(gate.chat(), 10)
+        except httpx.RemoteProtocolError:
+            assert b"chunked" in begin  # the head had gone out by then
+        assert answer is None or answer.status_code == 503
+        await gate.until(lambda: not gate.router.relay.flying)
+        assert sent < 8 << 20  # far below what it would send: sockets hold some of it
+
+
 @pytest.mark.parametrize("loads", [[1], "x", {"total_prefill_uncached_tokens": None, "total_prefill_busy_us": "x"}])
 async def test_a_worker_that_tells_its_load_otherwise_serves_all_the_same(loads: Any) -> None:
     async with gateway(Worker(loads=loads)) as gate:

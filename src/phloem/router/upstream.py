@@ -149,6 +149,7 @@ class Connection(asyncio.Protocol):
         self._parts: list[bytes] = []  # of the body, from what is being read
         self._paused = False
         self._header_bytes = 0
+        self._unread = 0  # bytes that came since the parser had something whole: it keeps a line that does not end
         self.used = 0  # requests it has carried
         self.idle_since = 0.0
 
@@ -159,7 +160,7 @@ class Connection(asyncio.Protocol):
 
     def begin(self, exchange: Exchange, head: bytes, body: bytes | bytearray) -> None:
         assert self._transport is not None
-        self._exchange, self._header_bytes = exchange, 0
+        self._exchange, self._header_bytes, self._unread = exchange, 0, 0
         self._parts.clear()
         self.used += 1
         exchange.attach(self)
@@ -190,7 +191,10 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         try:
+            self._unread += len(data)
             self._parser.feed_data(data)
+            if self._unread > MOST_HEADER_BYTES:
+                raise ValueError(f"{self._unread} bytes neither end its header nor belong to its body")
             self._pass_on()
         except (httptools.HttpParserError, ValueError) as error:
             self._fail(f"the server's answer is no HTTP: {error}")
@@ -236,17 +240,19 @@ class Connection(asyncio.Protocol):
         if status < 200:
             exchange.headers.clear()  # 100 Continue and its like
             return
+        self._unread = 0
         exchange.status = status
         exchange.heard = self._loop.time()
 
     def on_body(self, body: bytes) -> None:
+        self._unread = 0
         self._parts.append(body)
 
     def on_message_complete(self) -> None:
         exchange = self._exchange
         if exchange is None or not exchange.status:
             return
-        self._exchange = None
+        self._exchange, self._unread = None, 0
         keeps = self._parser.should_keep_alive()
         self.go_on()
         exchange.end(self._taken())

@@ -425,6 +425,7 @@ def run_plan(plan: Plan, path: str, only: Iterable[str]) -> dict[str, Results]:
             "max_total_tokens": 8192,
             "random_seed": 7,
             "watchdog_timeout": 120.0,
+            "speculative_algorithm": "none",  # drafts by measured times change when requests lose their pages
             "log_level": "error",
             **plan.settings,
         }

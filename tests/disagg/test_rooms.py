@@ -199,7 +199,8 @@ def emptied_there(pair: Pair) -> None:
     pair.both("a", PROMPT)
     pair.prefill.step(2)
     requests = pair.prefill.scheduler.slots.running()
-    pair.prefill.scheduler._start_over(requests, RuntimeError("injected"))  # pyright: ignore[reportPrivateUsage]
+    start_over = pair.prefill.scheduler._start_over  # pyright: ignore[reportPrivateUsage]
+    start_over(requests, RuntimeError("injected"), "a step")
 
 
 def it_was_fetched_before(pair: Pair) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from phloem.core.errors import BadRequest, QueueFull
+from phloem.core.errors import BadRequest, EngineDead, QueueFull
 from phloem.core.late import Prepared
 from phloem.core.messages import Drain
 from phloem.core.request import FinishReason, RequestStatus
@@ -85,6 +86,31 @@ def test_a_launch_that_raises_ends_its_requests() -> None:
     driver.submit("b", [11, 12], 5)
     driver.run()
     assert driver.tokens["b"] == driver.expected([11, 12], 5)
+
+
+@both
+@pytest.mark.parametrize("call", ["launch", "result"])
+def test_a_runner_that_has_gone_ends_the_engine_and_answers_nobody(
+    overlap: bool, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests are answered by who sees the engine go: 503, to be tried again."""
+    driver = Driver(overlap=overlap)
+    for name in "ab":
+        driver.submit(name, [11, 12], 8)
+    if call == "launch":
+        driver.step()
+
+    def gone(*_: object) -> None:
+        raise EngineDead("rank 1 of 2 has gone")
+
+    if call == "launch":
+        monkeypatch.setattr(driver.runner, "launch", gone)
+    else:
+        launch = driver.runner.launch
+        monkeypatch.setattr(driver.runner, "launch", lambda batch: SimpleNamespace(result=gone, inner=launch(batch)))
+    with pytest.raises(EngineDead, match="rank 1 of 2"):
+        driver.run()
+    assert not driver.finish
 
 
 def test_a_result_that_cannot_be_taken_fails_alone() -> None:

@@ -41,15 +41,16 @@ def close(found: Any, want: np.ndarray[Any, Any]) -> bool:
 def test_weights_are_those_of_the_checkpoint_while_steps_run(engine: Engine, model: Path) -> None:
     stored = load_file(model / "model.safetensors")
     alone: Any = engine.generate("hello there", LONG)
-    lengths: list[int] = []
     stream: Any = engine.generate("hello there", LONG, stream=True)
-    for name, event in zip(stored, stream, strict=False):
-        lengths.append(len(event["output_ids"]))
+    first = last = next(stream)
+    for name in stored:  # an event may bring several tokens: perhaps there are fewer than weights
+        last = next(stream, last)
         assert close(engine.get_weights_by_name(name), stored[name][:100]), name
         assert close(engine.get_weights_by_name(name, 3), stored[name][:3]), name
-    *_, last = stream
-    assert last["output_ids"] == alone["output_ids"] and len(lengths) == len(stored)
-    assert lengths[0] < len(alone["output_ids"]), "the first were read while it ran"
+    for event in stream:
+        last = event
+    assert last["output_ids"] == alone["output_ids"]
+    assert len(first["output_ids"]) < len(alone["output_ids"]), "the first were read while it ran"
     with pytest.raises(PhloemError, match="no weight is called 'model'"):
         engine.get_weights_by_name("model")
 

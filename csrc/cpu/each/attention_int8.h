@@ -1,8 +1,9 @@
 // Query rows against the int8 cache: one path for one query token and for many. A tile of 64 tokens is used as it lies in
 // its pages, in groups of 16 (int8_page.h); while it is computed the next one is asked for, so that memory is busy all
 // the time. With AVX-512 all products are of bytes (vpdpbusd): a query row has one scale, and so have a row's weights in
-// a tile, whose largest is 255. With AVX2 they are of bytes too, of which four of a
-// row share a word (attention_bytes.h). With NEON they are of bytes, two for each query and weight (attention_dots.h). Elsewhere queries, weights and products are float32.
+// a tile, whose largest is 255. With AVX2 they are of bytes too, of which four of a row share a word
+// (attention_bytes.h). With NEON they are of bytes, two for each query and weight (attention_dots.h). Elsewhere queries,
+// weights and products are float32.
 #pragma once
 #include "../int8_page.h"
 #include "attention_args.h"

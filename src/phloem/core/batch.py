@@ -146,7 +146,7 @@ class Batch:
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Of prompts, less one a row: neither decoding rows nor their drafts count. Not for steps with canvases."""
+        """Of prompts, less one a row: neither decoding rows nor their drafts count. Not of a step with canvases."""
         return int(np.maximum(self.query_lens - np.maximum(self.outputs, 1), 0).sum())
 
     @property

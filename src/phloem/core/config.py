@@ -313,7 +313,8 @@ class SpeculativeConfig:
     """Drafts that are verified (`docs/speculation.md`). Answers are the same with and without."""
 
     speculative_algorithm: str | None = opt(
-        None, "Where drafts come from: auto (default), none, suffix, ngram, standalone, eagle, eagle3 or nextn."
+        None,
+        "Whence drafts come: auto (default: suffix on a CPU), none, suffix, ngram, standalone, eagle, eagle3, nextn.",
     )
     speculative_num_steps: int | None = opt(None, "Drafts behind a token, at most; default 23, of models 5, else 7.")
     speculative_num_draft_tokens: int | None = opt(None, "The same with the token before them: one more.")

@@ -76,4 +76,5 @@ def refuse_alone(config: Config, checkpoint: Checkpoint) -> None:
     model = build_model(checkpoint.model_type, checkpoint.config, ctx, POSITIONS)
     check(config, checkpoint, model, spread, chosen)
     if kept and not (isinstance(model, Decoder) and has_experts(model)):
-        raise ConfigError("kt_num_gpu_experts: this model has no routed experts", param="kt_num_gpu_experts")
+        name = "kt_weight_path" if own.kt_num_gpu_experts is None else "kt_num_gpu_experts"
+        raise ConfigError(f"{name}: this model has no routed experts", param=name)

@@ -85,6 +85,7 @@ class Following:
         self._min_new_tokens = params.min_new_tokens
         self._cursor: Cursor | None = None
         self._moved: list[int] | None = None
+        self._stuck: tuple[list[int], BadRequest] | None = None  # output that would not go on, and why
         self._buffers: list[NDArray[np.int32]] = []
         self._masks = 0
         self._seconds = 0.0
@@ -110,6 +111,10 @@ class Following:
             self._cursor = Cursor(self._make(), self._vocabulary.eos_ids)
         cursor = self._cursor
         moved, self._moved = self._moved, None
+        if self._stuck is not None:
+            output = [*cursor.taken, *sampled] if moved is None else moved
+            if output[: len(self._stuck[0])] == self._stuck[0]:
+                raise self._stuck[1]  # what was chosen behind that draft had no mask, and need not fit
         start = time.thread_time()
         if moved is not None:
             # No step was in flight when the scheduler moved the request, so `sampled` is part of it.
@@ -124,7 +129,8 @@ class Following:
 
     def _look_ahead(self, cursor: Cursor, drafts: Sequence[int], found: list[NDArray[np.int32] | None]) -> None:
         """Masks behind drafts, as long as these are allowed; the cursor is where it was when this returns."""
-        here, start = len(cursor.taken), time.thread_time()
+        here, start, self._stuck = len(cursor.taken), time.thread_time(), None
+        place = 0
         try:
             for place, token in enumerate(drafts):
                 if not _base.allows(self._buffers[place], token):
@@ -132,8 +138,10 @@ class Following:
                 cursor.extend([token])
                 found.append(self._mask(cursor, place + 1))
             cursor.back(len(cursor.taken) - here)
-        except PhloemError:
-            # Should that draft be chosen, the next call will raise. A matcher that is stuck cannot go back.
+        except PhloemError as error:
+            # Should that draft be chosen, the next call raises this. A matcher that is stuck cannot go back.
+            if isinstance(error, BadRequest):
+                self._stuck = [*cursor.taken[:here], *drafts[: place + 1]], error
             self._cursor = Cursor(self._make(), self._vocabulary.eos_ids)
             self._cursor.extend(cursor.taken[:here])
         self._count((time.thread_time() - start) / len(drafts))

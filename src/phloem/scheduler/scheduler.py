@@ -468,8 +468,7 @@ class Scheduler:
             self._service.turn(self.clock())
             plan = self.planner.next_batch()
         except Exception as error:
-            log.exception("planning failed")
-            self._start_over(self.slots.running(), error)
+            self._start_over(self.slots.running(), error, "planning failed")
         self._end_refused()
         if plan is None:
             return False
@@ -482,8 +481,7 @@ class Scheduler:
             copied = None if self.further is None else self.further.launching()
             pending = self.runner.launch(plan.batch)
         except Exception as error:
-            log.exception("step %d could not be launched", plan.batch.step)
-            self._start_over(plan.rows, error)
+            self._start_over(plan.rows, error, f"step {plan.batch.step} could not be launched")
             return True
         if not self.inflight:
             self._step_began = now
@@ -508,11 +506,8 @@ class Scheduler:
         except OutOfMemory as error:
             self._run_again(launched, error)
             return
-        except EngineDead:
-            raise  # the runner itself has gone: nothing can be served again
         except Exception as error:
-            log.exception("step %d failed", launched.plan.batch.step)
-            self._start_over(launched.plan.rows, error)
+            self._start_over(launched.plan.rows, error, f"step {launched.plan.batch.step} failed")
             return
         begun, self._step_began = self._step_began, self.clock()
         traced.step(launched.plan, begun, self._step_began)
@@ -556,8 +551,12 @@ class Scheduler:
             message = f"out of memory: not even a step of this request alone, with {least}, fits ({error.message})"
             self.results.fail(alone, message, error.status)
 
-    def _start_over(self, victims: list[Request], error: Exception) -> None:
-        """A whole step failed: its requests end, and as no KV can be trusted, all others are computed again."""
+    def _start_over(self, victims: list[Request], error: Exception, what: str) -> None:
+        """A whole step failed: its requests end, and as no KV can be trusted, all others are computed again. Raises
+        EngineDead where the runner itself has gone: nothing can be served again."""
+        if isinstance(error, EngineDead):
+            raise error
+        log.error("%s", what, exc_info=error)
         for plan in self._drop_inflight():
             for request in plan.rows:
                 request.forget_inflight()

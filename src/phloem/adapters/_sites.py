@@ -152,8 +152,8 @@ class Sites:
     """
 
     def __init__(self, model: Any, ops: Ops, dtype: torch.dtype, entries: int, rank: int) -> None:
-        layers = list(_linears(model)) if isinstance(model, Layer) else []
         check_adaptable(model)
+        layers = list(_linears(model))
         self.model: Adaptable = model  # pyright: ignore[reportAttributeAccessIssue] - as was just asked
         self.entries, self.rank = entries, rank
         self.dtype = ops.adapter_dtype or dtype

@@ -15,8 +15,10 @@ from share_support import checkpoint
 from phloem.checkpoint.describe import describe
 from phloem.checkpoint.families import family
 from phloem.core.config import Config
-from phloem.core.errors import ConfigError
+from phloem.core.errors import ConfigError, ModelLoadError
 from phloem.launch import core
+from phloem.models import qwen3_moe
+from phloem.models._common import Decoder
 from phloem.testing.checkpoints import families, tiny_checkpoint
 
 SUFFIX, SEVERAL = {"speculative_algorithm": "suffix"}, {"pp_size": 2}
@@ -27,10 +29,13 @@ CAPTURE = {"enable_spec_capture": True, "spec_capture_dir": "here"}
 @pytest.fixture(autouse=True)
 def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     def started(*_: object, **__: object) -> None:
-        raise AssertionError("an engine, and its ranks, were started")
+        raise AssertionError("ranks were started")
 
-    monkeypatch.setattr(core, "EngineCore", started)
+    def read(*_: object, **__: object) -> None:
+        raise AssertionError("weights were read")
+
     monkeypatch.setattr(core, "RankProcesses", started)
+    monkeypatch.setattr(Decoder, "load", read)
 
 
 def refusal(path: Path | str, **options: Any) -> str:
@@ -96,12 +101,38 @@ def test_adapters_that_ranks_do_not_share_out(tmp_path: Path) -> None:
     assert name in why and "served by one rank alone" in why
 
 
+@pytest.mark.parametrize(
+    "options", [{"enable_lora": True, "max_lora_rank": 4}, {"expert_distribution_recorder_mode": "stat"}]
+)
+def test_a_model_is_built_once(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that is asked what it lacks is the one whose weights are read."""
+    path, built, read = str(checkpoint("qwen3_moe", tmp_path)), list[Any](), list[Any]()
+    real = qwen3_moe.build
+
+    def build(*args: Any) -> Any:
+        built.append(real(*args))
+        return built[-1]
+
+    def load(model: Any, *_: Any) -> None:
+        read.append(model)
+        raise ModelLoadError("far enough")
+
+    monkeypatch.setattr(qwen3_moe, "build", build)
+    monkeypatch.setattr(Decoder, "load", load)
+    config = Config.from_flat({"model_path": path, **options})
+    with pytest.raises(ModelLoadError, match="far enough"):
+        core.serve(config, describe(path), lambda message: None, lambda _: [])
+    assert len(built) == 1 and read == built
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", families())
 def test_of_no_family_that_is_served_with_adapters(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model without weights can be made of every one of them."""
+    """None lacks what adapters need: all get as far as their weights."""
     path = str(tiny_checkpoint(name, tmp_path))
     found = describe(path)
     if found.pooling is not None or family(name).diffusion is not None:
         pytest.skip("served otherwise")
-    core.refuse(Config.from_flat({"model_path": path, "enable_lora": True}), found)
+    config = Config.from_flat({"model_path": path, "enable_lora": True})
+    with pytest.raises(AssertionError, match="weights were read"):
+        core.serve(config, found, lambda message: None, lambda _: [])

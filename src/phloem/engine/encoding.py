@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.config import Config
     from phloem.core.media import Media
-    from phloem.models import Model
+    from phloem.models import Loadable, Model
     from phloem.models._vision import VisionTower
     from phloem.platforms import Platform
 
@@ -192,11 +192,18 @@ def load_seeing(
     ctx: BuildContext,
     progress: Callable[[str, float], None],
     decisions: list[Decision],
+    check: Callable[[Loadable], None],
 ) -> Model:
     """A model of ours with its weights, and what sees for it: its own tower, one of transformers' code, or none, where
-    encoder servers have it. Raises ModelLoadError."""
+    encoder servers have it. `check`: called with the model before its weights are read. Raises ModelLoadError, and what
+    `check` raises."""
     alone = config.disagg.language_only
-    cut = without_tower if alone and checkpoint.seen is None else None
+
+    def cut(model: Loadable) -> None:
+        check(model)
+        if alone and checkpoint.seen is None:
+            without_tower(model)
+
     model = models.load_model(checkpoint, ctx, progress, cut)
     if checkpoint.seen is not None and isinstance(model, Decoder):
         seen, size = checkpoint.seen, model.hidden_size

@@ -1,9 +1,8 @@
 """What only a model's layers tell of what it cannot be served with: asked of a model without weights, before any is
-read."""
+read. One rank asks the model that it is about to read; several, a share of it that is made for that."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,12 +11,11 @@ from phloem.adapters._sites import check_adaptable
 from phloem.core.errors import ConfigError
 from phloem.core.memory import groups_of
 from phloem.core.speculation import AUTO, NONE, cannot, wanted
-from phloem.engine.counts import check_counted, spread_of
-from phloem.engine.routes import check_told, chosen_of
+from phloem.engine.counts import check_counted
+from phloem.engine.routes import check_told
 from phloem.engine.unserved import undrafted
 from phloem.kernels.ops import Ops
 from phloem.layers.context import BuildContext
-from phloem.models import build_model
 from phloem.models._common import Decoder
 
 if TYPE_CHECKING:
@@ -58,23 +56,14 @@ def check_drafts(config: Config, checkpoint: Checkpoint, model: Any) -> None:
         raise cannot(drafts, why)
 
 
-def refuse_alone(config: Config, checkpoint: Checkpoint) -> None:
-    """Of a model on one rank, where something is asked for that not every model has.
-
-    Raises:
-        ConfigError: this one does not have it.
-        ModelLoadError: its configuration makes no model.
-    """
-    if checkpoint.chosen.impl != "phloem" or checkpoint.pooling is not None:
-        return  # other layers: what they lack is told without reading their weights, too
-    spread, chosen = spread_of(config, checkpoint), chosen_of(config, checkpoint)
-    own, lora = config.experts, config.lora
-    kept = own.kt_num_gpu_experts is not None or own.kt_weight_path is not None
-    if spread is None and chosen is None and not kept and not (lora.enable_lora or lora.lora_paths):
-        return
-    ctx = replace(context(spread), chosen=chosen)
-    model = build_model(checkpoint.model_type, checkpoint.config, ctx, POSITIONS)
+def check_alone(
+    config: Config, checkpoint: Checkpoint, model: Any, spread: Spread | None, chosen: Chosen | None
+) -> None:
+    """As `check`, of the model of one rank before its weights are read."""
     check(config, checkpoint, model, spread, chosen)
-    if kept and not (isinstance(model, Decoder) and has_experts(model)):
+    own = config.experts
+    if own.kt_num_gpu_experts is None and own.kt_weight_path is None:
+        return
+    if not (isinstance(model, Decoder) and has_experts(model)):
         name = "kt_weight_path" if own.kt_num_gpu_experts is None else "kt_num_gpu_experts"
         raise ConfigError(f"{name}: this model has no routed experts", param=name)

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from phloem.attention import AttentionBackend, Sharing
     from phloem.core.batch import Batch, Follower, Places, StepOutput
     from phloem.core.config import LogprobsMode
+    from phloem.core.memory import Group
     from phloem.engine.beside import Prepared
     from phloem.engine.branches import Laid
     from phloem.engine.forward import Way
@@ -61,6 +62,22 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 MOST_READ = 1 << 22  # numbers of a weight in one answer
+
+
+def _forwards(groups: Sequence[Group]) -> bool:
+    return all(group.kind != "state" for group in groups)
+
+
+def stands_apart(model: Model, groups: Sequence[Group], *, on_host: bool) -> bool:
+    """Whether each token of an answer is a row of its own, whatever stands beside it."""
+    # Tokens of a block of diffusion see each other: they are never rows of their own.
+    alone = not any(spec.block for spec in model.attention_specs) and not isinstance(model, Conditioned)
+    return on_host and _forwards(groups) and alone
+
+
+def cuts_back(groups: Sequence[Group], *, on_host: bool) -> bool:
+    """Whether memory can be cut back to the tokens that were accepted."""
+    return on_host or _forwards(groups)
 
 
 class StepWork:
@@ -91,14 +108,11 @@ class StepWork:
         self.last = LastTokens(max_slots, pool.device, facts.on_host, streams, ops)
         self.masks = Masks(model.vocab_size, pool.device, ops, facts.masks_ahead, self.last.up)
         self._on_host, self._forgotten = facts.on_host, 0
-        forwards = all(group.kind != "state" for group in pool.groups)
-        # Tokens of a block of diffusion see each other: they are never rows of their own.
-        self.stands_apart = facts.on_host and forwards and not any(spec.block for spec in model.attention_specs)
-        self.stands_apart = self.stands_apart and not isinstance(model, Conditioned)
+        self.stands_apart = stands_apart(model, pool.groups, on_host=facts.on_host)
         self._each = self.stands_apart and ops.name == "invariant"
         self.gaps = Gaps(recorded) if recorded and facts.records_idle else None
         # What a step's states have taken in of refused drafts is undone; the host has the tokens for that.
-        self._replays, self.cuts_back = not forwards, forwards or facts.on_host
+        self._replays, self.cuts_back = not _forwards(pool.groups), cuts_back(pool.groups, on_host=facts.on_host)
         self._pool, self._ears = pool, ears_of(model, pool, backend.ops, max_slots)
         self.desk = None if desk is None else desk(self.last)
         eager = Eager(model, backend, pool)

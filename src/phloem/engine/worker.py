@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +13,15 @@ import torch
 from phloem import attention, platforms, quant
 from phloem.adapters import served
 from phloem.adapters._sites import Sites
-from phloem.attention import AttentionBackend, AttentionNeed
+from phloem.attention import AttentionBackend
 from phloem.attention._packed import refusal
 from phloem.checkpoint.families import audio_of
 from phloem.core import resolve, speculation
-from phloem.core.denoising import WHOLE
 from phloem.core.errors import ConfigError
 from phloem.core.memory import groups_of
 from phloem.core.ranges import parse_bytes
 from phloem.core.resolve import Decision
-from phloem.engine import balancing, compiled, denoising, experts, warm
+from phloem.engine import balancing, compiled, denoising, drafted, experts, on_paper, warm
 from phloem.engine import beside as drafts
 from phloem.engine.balancing import Balancer
 from phloem.engine.compiled import CompiledModel, CompiledSteps, check_model
@@ -29,13 +29,12 @@ from phloem.engine.counts import spread_of
 from phloem.engine.dtypes import (
     backend_names,
     dtype_of,
-    kept_in,
     kv_dtype_of,
-    kv_scales_of,
     tower_of,
-    unasked,
 )
 from phloem.engine.encoding import load_seeing
+from phloem.engine.kept import Kept
+from phloem.engine.kept import kept as kept_of
 from phloem.engine.media import Desk
 from phloem.engine.parallel import Executor, Leading, LeadingModel, Pages, ranks_here, ranks_of, shared, told_by
 from phloem.engine.pooled import PooledRunner
@@ -58,8 +57,6 @@ from phloem.utils.cores import available_cores
 from phloem.utils.machine import memory as total_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from phloem.attention import Sharing
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.config import Config
@@ -75,7 +72,6 @@ if TYPE_CHECKING:
     from phloem.layers.context import Chosen
     from phloem.layers.spread import Spread
     from phloem.models import Model, Tower
-    from phloem.models._scales import LayerScales
     from phloem.platforms import Platform
 
 _log = log.get("engine")
@@ -105,6 +101,7 @@ class Built:
     info: dict[str, Any] = field(default_factory=dict)
     recorder: Balancer | None = None  # counts how often experts are chosen
     denoising: Denoising | Renoising | None = None  # how a model of diffusion fills its blocks
+    drafter: str = speculation.NONE  # what drafts
 
 
 class _Phase:
@@ -163,7 +160,7 @@ def build(
     warming = warm.start(machine.platform, *_ahead(config, checkpoint, machine))
     phase.end("device")
     try:
-        built = _build(config, checkpoint, machine, warming, decisions, phase, team, beside)
+        built = _build(config, checkpoint, machine, warming, decisions, phase, team, beside, fills is not None)
         return replace(built, denoising=fills)
     except BaseException:
         if warming is not None:
@@ -213,15 +210,9 @@ def _foreign(config: Config, machine: _Machine) -> _Machine:
 
 
 def _build(
-    config: Config,
-    checkpoint: Checkpoint,
-    machine: _Machine,
-    warming: Warming | None,
-    decisions: list[Decision],
-    phase: _Phase,
-    team: Team | None,
-    beside: Beside | None,
-) -> Built:
+    config: Config, checkpoint: Checkpoint, machine: _Machine, warming: Warming | None, decisions: list[Decision],
+    phase: _Phase, team: Team | None, beside: Beside | None, fills: bool,
+) -> Built:  # fmt: skip
     platform, ops = machine.platform, machine.ops
     running, chunk, context = machine.running, machine.chunk, checkpoint.context_length
     free, _ = platform.memory()
@@ -231,9 +222,13 @@ def _build(
     model, sites, helper = _weights(config, checkpoint, machine, decisions, team, beside, chosen)
     balancer = balancing.settle(config, machine.spread, model, checkpoint, team, decisions)
     mover = balancer if machine.hosted is None else experts.settle(config, machine.hosted, model, decisions)
+    several = team is not None
+    where = drafted.place(config, checkpoint, platform, ops, model, several=several, fills=fills)
+    drafter = drafted.decide(config, where)
+    decisions.append(drafter.decision)
     phase.end("weights")
 
-    kept = _kept(config, checkpoint, machine, model, decisions)
+    kept = kept_of(config, checkpoint, platform, ops, machine.dtype, model, decisions)
     kv_dtype, scales, backend, page = kept.dtype, kept.scales, kept.backend, kept.page
     recorded = ops.recorder is not None and not config.runtime.disable_step_graph and not machine.eager
     own, stages = _stages(model)
@@ -251,7 +246,7 @@ def _build(
     more = platform.memory()[0], sizing.graph_bytes, sharing is not None, sites is not None, machine.eager
     place = choice.Place(model, backend, pool, ops, platform.facts, *more)
     pages = -(-min(context, sizing.tokens) // page) + 1
-    rows = max(running, speculation.wanted(config).rows) if platform.facts.on_host else running
+    rows = max(running, drafter.rows) if platform.facts.on_host else running
     ways = choice.choose(config.runtime, place, rows, pages, chunk, decisions)
     phase.end("memory")
     if choice.record_first(config.runtime, ways, platform.facts, decisions):
@@ -271,11 +266,11 @@ def _build(
     )  # fmt: skip
     sizes = running, chunk, machine.mixed, min(chunk, platform.worthwhile_chunk), sizing.tokens
     info = _info(machine, runner, kv_dtype, sizing.facts.bytes_per_token)
-    return Built(runner, context, *sizes, tower_of(model), sites, decisions, info, balancer)
+    return Built(runner, context, *sizes, tower_of(model), sites, decisions, info, balancer, drafter=drafter.drafter)
 
 
 def _pool(
-    model: Model, helper: Loaded | None, sizing: Sizing, kept: _Kept, device: torch.device, own: frozenset[int] | None
+    model: Model, helper: Loaded | None, sizing: Sizing, kept: Kept, device: torch.device, own: frozenset[int] | None
 ) -> KVPool:
     """The memory of all layers; where drafts branch, with pages for that."""
     counts = drafts.with_spare(helper, groups_of(model.memory), sizing.num_pages, kept.page)
@@ -287,7 +282,7 @@ def _led(
     machine: _Machine,
     checkpoint: Checkpoint,
     model: Model,
-    kept: _Kept,
+    kept: Kept,
     pool: KVPool,
     most: tuple[int, int, int],
     team: Team | None,
@@ -310,7 +305,7 @@ def _led(
 
 
 def _recorded(
-    config: Config, machine: _Machine, whole: Together, kept: _Kept, pool: KVPool, pages: int, decisions: list[Decision]
+    config: Config, machine: _Machine, whole: Together, kept: Kept, pool: KVPool, pages: int, decisions: list[Decision]
 ) -> FlexibleSteps | None:
     """What runs the steps of one of several ranks from recordings; None: they run eagerly."""
     eager = "" if machine.spread is None else "experts that are chosen are counted op by op"
@@ -364,36 +359,6 @@ def _sharing(config: Config, backend: AttentionBackend, decisions: list[Decision
     return sharing
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """How a model's keys and values are kept, and what attends to them."""
-
-    dtype: torch.dtype
-    scales: Mapping[int, LayerScales]
-    backend: AttentionBackend
-    page: int
-
-    def facts(self, checkpoint: Checkpoint) -> dict[str, str]:
-        """What all ranks must have alike."""
-        return {
-            "model type": checkpoint.model_type,
-            "context length": str(checkpoint.context_length),
-            "type of the KV cache": str(self.dtype),
-            "attention backend": self.backend.name,
-            "page size": str(self.page),
-        }
-
-
-def _kept(config: Config, checkpoint: Checkpoint, machine: _Machine, model: Model, decisions: list[Decision]) -> _Kept:
-    platform, ops = machine.platform, machine.ops
-    kv_dtype = unasked(config, checkpoint, model, platform, ops) or kept_in(config, machine.dtype, model)
-    scales = kv_scales_of(config, checkpoint, model, kv_dtype, decisions)
-    backend = _backend(config, model, platform, ops, kv_dtype, scales, decisions)
-    block = max((spec.block for spec in model.attention_specs), default=0) % WHOLE
-    page = _take(decisions, resolve.page_size(config.cache.page_size, backend.name, backend.page_size, block))
-    return _Kept(kv_dtype, scales, backend, page)
-
-
 def _bounded(config: Config, checkpoint: Checkpoint, decisions: list[Decision]) -> Checkpoint:
     """As the model with the context that is served: tables of positions need not be longer."""
     _, total = total_memory()
@@ -412,7 +377,7 @@ def build_executor(config: Config, checkpoint: Checkpoint, team: Team, receive: 
     checkpoint = _bounded(config, checkpoint, decisions)
     machine = _machine(config, checkpoint, decisions)
     model = _loaded(config, checkpoint, machine, decisions, team)
-    kept = _kept(config, checkpoint, machine, model, decisions)
+    kept = kept_of(config, checkpoint, machine.platform, machine.ops, machine.dtype, model, decisions)
     team.loaded(_read(model))
     told = receive()
     if not isinstance(told, Pages):
@@ -534,7 +499,10 @@ def _loaded(
             trust = config.model.trust_remote_code
             model = load_foreign(checkpoint, ctx, log.progress(_log, "loading", checkpoint.name), trust=trust)
         else:
-            model = load_seeing(config, checkpoint, ctx, log.progress(_log, "loading", checkpoint.name), decisions)
+            check = partial(on_paper.check_alone, config, checkpoint, spread=machine.spread, chosen=chosen)
+            read = check if team is None else lambda model: None  # of shares it was asked before ranks were started
+            progress = log.progress(_log, "loading", checkpoint.name)
+            model = load_seeing(config, checkpoint, ctx, progress, decisions, read)
     finally:
         if stager is not None:
             stager.close()
@@ -573,25 +541,6 @@ def _ahead(config: Config, checkpoint: Checkpoint, machine: _Machine) -> tuple[d
         "processes": available_cores(),
     }
     return plan, refusal
-
-
-def _backend(
-    config: Config,
-    model: Model,
-    platform: Platform,
-    ops: Ops,
-    kv_dtype: torch.dtype,
-    scales: Mapping[int, LayerScales],
-    decisions: list[Decision],
-) -> AttentionBackend:
-    """The attention backend: the named one, or the platform's first that accepts."""
-    # Of latents, what has written and read them knows; no backend does.
-    width = max((len(scales[spec.pool][0]) for spec in model.attention_specs if spec.pool in scales), default=0)
-    need = AttentionNeed(model.attention_specs, kv_dtype, platform.device, config.cache.page_size, width)
-    choice = attention.choose(backend_names(platform), need, ops, named=config.runtime.attention_backend)
-    why = "; ".join([choice.reason, *(f"not {name}: {reason}" for name, reason in choice.declined.items())])
-    decisions.append(Decision("attention_backend", choice.backend.name, why))
-    return choice.backend
 
 
 def _take(decisions: list[Decision], decision: Decision) -> Any:

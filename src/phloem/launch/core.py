@@ -18,7 +18,7 @@ from phloem.core.messages import Failed, FromEngine, Ready, Stats, Submit, ToEng
 from phloem.core.ranges import parse_bytes
 from phloem.core.renoising import Renoising
 from phloem.core.targets import Targets
-from phloem.engine import on_paper, parallel, worker
+from phloem.engine import drafted, parallel, worker
 from phloem.engine.canvas import CanvasRunner
 from phloem.engine.compiled import CompiledModel
 from phloem.engine.renoise import RenoisingRunner
@@ -222,7 +222,7 @@ def _settings(config: Config, checkpoint: Checkpoint, built: Built, speculates: 
         debug_invariants=config.runtime.debug_invariants,
         whole_prompts=checkpoint.pooling is not None,
         speculates=speculates,
-        forced_tokens=assemble.MOST_ROWS if isinstance(built.runner, ModelRunner) and built.runner.row_bits else 0,
+        forced_tokens=drafted.MOST_ROWS if isinstance(built.runner, ModelRunner) and built.runner.row_bits else 0,
         block=0 if built.denoising is None else built.denoising.unit,
         canvas=0 if built.denoising is None else built.denoising.canvas,
         waves=built.runner.waves if isinstance(built.runner, ModelRunner) else 1,
@@ -254,16 +254,10 @@ def _drafting(
     drafter that cannot serve."""
     runner = built.runner
     if not isinstance(runner, ModelRunner):
-        built.decisions.append(assemble.without(drafts, undrafted(config, checkpoint, several=False)))
+        built.decisions.append(drafted.without(drafts, undrafted(config, checkpoint, several=False)))
         return runner, False
-    recurrent = any(group.kind == "state" for group in runner.groups)
-    fills = built.denoising is not None
-    why = undrafted(config, checkpoint, several=team is not None, recurrent=recurrent, fills=fills)
-    alone = team is None and config.disagg.disaggregation_mode == "null"
-    drafter, decided = assemble.decide(drafts, runner, why, alone)
-    built.decisions.append(decided)
     inner = runner if team is None else parallel.ParallelRunner(runner, team.tell)
-    return assemble.around(drafts, runner, drafter, inner), drafter != speculation.NONE
+    return assemble.around(drafts, runner, built.drafter, inner), built.drafter != speculation.NONE
 
 
 def _capturer(config: Config, built: Built, checkpoint: Checkpoint) -> Capturer | None:
@@ -364,7 +358,8 @@ def _no_grammar(submit: Submit, prompt: Any) -> None:
 
 
 def refuse(config: Config, checkpoint: Checkpoint) -> None:
-    """What cannot be served, as far as that is known before any rank is started and any weight read.
+    """What cannot be served, as far as that is known before any rank is started and any weight read. What the layers of
+    a model on one rank lack, `worker.build` says when it has them, before it reads their weights.
 
     Raises:
         ConfigError: settings that do not go together, or not with this model.
@@ -383,8 +378,6 @@ def refuse(config: Config, checkpoint: Checkpoint) -> None:
     if several or max(sizes) > 1 or config.nodes.node_rank:
         refuse_unshared(config, checkpoint)
         parallel.refuse(config, checkpoint)
-    else:
-        on_paper.refuse_alone(config, checkpoint)
 
 
 def _check(config: Config, checkpoint: Checkpoint) -> None:

@@ -191,7 +191,7 @@ def load_model(
         ctx: the op table, the type of the weights, the device, and how quantised weights are read (None: as the
             checkpoint says).
         progress: called with ("weights", share read so far), from the calling thread.
-        cut: called with the model before its weights are read: what it leaves out is not.
+        cut: called with the model before its weights are read: what it leaves out is not. It may raise ConfigError.
 
     Raises:
         ModelLoadError: naming the file and the tensors that are missing or have another shape.

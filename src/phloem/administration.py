@@ -237,8 +237,10 @@ class Administered:
         world_size: int,
         group_name: str = ask.GROUP,
         backend: str = "gloo",
+        timeout: float | None = None,
     ) -> tuple[bool, str]:
-        """Join the group in which the trainer, rank 0, broadcasts; waits until all of it are there."""
+        """Join the group in which the trainer, rank 0, broadcasts; waits until all of it are there. `timeout`: seconds
+        for that, and for each tensor that is announced later, up to 3600; None: 300."""
         body = ask.InitGroupBody(
             master_address=master_address,
             master_port=master_port,
@@ -246,6 +248,7 @@ class Administered:
             world_size=world_size,
             group_name=group_name,
             backend=backend,
+            timeout=timeout,
         )
         return self._did("init_group", **ask.group(body))
 

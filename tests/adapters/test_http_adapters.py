@@ -143,6 +143,21 @@ def test_what_is_wrong_is_told_and_changes_nothing(
     assert [card["id"] for card in http.get("/v1/models").json()["data"]] == [MODEL, "poet"]
 
 
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("/generate", {"text": "a", "sampling_params": {"max_new_tokens": 4}}),
+        ("/generate", {"text": "a", "sampling_params": {"max_new_tokens": 4}, "stream": True}),
+        ("/v1/completions", {"prompt": "a", "max_tokens": 4}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}),
+    ],
+)
+def test_an_unknown_adapter_has_one_code_on_every_route(http: httpx.Client, route: str, body: dict[str, Any]) -> None:
+    answer = http.post(route, json={**body, "lora_path": "prose"})
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["code"] == "adapter_not_found" and error["param"] == "lora_path"
+
+
 @pytest.mark.parametrize("prefix", ["", "/v1"])
 def test_adapters_are_loaded_replaced_and_unloaded(
     http: httpx.Client, folder: Path, tmp_path: Path, prefix: str

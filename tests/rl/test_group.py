@@ -7,14 +7,16 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 import torch
 from engine_door import http_door
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from phloem import Engine
 from phloem.core.errors import BadRequest, PhloemError
@@ -37,14 +39,13 @@ group, _ = _new_process_group_helper(world, rank, [], "gloo", store, group_name=
                                      timeout=datetime.timedelta(seconds=60))
 _world.pg_group_ranks[group] = {i: i for i in range(world)}
 print("joined", flush=True)
-sys.stdin.readline()
-tensors = list(load_file(path).values())
-if bucket:
-    tensors = [torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors])]
-for tensor in tensors[:few]:
-    torch.distributed.broadcast(tensor, src=0, group=group)
-print("sent", flush=True)
-sys.stdin.readline()
+for line in sys.stdin:
+    tensors = list(load_file(line.strip() if "/" in line else path).values())
+    if bucket:
+        tensors = [torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors])]
+    for tensor in tensors[:few]:
+        torch.distributed.broadcast(tensor, src=0, group=group)
+    print("sent", flush=True)
 """
 
 
@@ -74,9 +75,10 @@ class Trainer:
         command = [sys.executable, "-c", TRAINER, str(port), str(path / "model.safetensors"), way, str(few)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def go(self) -> None:
+    def go(self, path: Path | None = None) -> None:
+        """Broadcast the tensors of the file that it began with, or of this one."""
         assert self.process.stdin is not None
-        self.process.stdin.write("go\n")
+        self.process.stdin.write("go\n" if path is None else f"{path}\n")
         self.process.stdin.flush()
 
     def said(self) -> str:
@@ -96,8 +98,6 @@ def free_port() -> int:
 
 
 def announced(path: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
     tensors = load_file(path / "model.safetensors")
     return {
         "names": list(tensors),
@@ -151,6 +151,145 @@ def test_a_trainer_that_dies_in_the_middle_changes_nothing(engine: Engine, new: 
         engine.destroy_weights_update_group("weights")
     finally:
         trainer.end()
+
+
+WRONG = {
+    "a name": ({"nobody.weight": torch.ones(4)}, "no weight is called 'nobody.weight'"),
+    "a shape": ({"model.norm.weight": torch.ones(5)}, r"model.norm.weight is \[5\], expected \[32\]"),
+    "a type": ({"model.norm.weight": torch.ones(32, dtype=torch.int8)}, "push its values in 16 or 32 bits"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["one by one", "bucket"])
+@pytest.mark.parametrize("wrong", list(WRONG))
+def test_what_is_announced_wrongly_is_refused_at_once_and_the_group_goes_on(
+    engine: Engine, new: Path, tmp_path: Path, wrong: str, way: str
+) -> None:
+    """Before anything is broadcast; what then comes is not taken for the next update."""
+    tensors, why = WRONG[wrong]
+    save_file({**load_file(new / "model.safetensors"), **tensors}, tmp_path / "model.safetensors")
+    before, port = ids(engine), free_port()
+    trainer = Trainer(port, tmp_path, way)
+    kind = {"group_name": "weights", "load_format": "flattened_bucket" if way == "bucket" else None}
+    try:
+        engine.init_weights_update_group("127.0.0.1", port, 1, 2, "weights", timeout=60.0)
+        assert trainer.said() == "joined"
+        begun = time.monotonic()
+        with pytest.raises(PhloemError, match=f"{why}.*received and forgotten, and the group stays"):
+            engine.update_weights_from_distributed(**announced(tmp_path), **kind)
+        assert time.monotonic() - begun < 5, "it waited for a broadcast"
+        trainer.go()
+        assert trainer.said() == "sent" and ids(engine) == before
+        trainer.go(new / "model.safetensors")
+        engine.update_weights_from_distributed(**announced(new), **kind)
+        assert trainer.said() == "sent" and ids(engine) != before
+    finally:
+        trainer.end()
+
+
+@pytest.mark.slow
+def test_a_trainer_that_broadcasts_nothing_behind_a_refusal_is_told_to_begin_anew(
+    engine: Engine, new: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(groups, "PATIENCE", 1.0)
+    port = free_port()
+    trainer, told = Trainer(port, new), announced(new)
+    told["names"][0] = "nobody.weight"
+    try:
+        engine.init_weights_update_group("127.0.0.1", port, 1, 2, "weights")
+        assert trainer.said() == "joined"
+        with pytest.raises(PhloemError, match="no weight is called"):
+            engine.update_weights_from_distributed(**told, group_name="weights")
+        time.sleep(0.5)
+        with pytest.raises(PhloemError, match=r"a refused call announced did not come whole.*destroy it and begin anew"):
+            engine.update_weights_from_distributed(**announced(new), group_name="weights")
+        trainer.go()
+        assert trainer.said() == "" and trainer.process.wait(30) != 0, "its broadcast did not fail"
+        with pytest.raises(PhloemError, match="destroy it and begin anew"):
+            engine.update_weights_from_distributed(**told, group_name="weights")
+        engine.destroy_weights_update_group("weights")
+    finally:
+        trainer.end()
+
+
+@pytest.mark.slow
+def test_larger_tensors_than_a_refused_call_announced_end_nothing_but_the_group(
+    engine: Engine, new: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gloo would end the process. The trainer broadcast nothing behind its refusal, and goes on with the next call."""
+    monkeypatch.setattr(groups, "PATIENCE", 2.0)
+    port = free_port()
+    trainer = Trainer(port, new)
+    try:
+        engine.init_weights_update_group("127.0.0.1", port, 1, 2, "weights")
+        assert trainer.said() == "joined"
+        before, count = ids(engine), 2 * len(announced(new)["names"])
+        with pytest.raises(PhloemError, match="no weight is called"):
+            engine.update_weights_from_distributed(["no"] * count, ["float32"] * count, [[1]] * count, "weights")
+        trainer.go()
+        with pytest.raises(PhloemError, match=r"did not come whole.*destroy it and begin anew"):
+            engine.update_weights_from_distributed(**announced(new), group_name="weights")
+        assert ids(engine) == before
+    finally:
+        trainer.end()
+
+
+@pytest.mark.slow
+def test_what_cannot_be_received_ends_the_group(engine: Engine, new: Path) -> None:
+    port = free_port()
+    trainer, told = Trainer(port, new), announced(new)
+    try:
+        engine.init_weights_update_group("127.0.0.1", port, 1, 2, "weights")
+        assert trainer.said() == "joined"
+        with pytest.raises(PhloemError, match=r"unknown type 'float7'.*cannot be used any more.*begin anew"):
+            engine.update_weights_from_distributed(**{**told, "dtypes": ["float7"] * len(told["names"])}, group_name="weights")
+    except BaseException:
+        trainer.end()
+        raise
+    trainer.go()
+    assert trainer.said() == "" and trainer.process.wait(30) != 0, "its broadcast did not fail"
+    trainer.end()
+
+
+@pytest.mark.slow
+def test_a_broadcast_that_is_shorter_than_announced_is_refused(engine: Engine, new: Path, tmp_path: Path) -> None:
+    """By gloo nothing tells of that but what the memory held before."""
+    tensors, port = load_file(new / "model.safetensors"), free_port()
+    name = "model.embed_tokens.weight"
+    save_file({name: tensors[name][:-1].clone()}, tmp_path / "model.safetensors")
+    trainer, before = Trainer(port, tmp_path), ids(engine)
+    shapes: Any = [list(tensors[name].shape)]
+    try:
+        engine.init_weights_update_group("127.0.0.1", port, 1, 2, "weights")
+        trainer.go()
+        with pytest.raises(PhloemError, match=f"{name} has numbers that are NaN"):
+            engine.update_weights_from_distributed([name], ["float32"], shapes, "weights")
+        assert ids(engine) == before
+    finally:
+        trainer.end()
+
+
+def test_a_group_waits_as_long_as_its_caller_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    from phloem.protocol import weights as ask
+    from phloem.rl import keeper
+
+    waits = list[float]()
+
+    class Made(Group):
+        def __init__(self, name: str, address: str, rank: int, world: int, backend: str, timeout: float, _: Any):
+            waits.append(timeout)
+            super().__init__(name, address, rank, world, backend, timeout)
+
+        def join(self) -> Any:
+            return Future[None]()
+
+    monkeypatch.setattr(keeper, "Group", Made)
+    own: Any = keeper.Keeper.__new__(keeper.Keeper)
+    own._groups, own._index = {}, SimpleNamespace(ctx=SimpleNamespace(device=torch.device("cpu")))
+    for at, said in enumerate((None, 2.0, 1800.0)):
+        own.join(ask.group(ask.InitGroupBody(**{**_GROUP, "group_name": f"g{at}", "timeout": said})))
+    assert waits == [300.0, 2.0, 1800.0]
 
 
 @pytest.mark.slow

@@ -215,6 +215,6 @@ def _raise_refusal(finish: FinishReason | None) -> None:
         return
     message = finish.message or "the engine refused the request"
     kind = {400: BadRequest, 503: QueueFull, 507: OutOfMemory}.get(finish.status_code, PhloemError)
-    error = kind(message, param=finish.param)
+    error = kind(message, param=finish.param, code=finish.code)
     error.status, error.retry_after = finish.status_code, finish.retry_after
     raise error

@@ -41,7 +41,7 @@ class FinishReason(msgspec.Struct, frozen=True, omit_defaults=True):
     """Why a request ended, in the shape of `meta_info.finish_reason`.
 
     `type` is `stop` (with `matched`: a token id or a string), `length` (with `length`: tokens generated)
-    or `abort` (with `message` and `status_code`, and `param`: the field that is at fault).
+    or `abort` (with `message` and `status_code`, `param`: the field that is at fault, and `code`: why, for programs).
     """
 
     type: str
@@ -51,6 +51,7 @@ class FinishReason(msgspec.Struct, frozen=True, omit_defaults=True):
     status_code: int | None = None
     param: str | None = None
     retry_after: int | None = None  # seconds after which it may be asked again
+    code: str | None = None
 
 
 class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):

@@ -23,7 +23,7 @@ from phloem.models._stored import check_pushed, may_stand_for, some
 from phloem.quant._source import LARGEST, out_of_range
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor
 
@@ -45,6 +45,23 @@ class _Job:
     write: Callable[[], None] | None = None  # of a packed one, in place of `made`
     made: Any = None
     ready: bool = False
+
+
+@dataclass(slots=True)
+class _Told:
+    """What is wrong with what has come."""
+
+    unknown: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Raises ModelLoadError."""
+        unknown = self.unknown
+        if unknown:
+            more = f" (and {len(unknown) - 1} more: {some(unknown[1:])})" if len(unknown) > 1 else ""
+            raise ModelLoadError(f"no weight is called {unknown[0]!r:.300}; see weight_names(){more}")
+        if self.wrong:
+            raise ModelLoadError(some(self.wrong))
 
 
 class Push:
@@ -69,36 +86,47 @@ class Push:
             ModelLoadError: naming those that are unknown, of another shape or type, or no weights (`_unsound`).
         """
         found: list[tuple[str, Source]] = []
-        unknown: list[str] = []
-        wrong: list[str] = []
+        told = _Told()
         for theirs, tensor in tensors:
-            if self._foreign is not None and self._foreign(theirs):
-                raise ModelLoadError(
-                    f"{theirs:.300}: the tower is run by transformers' code, and is updated from disk alone; "
-                    "send the language model's tensors"
-                )
-            name = self._ours(theirs)
+            name = self._slot(theirs, tensor.dtype, tuple(tensor.shape), told)
             if name is None:
                 continue
-            if name not in self._index.slots:
-                unknown.append(theirs)
-                continue
-            shape = self._index.stored_shape(name)
-            check_pushed(theirs, tensor.dtype)
-            seen = tuple(tensor.shape)
-            if seen != (1, *shape) and not may_stand_for(seen, shape):
-                wrong.append(f"{theirs} is {list(tensor.shape)}, expected {list(shape)}")
-            elif not sound and (why := self._unsound(name, tensor)):
-                wrong.append(f"{theirs} {why}")
+            if not sound and (why := self._unsound(name, tensor)):
+                told.wrong.append(f"{theirs} {why}")
             else:
+                shape = self._index.stored_shape(name)
                 found.append((name, TensorSource(name, shape, tensor=tensor.reshape(shape))))
-        if unknown:
-            more = f" (and {len(unknown) - 1} more: {some(unknown[1:])})" if len(unknown) > 1 else ""
-            raise ModelLoadError(f"no weight is called {unknown[0]!r:.300}; see weight_names(){more}")
-        if wrong:
-            raise ModelLoadError(some(wrong))
+        told.check()
         for name, source in found:
             self._take(name, source)
+
+    def expect(self, announced: Iterable[tuple[str, torch.dtype, Sequence[int]]]) -> None:
+        """What `add` would refuse of tensors before their numbers are there, by name, type and shape. Raises
+        ModelLoadError."""
+        told = _Told()
+        for theirs, kind, shape in announced:
+            self._slot(theirs, kind, tuple(shape), told)
+        told.check()
+
+    def _slot(self, theirs: str, kind: torch.dtype, seen: tuple[int, ...], told: _Told) -> str | None:
+        """Our name of a tensor; None: it is left out knowingly, or `told` has what is wrong with it."""
+        if self._foreign is not None and self._foreign(theirs):
+            raise ModelLoadError(
+                f"{theirs:.300}: the tower is run by transformers' code, and is updated from disk alone; "
+                "send the language model's tensors"
+            )
+        name = self._ours(theirs)
+        if name is None:
+            return None
+        if name not in self._index.slots:
+            told.unknown.append(theirs)
+            return None
+        shape = self._index.stored_shape(name)
+        check_pushed(theirs, kind)
+        if seen != (1, *shape) and not may_stand_for(seen, shape):
+            told.wrong.append(f"{theirs} is {list(seen)}, expected {list(shape)}")
+            return None
+        return name
 
     def add_checkpoint(self, checkpoint: Checkpoint) -> None:
         """A whole checkpoint; it is read when it is made ready. Raises ModelLoadError, as loading does."""

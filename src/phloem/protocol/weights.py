@@ -83,7 +83,7 @@ class FromDiskBody(UpdateBody, kw_only=True):
 
 class InitGroupBody(AddressedBody, kw_only=True):
     """`POST /init_weights_update_group`: join the group in which the trainer, rank 0, broadcasts. Answers when all of
-    it are there."""
+    it are there. `timeout`: seconds for that, and for each tensor that is announced later; default 300."""
 
     master_address: Name | None = None
     master_port: int | str | None = None

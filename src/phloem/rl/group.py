@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 c10d: Any = dist.distributed_c10d  # how a group beside the default one is made is a private part of torch
-TIMEOUT = 300.0  # seconds for the rendezvous, and for each tensor
+TIMEOUT = 300.0  # seconds for the rendezvous, and for each tensor, unless its caller says how many
+PATIENCE = 10.0  # seconds, for each tensor of a call that was refused: it is on its way, or will never come
 ROOT = 0
 HOST_BACKEND, DEVICE_BACKEND = "gloo", "nccl"
 MOST_NAMES = 1 << 20
@@ -63,6 +64,8 @@ class Group:
         self._device = torch.device("cpu") if backend == HOST_BACKEND or device is None else device
         self._rank, self._timeout = rank, timedelta(seconds=timeout)
         self._made: Any = None
+        self._refused: Future[None] = Future()  # what was announced with the last call that was refused has come
+        self._refused.set_result(None)
         self._worker = ThreadPoolExecutor(1, f"phloem-group-{name[:20]}")
         self._address, self._world, self._backend = address, world, backend
 
@@ -70,6 +73,8 @@ class Group:
         return self._worker.submit(self._join)
 
     def receive(self, names: list[str], dtypes: list[str], shapes: list[list[int]], bucket: bool) -> Future[Tensors]:
+        if not self._refused.done():  # what comes now may be that or this
+            self.broken = self.broken or "what a refused call announced was not broadcast before the next call"
         return self._worker.submit(self._receive, names, dtypes, shapes, bucket)
 
     def leave(self) -> None:
@@ -77,6 +82,54 @@ class Group:
         self.broken = self.broken or "the group was destroyed"
         self._worker.submit(self._close)
         self._worker.shutdown(wait=False)
+
+    def pass_over(self, dtypes: list[str], shapes: list[list[int]], bucket: bool, most: int) -> str:
+        """Receive what was announced with a call that was refused, and forget it, so that the trainer's broadcasts end
+        and its next ones are taken for what they are. `most`: bytes that a tensor may have. Gives what becomes of it,
+        as a sentence."""
+        if self.broken:
+            return f"the group cannot be used: {self.broken}; destroy it and begin anew"
+        try:
+            types = [dtype_of(name) for name in dtypes]
+        except BadRequest:
+            return self.end("what was announced cannot be received, so that nothing behind it is known")
+        told = [(shape, dtype) for shape, dtype in zip(shapes, types, strict=True)]
+        if bucket:
+            told = [([sum(_bytes(shape, dtype) for shape, dtype in told)], torch.uint8)]
+        self._refused = self._worker.submit(self._pass_over, told, most)
+        return "what is broadcast for it is received and forgotten, and the group stays"
+
+    def end(self, why: str) -> str:
+        """Say that it cannot be used any more, and close it, so that a broadcast of the trainer fails at once."""
+        self.broken = self.broken or why
+        self._worker.submit(self._close)
+        return f"the group cannot be used any more: {why}; destroy it and begin anew"
+
+    def _pass_over(self, told: list[tuple[list[int], torch.dtype]], most: int) -> None:
+        # A trainer that was refused may send nothing of this, but what it announces next. Gloo ends the process where
+        # more comes than there is room for; who hands on to further ranks hands on all of its room.
+        room = most if self._world == 2 and in_host_memory(self._device) else 0
+        try:
+            for shape, dtype in told:
+                self._check()
+                size = max(_bytes(shape, dtype), room)
+                value = torch.empty(size, dtype=torch.uint8) if room else self._empty(shape, dtype)
+                self._broadcast([value], min(self._timeout, timedelta(seconds=PATIENCE)))
+        except Exception as error:
+            self.broken = self.broken or f"{type(error).__name__}: {error}"
+            self.broken = f"what a refused call announced did not come whole: {self.broken}"
+            self._close()
+
+    def _check(self) -> None:
+        """Raises BadRequest: nothing can be received."""
+        if self.broken or self._made is None:
+            raise BadRequest(f"group {self.name}: {self.broken or 'nobody has joined'}; destroy it and begin anew")
+
+    def _empty(self, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
+        """Where a tensor is received. By gloo a shorter one leaves what was there before: NaN, which is refused."""
+        if not in_host_memory(self._device):
+            return torch.empty(shape, dtype=dtype, device=self._device)
+        return torch.full((_bytes(shape, dtype),), 0xFF, dtype=torch.uint8).view(dtype).view(shape)
 
     def _close(self) -> None:
         made, self._made = self._made, None
@@ -99,26 +152,23 @@ class Group:
         self._made = made
 
     def _receive(self, names: list[str], dtypes: list[str], shapes: list[list[int]], bucket: bool) -> Tensors:
-        if self.broken or self._made is None:
-            raise BadRequest(f"group {self.name}: {self.broken or 'nobody has joined'}; destroy it and begin anew")
+        self._check()
         types = [dtype_of(name) for name in dtypes]
         if bucket:
             places, end = list[dict[str, Any]](), 0
             for name, shape, dtype in zip(names, shapes, types, strict=True):
                 start, end = end, end + _bytes(shape, dtype)
                 places.append({"name": name, "shape": shape, "dtype": dtype, "start_idx": start, "end_idx": end})
-            flat = torch.empty(end, dtype=torch.uint8, device=self._device)
+            flat = self._empty([end], torch.uint8)
             self._broadcast([flat])
             return flattened(flat, places)
-        values = [
-            torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in zip(shapes, types, strict=True)
-        ]
+        values = [self._empty(shape, dtype) for shape, dtype in zip(shapes, types, strict=True)]
         self._broadcast(values)
         return list(zip(names, values, strict=True))
 
-    def _broadcast(self, values: Sequence[torch.Tensor]) -> None:
+    def _broadcast(self, values: Sequence[torch.Tensor], timeout: timedelta | None = None) -> None:
         options = dist.BroadcastOptions()
-        options.rootRank, options.rootTensor, options.timeout = ROOT, 0, self._timeout
+        options.rootRank, options.rootTensor, options.timeout = ROOT, 0, timeout or self._timeout
         try:
             for value in values:
                 self._made.broadcast([value], options).wait()

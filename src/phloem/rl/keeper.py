@@ -26,7 +26,7 @@ from phloem.platforms._facts import in_host_memory
 from phloem.rl import ipc
 from phloem.rl._shared import device_handle
 from phloem.rl.group import TIMEOUT, Group, backend_for
-from phloem.rl.payload import check_format, flattened, named_tensors
+from phloem.rl.payload import check_format, dtype_of, flattened, named_tensors
 from phloem.rl.sleep import discard, restore, save, state_of
 from phloem.utils import log, memory
 
@@ -146,9 +146,14 @@ class Keeper(updates.Keeper):
         return Reading(self._ready, coming, self._runner.between)
 
     def read(self, source: str, args: dict[str, Any]) -> Reading:
-        self._check_awake()
-        push = self._push() if self._collected is None else self._collected
-        coming = self._coming(source, args, push)
+        try:
+            self._check_awake()
+            push = self._push() if self._collected is None else self._collected
+            coming = self._coming(source, args, push)
+        except PhloemError as error:
+            if source == "group" and (group := self._groups.get(str(args["group"]))) is not None:
+                raise BadRequest(f"{error.message}; {self._pass_over(group, args)}", param=error.param) from None
+            raise
         if self._collected is not None:
             return Reading(push, coming, None)
         self._ready = push
@@ -188,6 +193,9 @@ class Keeper(updates.Keeper):
             shapes = {name: self._index.stored_shape(name) for name in self._index.names()}
             return submit(lambda: push.add(((name, torch.randn(shape)) for name, shape in shapes.items()), sound=True))
         if source == "group":
+            self._group(str(args["group"]))
+            shapes, dtypes = self._shapes(args), [dtype_of(name) for name in args["dtypes"]]
+            push.expect(zip(args["names"], dtypes, shapes, strict=True))  # now: what is broadcast tells no more of it
             received = self.receive(args)
             return submit(lambda: push.add(received.result()))
         path, load_format = str(args["path"]), str(args.get("load_format") or "auto")
@@ -200,9 +208,20 @@ class Keeper(updates.Keeper):
         return submit(self._from_disk, push, path, load_format)
 
     def receive(self, args: dict[str, Any]) -> Future[Tensors]:
-        return self._group(str(args["group"])).receive(
-            args["names"], args["dtypes"], self._shapes(args), args.get("load_format") == "flattened_bucket"
-        )
+        group = self._group(str(args["group"]))
+        try:
+            shapes = self._shapes(args)
+        except BadRequest as error:
+            raise BadRequest(f"{error.message}; {self._pass_over(group, args)}", param=error.param) from None
+        return group.receive(args["names"], args["dtypes"], shapes, args.get("load_format") == "flattened_bucket")
+
+    def _pass_over(self, group: Group, args: dict[str, Any]) -> str:
+        """What becomes of what was announced with a call that is refused."""
+        try:
+            shapes = self._shapes(args)
+        except BadRequest:
+            return group.end("what was announced is not received, so that nothing behind it is known")
+        return group.pass_over(args["dtypes"], shapes, args.get("load_format") == "flattened_bucket", self._limit)
 
     def _on_device(self, record: Made) -> torch.Tensor:
         return _lent.copied(device_handle(record), self._index.ctx.device)
@@ -286,7 +305,7 @@ class Keeper(updates.Keeper):
         if not 0 < rank < world:
             raise BadRequest(f"rank {rank} of {world}: the trainer is 0, engines follow", param="rank_offset")
         backend = backend_for(str(args["backend"] or ""), host=in_host_memory(self._index.ctx.device))
-        timeout = min(float(args.get("timeout") or TIMEOUT), TIMEOUT)
+        timeout = float(args.get("timeout") or TIMEOUT)
         device = self._index.ctx.device
         group = Group(name, str(args["address"]), rank, world, backend, timeout, device)
         self._groups[name] = group

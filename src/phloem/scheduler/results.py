@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from phloem.core.errors import BadRequest
+from phloem.core.errors import BadRequest, PhloemError
 from phloem.core.messages import Chunk, Tokens
 from phloem.core.request import FinishReason, RequestStatus
 from phloem.scheduler.state import STEP, pack_logprobs
@@ -82,7 +82,7 @@ class Results:
                 else:
                     self._row(plan, output, row, tokens[begin : ends[row]])
             except BadRequest as error:  # its grammar
-                self.fail(request, error.message, error.status)
+                self.fail(request, error.message, error.status, error.param, error.code)
             except Exception as error:
                 log.exception("request %s: its result could not be taken", request.id)
                 self.fail(request, f"{type(error).__name__}: {error}", 500)
@@ -293,11 +293,13 @@ class Results:
         if answer:
             self._chunks.append(self._chunk(request, reason))
 
-    def fail(self, request: Request, message: str, status_code: int, param: str | None = None) -> None:
+    def fail(
+        self, request: Request, message: str, status_code: int, param: str | None = None, code: str | None = None
+    ) -> None:
         """End a request that went wrong, alone. What only it computed is not kept for others."""
         level = logging.ERROR if status_code >= 500 else logging.WARNING
         log.log(level, "request %s failed (%d): %s", request.id, status_code, message)
-        reason = FinishReason("abort", message=message, status_code=status_code, param=param)
+        reason = FinishReason("abort", message=message, status_code=status_code, param=param, code=code)
         self.finish(request, reason, answer=False, keep=False)
         try:
             chunk = self._chunk(request, reason)
@@ -306,10 +308,9 @@ class Results:
             chunk = Chunk(id=request.id, finish=reason)
         self._chunks.append(chunk)
 
-    def refuse(
-        self, request_id: str, message: str, status_code: int, param: str | None = None, retry_after: int | None = None
-    ) -> None:
+    def refuse(self, request_id: str, error: PhloemError) -> None:
         """Answer a request that never came in."""
+        message, status_code = error.message, error.status
         log.log(
             logging.WARNING if status_code < 500 or status_code == 503 else logging.ERROR,
             "request %s refused (%d): %s",
@@ -317,7 +318,14 @@ class Results:
             status_code,
             message,
         )
-        reason = FinishReason("abort", message=message, status_code=status_code, param=param, retry_after=retry_after)
+        reason = FinishReason(
+            "abort",
+            message=message,
+            status_code=status_code,
+            param=error.param,
+            retry_after=error.retry_after,
+            code=error.code,
+        )
         self._chunks.append(Chunk(id=request_id, finish=reason))
 
     def tell_all(self) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from phloem.core import denoising
-from phloem.core.errors import BadRequest, EngineDead, OutOfMemory, PhloemError
+from phloem.core.errors import BadRequest, EngineDead, OutOfMemory, PhloemError, QueueFull
 from phloem.core.media import reach
 from phloem.core.messages import Abort, Control, Drain, FromEngine, Submit, ToEngine
 from phloem.core.request import FinishReason, RequestStatus
@@ -252,19 +252,19 @@ class Scheduler:
                 self.results.finish(self.live[submit.id], ABORTED, answer=False)
                 raise BadRequest(f"request id {submit.id!r} is in use", param="rid")
             if self._drain_until is not None:
-                self.results.refuse(submit.id, str(SHUTTING_DOWN.message), 503)
+                self.results.refuse(submit.id, QueueFull(str(SHUTTING_DOWN.message)))
                 return
             if self.keeper is not None and self.keeper.unfit:
-                self.results.refuse(submit.id, self.keeper.unfit, 503)
+                self.results.refuse(submit.id, QueueFull(self.keeper.unfit))
                 return
             before = overload.Before(self.queue, self.slots, self.meter, self.planner.fresh)
             overload.check(self.settings, self.num_waiting, before, submit, self.live)
             self._accept(submit)
         except PhloemError as error:
-            self.results.refuse(submit.id, error.message, error.status, error.param, error.retry_after)
+            self.results.refuse(submit.id, error)
         except Exception as error:
             log.exception("request %s could not be taken in", submit.id)
-            self.results.refuse(submit.id, f"{type(error).__name__}: {error}", 500)
+            self.results.refuse(submit.id, PhloemError(f"{type(error).__name__}: {error}"))
 
     def _accept(self, submit: Submit) -> None:
         request = Request(submit, self.clock())
@@ -431,7 +431,7 @@ class Scheduler:
             if error is not None:
                 if not isinstance(error, PhloemError):
                     error = BadRequest(f"{type(error).__name__}: {error}")
-                self.results.fail(request, error.message, error.status, error.param)
+                self.results.fail(request, error.message, error.status, error.param, error.code)
             elif request.waits:
                 self.late.append(request)
             elif request.slot >= 0:
@@ -453,7 +453,7 @@ class Scheduler:
         try:
             return not self.results.jump(request)
         except BadRequest as refused:  # its grammar
-            self.results.fail(request, refused.message, refused.status, refused.param)
+            self.results.fail(request, refused.message, refused.status, refused.param, refused.code)
         except Exception as raised:
             log.exception("request %s: what is forced at its beginning could not be found", request.id)
             self.results.fail(request, f"{type(raised).__name__}: {raised}", 500)

@@ -239,6 +239,47 @@ def test_whoever_waits_for_an_adapter_gets_it_of_the_new_weights() -> None:
     assert until_ready(waiting) and desk.reads == 4
 
 
+def test_who_computes_again_gets_the_adapter_of_the_new_weights_whatever_has_its_name_by_then() -> None:
+    """`renewed`: of versions that the base's weights are part of, also where their name is nobody's."""
+    desk = Counter(4)
+    desk.have("a", "plain")
+    first, other = _taken(desk, "a"), _taken(desk, "plain")
+    desk._based.add("/a")
+    assert desk.renewed(first) is first
+    desk.rebase()
+    again: Any = desk.renewed(first)
+    assert again is not first and again.uid != first.uid and desk.renewed(other) is other
+    assert again.version is desk._names["a"] and until_ready(again) and again.entry
+    assert not first.version.users and not first.version.entry, "the old one keeps its place"
+    desk.unload("a")
+    desk.rebase()
+    desk.rebase()
+    last: Any = desk.renewed(again)
+    assert last.uid not in (first.uid, again.uid) and until_ready(last) and desk.renewed(last) is last
+    assert "a" not in desk.loaded()
+    desk.give_back(last)
+    desk.give_back(other)
+    assert desk.state()["loras_loaded"] == 1
+
+
+def test_nobody_polls_for_what_is_read_or_placed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for it sleeps until it is there."""
+
+    def sleep(_: float) -> None:
+        raise AssertionError("somebody polls")
+
+    desk, first, second = Counter(2), Future[Any](), Future[Any]()
+    desk.slow["/a"] = reading = Future[Any]()
+    second.set_result("there")
+    pairs = ((desk.load("a", "/a", False), (reading, READ)), (room.Placing(first, 1), (first, second)))
+    for waited, (late, found) in pairs:
+        monkeypatch.setattr("time.sleep", sleep)
+        timer = threading.Timer(0.05, late.set_result, (found,))
+        timer.start()
+        assert waited.result() in ({"a": "/a"}, "there")
+        monkeypatch.undo()
+
+
 def test_a_thread_that_reads_has_none_of_torch_s_beside_it_and_all_others_have_as_many_as_before() -> None:
     own, seen = torch.get_num_threads(), list[int]()
 

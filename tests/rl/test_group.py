@@ -202,7 +202,9 @@ def test_a_trainer_that_broadcasts_nothing_behind_a_refusal_is_told_to_begin_ane
         with pytest.raises(PhloemError, match="no weight is called"):
             engine.update_weights_from_distributed(**told, group_name="weights")
         time.sleep(0.5)
-        with pytest.raises(PhloemError, match=r"a refused call announced did not come whole.*destroy it and begin anew"):
+        with pytest.raises(
+            PhloemError, match=r"a refused call announced did not come whole.*destroy it and begin anew"
+        ):
             engine.update_weights_from_distributed(**announced(new), group_name="weights")
         trainer.go()
         assert trainer.said() == "" and trainer.process.wait(30) != 0, "its broadcast did not fail"
@@ -243,7 +245,9 @@ def test_what_cannot_be_received_ends_the_group(engine: Engine, new: Path) -> No
         engine.init_weights_update_group("127.0.0.1", port, 1, 2, "weights")
         assert trainer.said() == "joined"
         with pytest.raises(PhloemError, match=r"unknown type 'float7'.*cannot be used any more.*begin anew"):
-            engine.update_weights_from_distributed(**{**told, "dtypes": ["float7"] * len(told["names"])}, group_name="weights")
+            engine.update_weights_from_distributed(
+                **{**told, "dtypes": ["float7"] * len(told["names"])}, group_name="weights"
+            )
     except BaseException:
         trainer.end()
         raise

@@ -80,6 +80,11 @@ class FakeLender:
     def loaded(self) -> dict[str, str]:
         return {}
 
+    def rebase(self) -> None: ...
+
+    def renewed(self, lent: Any) -> Any:
+        return lent
+
     def state(self) -> dict[str, Any]:
         return {}
 

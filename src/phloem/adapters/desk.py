@@ -14,6 +14,7 @@ import secrets
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,6 +86,8 @@ class Version:
         self._reading: Future[Read] | None = None
         self._placing: tuple[int, Pending[Any]] | None = None
         self._rebased = False  # the base's weights have changed while it was read
+        self.era = desk.era  # of the base's weights: those that it was read beside
+        self.successor: Version | None = None  # the same, of later weights of the base
 
     def advance(self) -> bool:
         """Whether it is in its place, or failed; goes on towards that."""
@@ -109,7 +112,7 @@ class Version:
             self.entry, self._placing = entry, None
             return True
         if self._reading is None:
-            self._reading = desk.read(self)
+            self._read()
             return False
         if not self._reading.done():
             return False
@@ -117,7 +120,7 @@ class Version:
         if self._rebased:
             self._rebased = False
             if desk.follows_base(self):
-                self._reading = desk.read(self)
+                self._read()
                 return False
         self.nbytes, self.owns = read.nbytes, read.own is not None
         self.tokens = 0 if read.own is None else read.own.tokens
@@ -128,6 +131,17 @@ class Version:
         self._reading, self.crowded_since = None, 0.0
         self._placing = entry, desk.put(entry, self, read)
         return False
+
+    def _read(self) -> None:
+        self.era = self._desk.era
+        self._reading = self._desk.read(self)
+
+    def wait(self) -> None:
+        """Until what is under way has ended, well or not: `advance` goes on then."""
+        pending = self._reading if self._placing is None else self._placing[1]
+        if pending is not None:
+            with suppress(Exception):  # `advance` tells
+                pending.result()
 
     def _fail(self, error: PhloemError) -> None:
         if self._placing is not None:
@@ -233,7 +247,7 @@ class Loading:
 
     def result(self) -> dict[str, str]:
         while not self.done():
-            time.sleep(0.001)
+            self._version.wait()
         if self._version.error is not None:
             raise self._version.error
         return self._desk.loaded()
@@ -251,8 +265,8 @@ class Placing:
         return self._last.done()
 
     def result(self) -> Any:
-        while not self.done():
-            time.sleep(0.001)
+        while self._further:
+            self._last, self._further = self._last.result(), self._further - 1
         return self._last.result()
 
 
@@ -278,7 +292,7 @@ class Desk(Lender):
     ) -> None:
         self.sites, self.between = sites, between
         self.most = min(most or sites.entries, sites.entries)
-        self.evictions = 0
+        self.evictions = self.era = 0  # the latter: how often the base's weights have changed
         self._base, self._memory, self._unpacked = base, memory, unpacked
         self._names: dict[str, Version] = {}
         self._based: set[str] = set()  # adapters that the base's weights are part of, by folder or by version
@@ -341,17 +355,36 @@ class Desk(Lender):
 
     def rebase(self) -> None:
         """Magnitudes and biases are of the base that there was: such versions are read again when asked for."""
+        self.era += 1
         for name, old in list(self._names.items()):
             if old.follows_base:
-                self._count += 1
-                new = Version(self, name, old.path, self._count, old.pinned, old.sent)
-                new.order = old.order  # a load that was asked for since is a later one
-                new.tokens, self._names[name] = old.tokens, new
+                self._names[name] = self._succeed(old)
                 self._retire(old)
                 if not old.users:
                     old.rebase()  # for those that wait for it
         for version in self._coming:
             version.rebase()
+
+    def renewed(self, lent: Lent) -> Lent:
+        assert isinstance(lent, Loan)
+        version = lent.version
+        if version.era == self.era or not version.follows_base:
+            return lent
+        while version.era != self.era:
+            version = version.successor or self._succeed(version)
+        self._count += 1
+        version.used = self._count
+        found = Loan(version, self._starving(version))
+        self.give_back(lent)
+        return found
+
+    def _succeed(self, old: Version) -> Version:
+        """The same adapter of the base's weights that there are. Its name may mean another one by now."""
+        self._count += 1
+        new = old.successor = Version(self, old.name, old.path, self._count, old.pinned, old.sent)
+        new.order = old.order  # a load that was asked for since is a later one
+        new.tokens, new.retired = old.tokens, old.retired
+        return new
 
     def state(self) -> dict[str, Any]:
         held = [version for version in self._held if version is not None]

@@ -73,7 +73,13 @@ class Lender(Protocol):
         ...
 
     def rebase(self) -> None:
-        """The base's weights have changed: what was computed from them is made anew for requests to come."""
+        """The base's weights have changed: what was computed from them is made anew, for requests to come and for those
+        that ask by `renewed`."""
+        ...
+
+    def renewed(self, lent: Lent) -> Lent:
+        """For a request that computes everything again: its adapter as of the base's weights that there are, in place
+        of this one, which is given back if it is another."""
         ...
 
     def state(self) -> dict[str, Any]: ...

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from phloem.kvcache.manager import CacheManager, Lease
     from phloem.kvcache.tiers._fetch import Claim
     from phloem.scheduler.further import Further
+    from phloem.scheduler.lending import Lending
     from phloem.scheduler.mixture import Mixture
     from phloem.scheduler.plan import Pace, Plan, Spent
     from phloem.scheduler.policies import Policy, WaitingQueue
@@ -77,6 +78,7 @@ class Planner:
         self.eos_ids = eos_ids
         self.mixture = mixture
         self.further: Further | None = None
+        self.lending: Lending | None = None
         self.tempo: Tempo | None = None  # where steps are to be short enough for what requests are promised
         self.chunks = None if pace.price is None else Chunks()  # where chunks of a prompt are to take equal time
         self.headroom = Headroom()
@@ -189,6 +191,8 @@ class Planner:
     def preempt(self, request: Request) -> None:
         """Back to the queue; its pages are free at once, what they held stays in the tree while there is room."""
         self.release(request)
+        if self.lending is not None:
+            self.lending.renew(request)
         self.wait_again(request)
         self.preemptions += 1
 

@@ -26,6 +26,7 @@ from phloem.kvcache import audit
 from phloem.kvcache.manager import namespace
 from phloem.scheduler import blocks, overload, traced
 from phloem.scheduler.control import ABORTED, Controls
+from phloem.scheduler.lending import Lending, lend
 from phloem.scheduler.metrics import Meter, usage, weights
 from phloem.scheduler.mixture import Mixture
 from phloem.scheduler.plan import Plan
@@ -128,6 +129,8 @@ class Scheduler:
         pace = settings.pace(slots, runner.draft_room)
         mixture = Mixture(self.slots, lender.most) if lender is not None and lender.most < slots else None
         self.planner = Planner(self.slots, self.queue, cache, self._policy, pace, settings.eos_ids, mixture)
+        if lender is not None:
+            self.planner.lending = Lending(lender, self._place, self.wait_for)
         interval = settings.stream_interval
         self.results = Results(self.live, self.slots, self.queue, self.planner.release, interval, lender)
         self.results.speculates = settings.speculates
@@ -211,6 +214,8 @@ class Scheduler:
         self._weight_version = version
         for request in self.live.values():
             self._place(request)
+            if request.slot < 0 and self.planner.lending is not None:
+                self.planner.lending.renew(request)
 
     def _place(self, request: Request) -> None:
         """Where its prefixes are looked for, from its next admission on."""
@@ -293,7 +298,7 @@ class Scheduler:
             request.waits, request.constraint = prepared.waits, prepared.constraint
             request.plain = request.plain and request.constraint is None
         if submit.adapter:
-            self._lend(request)
+            lend(self.lender, request)
         self._place(request)
         if self.further is not None:
             late = self.further.fetch(request.id, request.namespace, request.prompt, request.match_limit())
@@ -316,14 +321,6 @@ class Scheduler:
             if request.adapter is not None and self.lender is not None:
                 self.lender.give_back(request.adapter)
             raise
-
-    def _lend(self, request: Request) -> None:
-        """The adapter that it asks for, which it has until it ends. Raises BadRequest: there is none of this name."""
-        if self.lender is None:
-            raise BadRequest("adapters are served with --enable-lora", param="lora_path", code="not_supported")
-        request.adapter = adapter = self.lender.lend(request.submit.adapter)
-        if not adapter.ready() or adapter.error is not None:
-            request.waits += (adapter,)
 
     def _abort(self, message: Abort) -> None:
         if message.all:

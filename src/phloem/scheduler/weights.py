@@ -224,9 +224,9 @@ class WeightCalls:
             log.exception("new weights could not be put in place")
             error = raised
         keeper.changed(args.get("version"), error)
-        scheduler.weight_version = str(keeper.epoch)
         if scheduler.lender is not None:
             scheduler.lender.rebase()
+        scheduler.weight_version = str(keeper.epoch)
         if args.get("flush") and scheduler.nothing_held:
             scheduler.cache.reset()  # for its memory alone: nothing of it is found any more
         self._tell()

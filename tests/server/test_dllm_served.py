@@ -102,6 +102,44 @@ def test_what_it_cannot_do_is_a_400_with_the_field(served: Any, field: str, more
     assert "by diffusion" in answer.json()["error"]["message"] and answer.json()["error"]["param"] == field
 
 
+_CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "model": "tiny"}
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "field"),
+    [
+        ("/v1/chat/completions", {**_CHAT, "max_tokens": 0}, "max_tokens"),
+        ("/v1/chat/completions", {**_CHAT, "max_completion_tokens": 0}, "max_completion_tokens"),
+        ("/v1/chat/completions", {**_CHAT, "max_tokens": 4, "min_tokens": 2}, "min_tokens"),
+        ("/v1/chat/completions", {**_CHAT, "max_tokens": 4, "prompt_logprobs": 1}, "prompt_logprobs"),
+        ("/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 0}, "max_tokens"),
+        ("/v1/completions", {"model": "tiny", "prompt": "a", "min_tokens": 2, "stream": True}, "min_tokens"),
+        ("/v1/completions", {"model": "tiny", "prompt": "a", "echo": True, "logprobs": 1}, "echo"),
+        ("/v1/completions", {"model": "tiny", "prompt": "a", "prompt_logprobs": 1}, "prompt_logprobs"),
+        ("/v1/responses", {"model": "tiny", "input": "a", "max_output_tokens": 0}, "max_output_tokens"),
+        ("/generate", {"text": "a", "sampling_params": {"max_new_tokens": 0}}, "max_new_tokens"),
+        ("/generate", {"text": "a", "sampling_params": {"min_new_tokens": 2}}, "min_new_tokens"),
+    ],
+)
+def test_a_refusal_names_the_field_that_the_client_sent(
+    served: Any, route: str, body: dict[str, Any], field: str
+) -> None:
+    client, _ = served
+    answer = client.post(route, json=body)
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and (error["param"], error["code"]) == (field, "not_supported")
+    assert error["message"].startswith(f"{field}: this model writes by diffusion")
+
+
+def test_messages_name_their_own_field(served: Any) -> None:
+    """Its answers have no `param`: the text names it."""
+    client, _ = served
+    for more, field in (({"max_tokens": 0}, "max_tokens"), ({"max_tokens": 4, "min_tokens": 2}, "min_tokens")):
+        answer = client.post("/v1/messages", json={**_CHAT, **more})
+        assert answer.status_code == 400 and field in answer.json()["error"]["message"]
+        assert "max_new_tokens" not in answer.text and "min_new_tokens" not in answer.text
+
+
 def test_metrics_tell_how_many_tokens_a_pass_gives(served: Any) -> None:
     client, _ = served
     client.post("/generate", json={"text": "The quick", "sampling_params": sampling(30)})

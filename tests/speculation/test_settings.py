@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import fields
 from typing import Any
 
 import pytest
 
-from phloem.core.config import Config
+from phloem.core.config import Config, SpeculativeConfig
 from phloem.core.errors import ConfigError
 from phloem.core.speculation import Wanted, wanted
 from phloem.speculation import assemble
+from phloem.speculation.drafters import DRAFTERS
 
 
 def read(**values: Any) -> Wanted:
@@ -29,6 +32,21 @@ def test_nothing_said_is_auto() -> None:
 )
 def test_names_are_read_as_others_write_them(said: str, name: str) -> None:
     assert read(speculative_algorithm=said).algorithm == name
+
+
+def test_the_help_lists_our_names_and_says_which_are_other_engines() -> None:
+    """Every drafter there is, and what other names stand for."""
+    said = next(one for one in fields(SpeculativeConfig) if one.name == "speculative_algorithm").metadata["help"]
+    own, aliases = said.split("Other engines' names", 1)
+    assert set(DRAFTERS.names()) | {"auto", "none"} <= set(re.findall(r"\w+", own))
+    named = re.findall(r"((?:\w+ and )?\w+) \((\w+)\)", aliases)
+    pairs = {(alias, ours) for found, ours in named for alias in found.split(" and ")}
+    assert {"standalone", "prompt_lookup", "nextn"} <= {alias for alias, _ in pairs}
+    for alias, ours in pairs:
+        assert read(speculative_algorithm=alias, speculative_draft_model_path=MODEL[ours]).algorithm == ours
+
+
+MODEL: dict[str, str | None] = {"draft_model": "somewhere", "ngram": None, "mtp": None}
 
 
 def test_draft_tokens_count_the_token_before_them() -> None:

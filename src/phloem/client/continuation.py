@@ -15,6 +15,8 @@ from phloem.core.messages import Logprobs
 from phloem.core.request import FinishReason
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from phloem.client.request import Item
     from phloem.core.media import Media
     from phloem.core.messages import Chunk, Did
@@ -125,7 +127,7 @@ class Continuation:
         begin = 0 if self.whole else len(self.ids)
         self._gather(chunk)
         finish = chunk.finish
-        _raise_refusal(finish)
+        _raise_refusal(finish, self.item.names)
         if finish is not None and finish.type == "abort" and not self.ids:
             # Rollout workers tell by the text that there is nothing to go on from.
             finish = FinishReason(type="abort", message=f"Abort before prefill: {finish.message}")
@@ -209,12 +211,15 @@ class Continuation:
         del known.values[length:], known.top[length:], known.chosen[length:]
 
 
-def _raise_refusal(finish: FinishReason | None) -> None:
-    """An abort with a status is the engine's refusal or failure of this request."""
+def _raise_refusal(finish: FinishReason | None, names: Mapping[str, str]) -> None:
+    """An abort with a status is the engine's refusal or failure of this request. `names`: as `Item.names`."""
     if finish is None or finish.type != "abort" or finish.status_code is None:
         return
     message = finish.message or "the engine refused the request"
     kind = {400: BadRequest, 503: QueueFull, 507: OutOfMemory}.get(finish.status_code, PhloemError)
-    error = kind(message, param=finish.param, code=finish.code)
+    param = names.get(finish.param or "", finish.param)
+    if finish.param and param and message.startswith(f"{finish.param}: "):
+        message = param + message.removeprefix(finish.param)
+    error = kind(message, param=param, code=finish.code)
     error.status, error.retry_after = finish.status_code, finish.retry_after
     raise error

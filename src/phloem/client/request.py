@@ -85,6 +85,7 @@ class Item:
     itl: float = 0.0
     tier: str = ""  # its class, which may have targets of its own
     user: str = ""  # whom the client names
+    names: dict[str, str] = field(default_factory=dict)  # of fields that its client calls otherwise, in refusals
     pictures: list[Source] = field(default_factory=list)  # media; of each kind in the order of their places in it
 
 

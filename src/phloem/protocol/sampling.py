@@ -61,6 +61,12 @@ def openai_params(body: OpenAIBody, max_tokens: int | None, defaults: dict[str, 
     return params
 
 
+def openai_names(max_tokens: str, prompt_logprobs: str) -> dict[str, str]:
+    """What clients of OpenAI's routes call fields that the engine knows by the names of `/generate` (`Item.names`).
+    `max_tokens`, `prompt_logprobs`: by which they said how long an answer may be, and that its prompt's are wanted."""
+    return {**_OPENAI_NAMES, "max_new_tokens": max_tokens, "logprob_start_len": prompt_logprobs}
+
+
 def namespace(cache_salt: str | None, extra_key: str | None) -> str:
     """Requests share cached prefixes only with equal namespaces."""
     if not (cache_salt or extra_key):

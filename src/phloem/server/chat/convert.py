@@ -15,7 +15,7 @@ from phloem.protocol.fields import dp_rank
 from phloem.protocol.media import MEDIA, seen, with_sound
 from phloem.protocol.promises import promise
 from phloem.protocol.rooms import place
-from phloem.protocol.sampling import namespace, openai_params
+from phloem.protocol.sampling import namespace, openai_names, openai_params
 from phloem.protocol.structured import FIELDS, answer_shape
 from phloem.server import token_ids
 from phloem.server.chat import toolplan
@@ -77,6 +77,7 @@ async def to_request(
         raise BadRequest(message, param=param or None, code=error.code) from None
     for item in asked.request.items:
         item.sampling.constraint_name = _called(item.sampling.constraint_name or "", names) or None
+        item.names = {ours: _called(theirs, names) for ours, theirs in item.names.items()}
     return asked
 
 
@@ -148,6 +149,9 @@ async def _to_request(body: ChatBody, client: EngineClient, info: ModelInfo) -> 
         namespace=namespace(body.cache_salt, body.extra_key),
         reasons=(reasoning is not None or bool(body.require_reasoning)) and not tools.at_once,
         session=body.session_params.step() if body.session_params is not None else None,
+        names=openai_names(
+            "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens", "prompt_logprobs"
+        ),
         return_hidden=bool(body.return_hidden_states),
         return_routed=bool(body.return_routed_experts),
         routed_start=_routed_start(body),

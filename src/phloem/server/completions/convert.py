@@ -10,7 +10,7 @@ from phloem.protocol.fields import dp_rank
 from phloem.protocol.generate.convert import split_ids
 from phloem.protocol.promises import promise
 from phloem.protocol.rooms import place
-from phloem.protocol.sampling import namespace, openai_params
+from phloem.protocol.sampling import namespace, openai_names, openai_params
 from phloem.server import token_ids
 from phloem.text import infill
 
@@ -51,6 +51,7 @@ def to_request(body: CompletionBody, tokenizer: Tokenizer | None) -> GenerateReq
             return_hidden=bool(body.return_hidden_states),
             dp_rank=dp_rank(body),
             session=body.session_params.step() if body.session_params is not None else None,
+            names=openai_names("max_tokens", "prompt_logprobs" if of_prompt else "echo"),
         )
         for at, prompt in enumerate(prompts)
     ]

@@ -64,6 +64,7 @@ NAMES = (
     ("response_format", "output_config.format"),
     (".function.parameters", ".input_schema"),
     (".function.", "."),
+    ("max_completion_tokens", "max_tokens"),
 )
 
 

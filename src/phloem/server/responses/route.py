@@ -106,6 +106,7 @@ NAMES = (
     ("response_format.json_schema", "text.format"),
     ("response_format", "text.format"),
     (".function.", "."),
+    ("max_completion_tokens", "max_output_tokens"),
 )
 
 

@@ -28,9 +28,10 @@ from phloem.distributed.shm import SharedMemory
 from phloem.engine.parallel import Chosen, Go, Plan
 from phloem.engine.recorded import choice
 from phloem.engine.stages import Together
-from phloem.launch.child import Child, sweep, watch
+from phloem.launch.child import Child, watch
 from phloem.launch.core import EngineCore
 from phloem.testing.checkpoints import tiny_checkpoint
+from phloem.utils.leftovers import sweep
 
 SMALL: dict[str, Any] = {"dtype": "float32", "ops": "reference", "max_total_tokens": 2048, "log_level": "warning"}
 DRAFTS: dict[str, Any] = {"speculative_algorithm": "suffix", "disable_speculative_adaptive": True}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -14,20 +13,18 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from time import monotonic, time
+from time import monotonic
 from typing import Any
 
 import msgspec
 
 from phloem.core.config import child_environment
 from phloem.launch.early import MALLOC
+from phloem.utils import leftovers
 from phloem.utils.ipc import READ_BYTES, Frames
 from phloem.utils.processes import Stopped
 
-MEMORY = "/dev/shm"
 LEAVE_SECONDS = 3.0  # how long ranks get to end by themselves
-PREFIX = "phloem-ranks-"
-OLD_SECONDS = 3600.0  # a folder of a start that was killed: others are gone once all ranks are there
 LOOK = 0.25  # seconds between looks at ranks that may be stopped
 
 
@@ -171,18 +168,9 @@ def end(children: Sequence[Child], seconds: float) -> None:
 
 def meeting_place() -> Path:
     """A new folder for what a node's ranks share: in memory where there is such a place, for it must not be written
-    to a disk. What starts that were killed have left beside it is removed."""
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=MEMORY if os.access(MEMORY, os.W_OK) else None))
-    sweep(folder.parent)
-    return folder
-
-
-def sweep(place: Path) -> None:
-    """Remove what starts that were killed have left there; what cannot be removed is another user's."""
-    for folder in place.glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError):
-            if time() - folder.stat().st_mtime > OLD_SECONDS:
-                shutil.rmtree(folder, ignore_errors=True)
+    to a disk. What starts that were killed have left is removed."""
+    leftovers.sweep()
+    return Path(tempfile.mkdtemp(prefix=leftovers.prefix("ranks"), dir=leftovers.in_memory()))
 
 
 def how_ended(code: int) -> str:

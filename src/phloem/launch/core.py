@@ -51,7 +51,7 @@ from phloem.scheduler.scheduler import Scheduler, ScheduleSettings
 from phloem.speculation import assemble
 from phloem.speculation.capturing import Capturer, capturer
 from phloem.text.vocabulary import thinking_markers, vocabulary
-from phloem.utils import log, machine, memory
+from phloem.utils import leftovers, log, machine, memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -401,6 +401,7 @@ def serve(
     rest: Callable[[], None] | None = None,
 ) -> None:
     """Build, run and close an engine; whatever ends it is told to the door."""
+    leftovers.sweep()
     try:
         _check(config, checkpoint)
         usual = EngineCore if checkpoint.pictures is None else PictureCore

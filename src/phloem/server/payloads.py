@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from phloem.core.errors import BadRequest, PhloemError
+from phloem.utils.leftovers import prefix
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -55,7 +56,7 @@ def _written(blobs: list[bytes], paths: list[str]) -> None:
     """Their paths, also of one that is half written, go to `paths`."""
     try:
         for blob in blobs:
-            descriptor, path = tempfile.mkstemp(prefix="phloem-weights-")
+            descriptor, path = tempfile.mkstemp(prefix=prefix("weights"))
             paths.append(path)
             with open(descriptor, "wb") as file:
                 file.write(blob)

@@ -22,6 +22,7 @@ import msgspec
 from phloem.core.errors import ConfigError, NotFound, StorageFailed
 from phloem.server.videos.folder import FilmFolder
 from phloem.server.videos.write import Video, VideoError
+from phloem.utils.leftovers import prefix
 
 if TYPE_CHECKING:
     from phloem.client.pictures import Painting
@@ -93,7 +94,7 @@ class VideoStore:
     @property
     def path(self) -> Path:
         if self._path is None:
-            self._own = tempfile.TemporaryDirectory(prefix="phloem-films-")
+            self._own = tempfile.TemporaryDirectory(prefix=prefix("films"))
             self._path = Path(self._own.name)
         return self._path
 

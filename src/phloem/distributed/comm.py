@@ -17,6 +17,7 @@ import torch
 from torch import distributed as dist
 
 from phloem.core.errors import EngineDead
+from phloem.utils.sockets import descriptors, notice_cuts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -201,7 +202,7 @@ class Gloo:
 
     Args:
         place: a file that does not exist yet, in a folder of this group alone; or a store that all ranks reach.
-        timeout: seconds that a rank waits for the others.
+        timeout: seconds that a rank waits for the others; one whose link is cut is found within seconds.
         host: this machine's address, at which the others reach it.
     """
 
@@ -217,9 +218,11 @@ class Gloo:
             options._devices = [kind.create_device(hostname=host)]
             options._threads = 1
             store = _TORCH.FileStore(str(place), size) if isinstance(place, Path) else place
+            before = descriptors()
             self._group = kind(store, rank, size, options)
             # The first rank removes the folder once it has joined: by then all must have read the file to its end.
             self._group.barrier().wait()
+            notice_cuts(descriptors() - before)  # a step may take minutes, but no link is silent for so long
         except RuntimeError as error:
             raise EngineDead(f"the ranks did not find each other: {error}") from None
         self._aborted = False

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 import socket
+import stat
+from pathlib import Path
 
 from phloem.core.errors import ConfigError
 
 PIECE = 1 << 20  # bytes that are written at once
+# Seconds: of silence before the system asks the other end whether it is there, between such questions, and until a
+# connection is given up whose other end answers nothing, be it asked or sent to. Systems answer, not processes: one
+# that computes for minutes, or is stopped, is there.
+IDLE, AGAIN, GIVEN_UP = 2, 1, 5
 
 
 def bind(host: str, port: int, option: str = "") -> socket.socket:
@@ -47,3 +55,34 @@ def send_steadily(sock: socket.socket, data: bytes | memoryview) -> None:
     view, at = memoryview(data), 0
     while at < len(view):
         at += sock.send(view[at : at + PIECE])
+
+
+def descriptors() -> set[int]:
+    """Those of this process that are sockets. Empty where the system does not tell."""
+    found: set[int] = set()
+    with contextlib.suppress(OSError):
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                if stat.S_ISSOCK(os.stat(Path("/proc/self/fd") / name).st_mode):
+                    found.add(int(name))
+    return found
+
+
+def notice_cuts(numbers: set[int]) -> int:
+    """Let the system end connections over TCP among these whose link is cut without a word, within `GIVEN_UP` seconds.
+    Gives how many there are; 0 too where the system cannot."""
+    if not hasattr(socket, "TCP_USER_TIMEOUT"):
+        return 0
+    done = 0
+    for number in numbers:
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as one:
+            if one.type != socket.SOCK_STREAM or one.family not in (socket.AF_INET, socket.AF_INET6):
+                continue
+            one.getpeername()
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            one.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, IDLE)
+            one.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, AGAIN)
+            one.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, (GIVEN_UP - IDLE) // AGAIN)
+            one.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, GIVEN_UP * 1000)
+            done += 1
+    return done

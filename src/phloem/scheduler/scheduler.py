@@ -129,10 +129,9 @@ class Scheduler:
         pace = settings.pace(slots, runner.draft_room)
         mixture = Mixture(self.slots, lender.most) if lender is not None and lender.most < slots else None
         self.planner = Planner(self.slots, self.queue, cache, self._policy, pace, settings.eos_ids, mixture)
-        if lender is not None:
-            self.planner.lending = Lending(lender, self._place, self.wait_for)
-        interval = settings.stream_interval
-        self.results = Results(self.live, self.slots, self.queue, self.planner.release, interval, lender)
+        self.planner.lending = None if lender is None else Lending(lender, self._place, self.wait_for)
+        interval, release = settings.stream_interval, self.planner.release
+        self.results = Results(self.live, self.slots, self.queue, release, interval, lender)
         self.results.speculates = settings.speculates
         self.remote: Remote | None = None  # prompts are computed for others, or by others
         self.duty: Callable[[str], dict[str, Any]] | None = None  # changes which of the two

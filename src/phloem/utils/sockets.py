@@ -7,6 +7,7 @@ import errno
 import os
 import socket
 import stat
+import sys
 from pathlib import Path
 
 from phloem.core.errors import ConfigError
@@ -71,7 +72,7 @@ def descriptors() -> set[int]:
 def notice_cuts(numbers: set[int]) -> int:
     """Let the system end connections over TCP among these whose link is cut without a word, within `GIVEN_UP` seconds.
     Gives how many there are; 0 too where the system cannot."""
-    if not hasattr(socket, "TCP_USER_TIMEOUT"):
+    if sys.platform != "linux":
         return 0
     done = 0
     for number in numbers:

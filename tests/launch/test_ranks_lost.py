@@ -10,7 +10,9 @@ import threading
 import time
 from pathlib import Path
 
+import httpx
 import pytest
+from served import Server, eventually, ranks_of
 from share_support import checkpoint
 
 from phloem.core.config import Config
@@ -79,6 +81,39 @@ def test_a_rank_that_goes_while_ranks_find_each_other_is_not_waited_for(
     finally:
         let_go.set()
         starting.join(20)
+
+
+@pytest.mark.slow
+@linux
+def test_every_request_is_answered_whose_second_stage_is_killed(tmp_path: Path) -> None:
+    """Streams and whole answers, of two routes: 503, or an error as the last event; no connection just ends."""
+    server = Server(checkpoint("llama", tmp_path), "--dtype", "float32", "--max-total-tokens", "8192", "--pp-size", "2")
+    found: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
+
+    def ask(number: int) -> None:
+        path, body = (
+            ("/generate", {"text": f"hello {number}", "sampling_params": {"max_new_tokens": 400, "ignore_eos": True}}),
+            ("/v1/completions", {"prompt": f"hello {number}", "max_tokens": 400, "ignore_eos": True}),
+        )[number // 2 % 2]
+        try:
+            answer = httpx.post(server.url + path, json={**body, "stream": number % 2 == 0}, timeout=60, verify=False)
+            found.put((answer.status_code, answer.text))
+        except httpx.HTTPError as error:
+            found.put((0, repr(error)))
+
+    try:
+        server.wait_ready()
+        askers = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+        for asker in askers:
+            asker.start()
+        eventually(lambda: server.state()["running"] == 8)
+        os.kill(ranks_of(server.engine_pid())[0], signal.SIGKILL)
+        for _ in askers:
+            status, text = found.get(timeout=20)
+            assert status in (200, 503) and "rank 1 of 2 has gone" in text, text
+            assert '"engine_unavailable"' in text and '"retryable":true' in text
+    finally:
+        server.close()
 
 
 joined = RankProcesses._joined  # pyright: ignore[reportPrivateUsage]

@@ -119,8 +119,7 @@ class Scheduler:
             self._most_tokens = min(self._most_tokens, cache.most_pages * cache.page_size)
         if settings.block % denoising.WHOLE:  # canvases are whole blocks
             self._most_tokens = blocks.whole(self._most_tokens, settings.block)
-        parts = len(cache.parts)
-        slots = min(settings.max_running_requests, runner.max_slots) // parts * parts
+        slots = min(settings.max_running_requests, runner.max_slots) // (parts := len(cache.parts)) * parts
         self.slots = Slots(
             slots, self._most_tokens, cache.page_size, runner.groups, settings.block, settings.canvas, parts
         )
@@ -130,8 +129,8 @@ class Scheduler:
         mixture = Mixture(self.slots, lender.most) if lender is not None and lender.most < slots else None
         self.planner = Planner(self.slots, self.queue, cache, self._policy, pace, settings.eos_ids, mixture)
         self.planner.lending = None if lender is None else Lending(lender, self._place, self.wait_for)
-        interval, release = settings.stream_interval, self.planner.release
-        self.results = Results(self.live, self.slots, self.queue, release, interval, lender)
+        interval = settings.stream_interval
+        self.results = Results(self.live, self.slots, self.queue, self.planner.release, interval, lender)
         self.results.speculates = settings.speculates
         self.remote: Remote | None = None  # prompts are computed for others, or by others
         self.duty: Callable[[str], dict[str, Any]] | None = None  # changes which of the two

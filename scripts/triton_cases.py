@@ -148,12 +148,14 @@ def _logits(vocab: int) -> None:
     sample.mask_tokens_(logits, slots, words)
 
 
-def _moe(tokens: int, float8: torch.dtype | None = None) -> None:
-    """Qwen3-30B-A3B: 128 experts, 8 a token."""
+def _moe(tokens: int, float8: torch.dtype | None = None, rows: bool = False) -> None:
+    """Qwen3-30B-A3B: 128 experts, 8 a token. In float8 with scales of blocks, or of rows."""
     dtype = float8 or BF16
     weights, ids, lists = moe.route_and_sort(t(tokens, 128), 8, True, moe.tile_size(tokens * 8, 128))
     gate_up, down = t(128, 1536, 2048, dtype=dtype), t(128, 2048, 768, dtype=dtype)
     scales = (t(128, 12, 16, dtype=F32), t(128, 16, 6, dtype=F32)) if float8 else None
+    if rows:
+        scales = t(128, 1536, dtype=F32), t(128, 2048, dtype=F32)
     moe.experts(t(tokens, 2048), weights, ids, gate_up, down, scales=scales, lists=lists)
 
 
@@ -278,6 +280,9 @@ def cases() -> list[Case]:
         Case("MoE, float8, 1 token", lambda f: _moe(1, f), float8=True),
         Case("MoE, float8, 64 tokens", lambda f: _moe(64, f), float8=True),
         Case("MoE, float8, 4096 tokens", lambda f: _moe(4096, f), float8=True),
+        Case("MoE, float8, scales of rows, 1 token", lambda f: _moe(1, f, True), float8=True),
+        Case("MoE, float8, scales of rows, 64 tokens", lambda f: _moe(64, f, True), float8=True),
+        Case("MoE, float8, scales of rows, 4096 tokens", lambda f: _moe(4096, f, True), float8=True),
         Case("router, sigmoid, correction, 8 of 256", plain(_route, 256, 8, True, True)),
         Case("router, softmax without a sum of 1, 6 of 64", plain(_route, 64, 6, False, False)),
         Case("quantise to float8", _quantise, float8=True),

@@ -30,7 +30,9 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
+from phloem.kernels.triton._base import AHEAD  # noqa: E402
 from phloem.platforms._facts import float8_of  # noqa: E402
 
 # backend, architecture, warp size, shared memory per block in bytes, float8 type (None: has none)
@@ -91,18 +93,21 @@ def record(cases: Sequence[Any], name: str) -> list[Launch]:
 
     def note(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launch = _describe(current, self, args, kwargs)
-        seen.setdefault((launch.module, launch.kernel, launch.signature, launch.constants, launch.aligned), launch)
+        seen.setdefault(
+            (launch.module, launch.kernel, launch.signature, launch.constants, launch.aligned, launch.options), launch
+        )
 
-    before = JITFunction.run, torch.version.hip
+    before = JITFunction.run, torch.version.hip, AHEAD.capability
     JITFunction.run = note  # type: ignore[method-assign]
     torch.version.hip = "7" if target.backend == "hip" else None
+    AHEAD.capability = int(target.arch) if target.backend == "cuda" else 0
     try:
         for case in cases:
             current = case.name
             if not case.float8 or float8 is not None:
                 case.run(float8)
     finally:
-        JITFunction.run, torch.version.hip = before  # type: ignore[method-assign]
+        JITFunction.run, torch.version.hip, AHEAD.capability = before  # type: ignore[method-assign]
     return list(seen.values())
 
 
@@ -141,6 +146,8 @@ def _describe(case: str, kernel: JITFunction[Any], args: tuple[Any, ...], kwargs
 def _kind(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return "*" + _TYPES[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
     if isinstance(value, bool):
         return "u1"
     if isinstance(value, int):

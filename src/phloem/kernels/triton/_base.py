@@ -50,9 +50,13 @@ def _multiprocessors(index: int) -> int:
 
 @dataclass
 class Ahead:
-    """The device that is compiled for while there is none: Hopper's multiprocessors, or what `ahead.py` is told."""
+    """The device that is compiled for while there is none: Hopper's multiprocessors, or what `ahead.py` is told.
+
+    `capability`: of an NVIDIA GPU, 90 for 9.0; 0 for all others.
+    """
 
     processors: int = 132
+    capability: int = 0
 
 
 AHEAD = Ahead()
@@ -66,6 +70,21 @@ def multiprocessors(tensor: Tensor) -> int:
         props = torch.xpu.get_device_properties(tensor.device)
         return int(getattr(props, "gpu_subslice_count", 0) or 32)
     return AHEAD.processors if tensor.device.type == "meta" else 2
+
+
+@cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def capability(device: torch.device) -> int:
+    """An NVIDIA GPU's compute capability, 90 for 9.0; that of `AHEAD` where there are no data; 0 for all others."""
+    if device.type == "meta":
+        return AHEAD.capability
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    return _capability(device.index or 0)
 
 
 def stages(wanted: int) -> int:

@@ -3,7 +3,8 @@
 Order of work: `route` picks k experts per token; `sort_by_expert` lists the (token, choice) pairs expert by expert,
 each expert's list padded to whole tiles (one launch does both for up to `route.SORTED_TOKENS` tokens); the first
 grouped GEMM computes gate and up of a tile and writes activation(gate) * up, in float8 with its scale where the second
-GEMM reads that; the second multiplies by the routing weight; `_sum_choices` adds a token's k results in order. Up to
+GEMM reads that; the second multiplies by the routing weight; `_sum_choices` adds a token's k results in order. Where
+an expert gets many rows, `many.py` does both products in another way, if a trial finds that better (`trial.py`). Up to
 `FEW_TOKENS` tokens nothing is sorted and no tile is filled: each pair reads its expert's rows, and the sum over the
 choices is inside the second product, three launches in all; float8 weights then meet unquantised activations.
 Nothing is decided on the host, and no atomics: the same input gives the same bits. Legend: E experts, k choices,
@@ -22,9 +23,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from phloem.kernels.triton import many, trial
 from phloem.kernels.triton._base import activate, ceil_div, fp8_limit, power_of_2, stages
 from phloem.kernels.triton.activation import SILU
-from phloem.kernels.triton.quantise import per_group_fp8
+from phloem.kernels.triton.many import BLOCKS, ROWS, UNSCALED
+from phloem.kernels.triton.quantise import per_group_fp8, per_token_fp8
 from phloem.kernels.triton.route import route, route_and_sort, sort_by_expert
 
 GROUP_K = 128  # features that share one scale in block-scaled float8
@@ -66,6 +69,7 @@ def _grouped(
     """Grid (tiles of pairs, blocks of output features). x's row is pair // CHOICES; out's row is the pair.
 
     GATED: the weight's rows are first all gates, then all ups, and what is written is activation(gate) * up.
+    SCALED 1: scales per row and group of features, and per block of the weight; 2: per row, and per row of the weight.
     LIMIT above 0: in float8 that ends there, with a scale per pair and block of features, which is then a group.
     """
     expert = tl.load(tile_expert + tl.program_id(0)).to(tl.int64)
@@ -87,7 +91,7 @@ def _grouped(
         some = start + k < features_in
         a = tl.load(at_x + start, mask=valid[:, None] & some[None, :], other=0.0)
         b = tl.load(at_w + start, mask=some[:, None] & inside[None, :], other=0.0)
-        if SCALED:
+        if SCALED == 1:
             group = start // GROUP
             row_scale = tl.load(x_scale + source * stride_xs + group, mask=valid, other=0.0)
             col_scale = tl.load(at_scale + (col // GROUP) * stride_wsm + group, mask=inside, other=0.0)
@@ -96,13 +100,19 @@ def _grouped(
             acc = tl.dot(a, b, acc, input_precision="ieee")
         if GATED:
             c = tl.load(at_up + start, mask=some[:, None] & inside[None, :], other=0.0)
-            if SCALED:
+            if SCALED == 1:
                 up_scale = tl.load(
                     at_scale + ((col + features_out) // GROUP) * stride_wsm + group, mask=inside, other=0.0
                 )
                 second += tl.dot(a, c) * row_scale[:, None] * up_scale[None, :]
             else:
                 second = tl.dot(a, c, second, input_precision="ieee")
+    if SCALED == 2:
+        row_scale = tl.load(x_scale + source * stride_xs, mask=valid, other=0.0)[:, None]
+        acc *= row_scale * tl.load(at_scale + col * stride_wsm, mask=inside, other=0.0)[None, :]
+        if GATED:
+            at_more = at_scale + (col + features_out) * stride_wsm
+            second *= row_scale * tl.load(at_more, mask=inside, other=0.0)[None, :]
     if GATED:
         acc = activate(acc, KIND) * second
     if ROUTED:
@@ -166,14 +176,18 @@ def _few_up(
         a = tl.load(at_x + start, mask=some, other=0.0).to(tl.float32)
         g = tl.load(at_gate + start, mask=keep, other=0.0).to(tl.float32)
         u = tl.load(at_up + start, mask=keep, other=0.0).to(tl.float32)
-        if SCALED:
+        if SCALED == 1:
             group = start // GROUP
             g *= tl.load(at_scale + (col // GROUP) * stride_sm + group, mask=inside, other=0.0)[:, None]
             at_u = at_scale + ((col + features_out) // GROUP) * stride_sm + group
             u *= tl.load(at_u, mask=inside, other=0.0)[:, None]
         gate += g * a[None, :]
         up += u * a[None, :]
-    value = activate(tl.sum(gate, axis=1), KIND) * tl.sum(up, axis=1)
+    of_gate, of_up = tl.sum(gate, axis=1), tl.sum(up, axis=1)
+    if SCALED == 2:
+        of_gate *= tl.load(at_scale + col * stride_sm, mask=inside, other=0.0)
+        of_up *= tl.load(at_scale + (col + features_out) * stride_sm, mask=inside, other=0.0)
+    value = activate(of_gate, KIND) * of_up
     tl.store(out + pair * features_out + col, value.to(out.dtype.element_ty), mask=inside)
 
 
@@ -212,12 +226,20 @@ def _few_down(
             some = start + k < features_in
             a = tl.load(x + pair * features_in + start + k, mask=some, other=0.0).to(tl.float32)
             b = tl.load(at_w + start, mask=inside[:, None] & some[None, :], other=0.0).to(tl.float32)
-            if SCALED:
+            if SCALED == 1:
                 at_scale = scale + expert * stride_se + (col // GROUP) * stride_sm + start // GROUP
                 b *= tl.load(at_scale, mask=inside, other=0.0)[:, None]
             acc += b * a[None, :]
-        total += tl.load(routing + pair) * tl.sum(acc, axis=1)
+        one = tl.sum(acc, axis=1)
+        if SCALED == 2:
+            one *= tl.load(scale + expert * stride_se + col * stride_sm, mask=inside, other=0.0)
+        total += tl.load(routing + pair) * one
     tl.store(out + token * features_out + col, total.to(out.dtype.element_ty), mask=inside)
+
+
+def _scaled(scales: tuple[Tensor, Tensor] | None) -> int:
+    """How the second of these, of stacked weights, says that they are scaled."""
+    return UNSCALED if scales is None else (BLOCKS if scales[1].dim() == 3 else ROWS)
 
 
 def _few(
@@ -237,7 +259,7 @@ def _few(
     first, second = scales if scales is not None else (hidden, hidden)
     steps = (first.stride()[:2], second.stride()[:2]) if scales is not None else ((0, 0), (0, 0))
     block_k = GROUP_K if scales is not None else 256
-    shape = {"SCALED": scales is not None, "GROUP": GROUP_K, "BLOCK_N": 16, "BLOCK_K": block_k}
+    shape = {"SCALED": _scaled(scales), "GROUP": GROUP_K, "BLOCK_N": 16, "BLOCK_K": block_k}
     _few_up[(tokens * choices, ceil_div(between, 16))](
         *(x_TN, gate_up_EMN, first, ids_Tk, hidden, features, between, x_TN.stride(0)),
         *(*gate_up_EMN.stride()[:2], *steps[0]),
@@ -308,7 +330,7 @@ def _gemm(
         GATED=gated,
         KIND=kind,
         ROUTED=routing is not None,
-        SCALED=scales is not None,
+        SCALED=_scaled(scales),
         LIMIT=fp8_limit(out.dtype) if out_scale is not None else 0.0,
         GROUP=GROUP_K,
         TILE=tile,
@@ -317,6 +339,48 @@ def _gemm(
         num_warps=8 if tile >= 128 or (out_scale is not None and tile >= 32) else 4,
         num_stages=stages(3),
     )
+
+
+def parts_of_tiles(
+    x_TN: Tensor,
+    weights_Tk: Tensor,
+    gate_up_EMN: Tensor,
+    down_ENF: Tensor,
+    kind: int,
+    scales: tuple[Tensor, Tensor] | None,
+    lists: tuple[Tensor, Tensor],
+    tile: int,
+) -> Tensor:
+    """weight * down(activation(gate(x)) * up(x)) of each pair, [T * k, N], by programs of one tile each."""
+    choices, between = weights_Tk.shape[1], down_ENF.shape[2]
+    pairs, device = weights_Tk.numel(), x_TN.device
+    parts = torch.empty((pairs, x_TN.shape[1]), dtype=x_TN.dtype, device=device)
+    if scales is None:
+        hidden = torch.empty((pairs, between), dtype=x_TN.dtype, device=device)
+        _gemm(x_TN, gate_up_EMN, hidden, lists, tile, None, choices, True, kind, None)
+        _gemm(hidden, down_ENF, parts, lists, tile, weights_Tk, 1, False, kind, None)
+        return parts
+    blocks = _scaled(scales) == BLOCKS
+    quantise = per_group_fp8 if blocks else per_token_fp8
+    x8, x_scale = quantise(x_TN, gate_up_EMN.dtype)
+    first = x_scale, scales[0]
+    if blocks and tile < 128:
+        # A program's block of features is a group of the next product's: it writes float8 and the scale.
+        hidden8 = torch.empty((pairs, between), dtype=down_ENF.dtype, device=device)
+        hidden_scale = torch.empty((pairs, ceil_div(between, GROUP_K)), dtype=torch.float32, device=device)
+        _gemm(x8, gate_up_EMN, hidden8, lists, tile, None, choices, True, kind, first, hidden_scale)
+    else:
+        hidden = torch.empty((pairs, between), dtype=x_TN.dtype, device=device)
+        _gemm(x8, gate_up_EMN, hidden, lists, tile, None, choices, True, kind, first)
+        hidden8, hidden_scale = quantise(hidden, down_ENF.dtype)
+    _gemm(hidden8, down_ENF, parts, lists, tile, weights_Tk, 1, False, kind, (hidden_scale, scales[1]))
+    return parts
+
+
+def _of_rows(scales: tuple[Tensor, Tensor], rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Scales of whole matrices, [E], as those of each of their rows."""
+    first, second = (s[:, None].expand(-1, n) if s.dim() == 1 else s for s, n in zip(scales, rows, strict=True))
+    return first, second
 
 
 def experts(
@@ -331,38 +395,28 @@ def experts(
 ) -> Tensor:
     """Sum over a token's choices of weight * down(activation(gate(x)) * up(x)) -> [T, N].
 
-    gate_up [E, 2F, N] (gates, then ups), down [E, N, F]. With `scales` the weights are float8 with float32 scales per
-    128 x 128 block, [E, 2F / 128, N / 128] and [E, N / 128, F / 128]; activations are then quantised per token and 128.
+    gate_up [E, 2F, N] (gates, then ups), down [E, N, F]. With `scales` the weights are float8 with float32 scales:
+    per 128 x 128 block, [E, 2F / 128, N / 128] and [E, N / 128, F / 128], and activations are then quantised per token
+    and 128; or per row, [E, 2F] and [E, N], or matrix, [E] and [E], and activations then per token.
     `lists`: what `sort_by_expert` gives for tiles of `tile_size`, if it is known.
     """
     tokens, features = x_TN.shape
-    count, between, choices = down_ENF.shape[0], down_ENF.shape[2], ids_Tk.shape[1]
+    count, choices = down_ENF.shape[0], ids_Tk.shape[1]
     out = torch.empty((tokens, features), dtype=x_TN.dtype, device=x_TN.device)
     if tokens == 0:
         return out
+    if scales is not None:
+        scales = _of_rows(scales, (gate_up_EMN.shape[1], down_ENF.shape[1]))
     if tokens <= FEW_TOKENS:
         return _few(x_TN, weights_Tk, ids_Tk, gate_up_EMN, down_ENF, kind, scales, out)
-    pairs = tokens * choices
-    tile = tile_size(pairs, count)
+    tile = tile_size(tokens * choices, count)
     lists = lists if lists is not None else sort_by_expert(ids_Tk, count, tile)
-    parts = torch.empty((pairs, features), dtype=x_TN.dtype, device=x_TN.device)
-    if scales is None:
-        hidden = torch.empty((pairs, between), dtype=x_TN.dtype, device=x_TN.device)
-        _gemm(x_TN, gate_up_EMN, hidden, lists, tile, None, choices, True, kind, None)
-        _gemm(hidden, down_ENF, parts, lists, tile, weights_Tk, 1, False, kind, None)
+    work = trial.Work(gate_up_EMN, down_ENF, kind, scales, parts_of_tiles)
+    form = trial.form_for(work, x_TN, weights_Tk, lists) if tile == many.TILE else None
+    if form is None:
+        parts = work.tiles(x_TN, weights_Tk, gate_up_EMN, down_ENF, kind, scales, lists, tile)
     else:
-        x8, x_scale = per_group_fp8(x_TN, gate_up_EMN.dtype)
-        if tile < 128:
-            # A program's block of features is a group of the next product's: it writes float8 and the scale.
-            hidden8 = torch.empty((pairs, between), dtype=down_ENF.dtype, device=x_TN.device)
-            hidden_scale = torch.empty((pairs, ceil_div(between, GROUP_K)), dtype=torch.float32, device=x_TN.device)
-            both = x_scale, scales[0]
-            _gemm(x8, gate_up_EMN, hidden8, lists, tile, None, choices, True, kind, both, hidden_scale)
-        else:
-            hidden = torch.empty((pairs, between), dtype=x_TN.dtype, device=x_TN.device)
-            _gemm(x8, gate_up_EMN, hidden, lists, tile, None, choices, True, kind, (x_scale, scales[0]))
-            hidden8, hidden_scale = per_group_fp8(hidden, down_ENF.dtype)
-        _gemm(hidden8, down_ENF, parts, lists, tile, weights_Tk, 1, False, kind, (hidden_scale, scales[1]))
+        parts = work.form(form, x_TN, weights_Tk, lists)
     block = min(1024, power_of_2(features))
     _sum_choices[(tokens, ceil_div(features, block))](parts, out, features, CHOICES=choices, BLOCK=block)
     return out

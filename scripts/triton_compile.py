@@ -32,7 +32,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from phloem.kernels.triton._base import AHEAD  # noqa: E402
+from phloem.kernels.triton._device import AHEAD  # noqa: E402
 from phloem.platforms._facts import float8_of  # noqa: E402
 
 # backend, architecture, warp size, shared memory per block in bytes, float8 type (None: has none)
@@ -55,6 +55,10 @@ _TYPES = {
     torch.float8_e4m3fn: "fp8e4nv",
     torch.float8_e4m3fnuz: "fp8e4b8",
 }
+
+
+# Instructions that a kernel may not reach before it has waited, but for reads of its own parameters.
+_TOUCHES = re.compile(r"(@!?%p\d+\s+)?(ld\.(?!param)|st\.|cp\.|atom|red\.|mbarrier|bra|ret|exit|call)")
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ class Result:
     stack: int | None = None  # bytes a thread: spilled registers and local arrays
     shared: int | None = None
     warps: int | None = None
+    early: bool = False  # launched before the kernel ahead of it has ended
     error: str | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -178,7 +183,23 @@ def compile_one(work: tuple[str, Launch]) -> Result:
         result.stack = _number(r"\.private_segment_fixed_size:\s+(\d+)", text)
     else:
         result.registers, result.stack = _cubin_usage(compiled.asm["cubin"])
+        result.early = bool(compiled.metadata.launch_pdl)
+        result.error = result.error or early_fault(compiled.asm["ptx"], result.early)
     return result
+
+
+def early_fault(ptx: str, early: bool) -> str | None:
+    """What is wrong with the waiting of a kernel that is launched early: it must wait for the one ahead of it before it
+    reads or writes memory and before it branches or ends. One that is not launched early need not wait."""
+    if not early:
+        return None
+    for line in ptx.splitlines():
+        text = line.split("//")[0].strip()
+        if text.startswith("griddepcontrol.wait"):
+            return None if "griddepcontrol.launch_dependents" in ptx else "never lets the next kernel start"
+        if _TOUCHES.match(text):
+            return f"launched early, and before it waits: {text}"
+    return "launched early, and never waits"
 
 
 def _number(pattern: str, text: str) -> int | None:

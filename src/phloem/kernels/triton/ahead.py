@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from phloem.kernels.triton._base import AHEAD
+from phloem.kernels.triton._device import AHEAD
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence

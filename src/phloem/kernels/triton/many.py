@@ -25,7 +25,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from phloem.kernels.triton._base import activate, multiprocessors, power_of_2
+from phloem.kernels.triton._base import activate, power_of_2
+from phloem.kernels.triton._device import multiprocessors
+from phloem.kernels.triton.early import await_previous, early
 
 GROUP_K = 128  # features that share one scale in block-scaled float8
 TILE = 128  # rows of a tile
@@ -68,6 +70,7 @@ def _walk_grouped(
     BLOCK_K: tl.constexpr,
     SCAN: tl.constexpr,
     FLAT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (programs). `weight` describes [E * rows of an expert, features_in].
 
@@ -76,6 +79,7 @@ def _walk_grouped(
     SORTED: x is a descriptor, and its row always the place. SCALED 1: scales per row and group of features, and per
     block of the weight; 2: per row, and per row of the weight. FLAT: the loops over tiles and features are made one.
     """
+    await_previous(PDL)
     used = 0
     for start in range(0, tiles, SCAN):
         at = start + tl.arange(0, SCAN)
@@ -166,7 +170,7 @@ FORMS_FLOAT8 = (
 
 
 @triton.jit(do_not_specialize=["pairs"])
-def _copy_rows(
+def _gather_rows(
     x,
     scale,
     out,
@@ -183,8 +187,10 @@ def _copy_rows(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (places / ROWS): rows of pairs, and their scales, in the order of the pairs; zeros where there is none."""
+    await_previous(PDL)
     if tl.load(tile_expert + tl.program_id(0) * ROWS // TILE) < 0:
         return
     place = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -212,7 +218,7 @@ def _copied(
     out = torch.empty((places, features), dtype=x_TN.dtype, device=x_TN.device)
     out_scale = None if scale is None else scale.new_empty((places, *scale.shape[1:]))
     groups = 0 if scale is None else scale[0].numel()
-    _copy_rows[(places // COPIED,)](
+    _gather_rows[(places // COPIED,)](
         *(x_TN, x_TN if scale is None else scale, out, out if out_scale is None else out_scale, order, tile_expert),
         *(pairs, features, groups, x_TN.stride(0)),
         CHOICES=choices,
@@ -221,6 +227,7 @@ def _copied(
         ROWS=COPIED,
         BLOCK=512,
         BLOCK_G=power_of_2(groups),
+        **early(out),
     )
     return out, out_scale
 
@@ -284,6 +291,7 @@ def _multiply(
         FLAT=form.flat,
         num_warps=form.warps,
         num_stages=form.stages,
+        **early(out),
     )
 
 

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phloem.kernels.triton._base import find_row, multiprocessors, power_of_2, soften
+from phloem.kernels.triton._base import find_row, power_of_2, soften
+from phloem.kernels.triton._device import multiprocessors
 from phloem.kernels.triton.attention import decode_splits, join_splits, split_buffers
 
 if TYPE_CHECKING:

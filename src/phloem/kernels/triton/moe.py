@@ -26,6 +26,7 @@ from torch import Tensor
 from phloem.kernels.triton import many, trial
 from phloem.kernels.triton._base import activate, ceil_div, fp8_limit, power_of_2, stages
 from phloem.kernels.triton.activation import SILU
+from phloem.kernels.triton.early import await_previous, early
 from phloem.kernels.triton.many import BLOCKS, ROWS, UNSCALED
 from phloem.kernels.triton.quantise import per_group_fp8, per_token_fp8
 from phloem.kernels.triton.route import route, route_and_sort, sort_by_expert
@@ -65,6 +66,7 @@ def _grouped(
     TILE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (tiles of pairs, blocks of output features). x's row is pair // CHOICES; out's row is the pair.
 
@@ -72,6 +74,7 @@ def _grouped(
     SCALED 1: scales per row and group of features, and per block of the weight; 2: per row, and per row of the weight.
     LIMIT above 0: in float8 that ends there, with a scale per pair and block of features, which is then a group.
     """
+    await_previous(PDL)
     expert = tl.load(tile_expert + tl.program_id(0)).to(tl.int64)
     if expert < 0:
         return
@@ -127,7 +130,8 @@ def _grouped(
 
 
 @triton.jit
-def _sum_choices(parts, out, features, CHOICES: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_choices(parts, out, features, CHOICES: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    await_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     keep = col < features
@@ -157,8 +161,10 @@ def _few_up(
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (pairs, blocks of output features): activation(gate) * up of one pair."""
+    await_previous(PDL)
     pair = tl.program_id(0).to(tl.int64)
     expert = tl.load(ids + pair).to(tl.int64)
     col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -210,8 +216,10 @@ def _few_down(
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (tokens, blocks of output features): the weighted sum over a token's choices, in their order."""
+    await_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -268,6 +276,7 @@ def _few(
         **shape,
         num_warps=4,
         num_stages=stages(3),
+        **early(x_TN),
     )
     _few_down[(tokens, ceil_div(features, 16))](
         *(hidden, down_ENF, second, ids_Tk, weights_Tk, out_TN, between, features),
@@ -276,6 +285,7 @@ def _few(
         **shape,
         num_warps=4,
         num_stages=stages(3),
+        **early(x_TN),
     )
     return out_TN
 
@@ -338,6 +348,7 @@ def _gemm(
         BLOCK_K=block_k,
         num_warps=8 if tile >= 128 or (out_scale is not None and tile >= 32) else 4,
         num_stages=stages(3),
+        **early(out),
     )
 
 
@@ -418,7 +429,7 @@ def experts(
     else:
         parts = work.form(form, x_TN, weights_Tk, lists)
     block = min(1024, power_of_2(features))
-    _sum_choices[(tokens, ceil_div(features, block))](parts, out, features, CHOICES=choices, BLOCK=block)
+    _sum_choices[(tokens, ceil_div(features, block))](parts, out, features, CHOICES=choices, BLOCK=block, **early(out))
     return out
 
 

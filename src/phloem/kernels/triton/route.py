@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from phloem.kernels.triton._base import power_of_2
+from phloem.kernels.triton.early import await_previous, early
 
 SORTED_TOKENS = 64  # up to which one program can route and sort all tokens
 SORTED_CELLS = 8192  # tokens times experts that such a program can hold
@@ -36,7 +37,9 @@ def _route(
     HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, BLOCK)
     keep = expert < experts
@@ -97,6 +100,7 @@ def route(
             BLOCK=power_of_2(experts),
             BLOCK_K=power_of_2(top_k),
             num_warps=1 if experts <= 128 else 4,
+            **early(logits_TE),
         )
     return weights, ids
 
@@ -118,8 +122,10 @@ def _route_and_sort(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """`_route` (softmax), `_count_expert` and `_place_expert` of a few tokens, in one program."""
+    await_previous(PDL)
     token = tl.arange(0, BLOCK_T)
     expert = tl.arange(0, BLOCK_E)
     real = token < tokens
@@ -195,12 +201,14 @@ def route_and_sort(
         BLOCK_E=block_e,
         BLOCK_TILES=power_of_2(tiles),
         num_warps=8 if block_t * block_e > 1024 else 4,
+        **early(logits_TE),
     )
     return weights, ids, (order, tile_expert)
 
 
 @triton.jit(do_not_specialize=["pairs"])
-def _count_expert(ids, counts, pairs, BLOCK: tl.constexpr):
+def _count_expert(ids, counts, pairs, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    await_previous(PDL)
     expert = tl.program_id(0)
     number = 0
     for start in range(0, pairs, BLOCK):
@@ -221,8 +229,10 @@ def _place_expert(
     TILE: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program per expert writes its list into `order` (padding: `pairs`) and its name on its tiles."""
+    await_previous(PDL)
     expert = tl.program_id(0)
     other = tl.arange(0, BLOCK_E)
     number = tl.load(counts + other, mask=other < experts, other=0)
@@ -256,9 +266,19 @@ def sort_by_expert(ids_Tk: Tensor, experts: int, tile: int) -> tuple[Tensor, Ten
     order = torch.empty(tiles * tile, dtype=torch.int32, device=device)
     tile_expert = torch.empty(tiles, dtype=torch.int32, device=device)
     block = min(1024, power_of_2(pairs))
-    _count_expert[(experts,)](ids_Tk, counts, pairs, BLOCK=block)
+    _count_expert[(experts,)](ids_Tk, counts, pairs, BLOCK=block, **early(ids_Tk))
     _place_expert[(experts,)](
-        ids_Tk, counts, order, tile_expert, pairs, experts, tiles, TILE=tile, BLOCK_E=power_of_2(experts), BLOCK=block
+        ids_Tk,
+        counts,
+        order,
+        tile_expert,
+        pairs,
+        experts,
+        tiles,
+        TILE=tile,
+        BLOCK_E=power_of_2(experts),
+        BLOCK=block,
+        **early(ids_Tk),
     )
     return order, tile_expert
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from phloem.kernels import chosen
 from phloem.kernels.chosen import switched_on
 from phloem.kernels.triton import many
-from phloem.kernels.triton._base import capability, ceil_div
+from phloem.kernels.triton._base import ceil_div
+from phloem.kernels.triton._device import capability
 from phloem.kernels.triton.quantise import per_group_fp8, per_token_fp8
 from phloem.kernels.triton.route import sort_by_expert
 from phloem.utils import log

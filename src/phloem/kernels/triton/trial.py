@@ -84,7 +84,7 @@ class Work:
 
 
 Tried = tuple[tuple[int, many.Form | None], ...]
-_tried: dict[tuple[object, ...], Tried] = {}
+FOUND: dict[tuple[object, ...], Tried] = {}
 
 
 def form_for(work: Work, x_TN: Tensor, weights_Tk: Tensor, lists: Pair) -> many.Form | None:
@@ -98,11 +98,11 @@ def form_for(work: Work, x_TN: Tensor, weights_Tk: Tensor, lists: Pair) -> many.
                 work.form(form, x_TN, weights_Tk, lists)
         return None
     key = work.key(x_TN, choices)
-    if key not in _tried:
+    if key not in FOUND:
         if torch.cuda.is_current_stream_capturing():
             return None
-        _tried[key] = tried(work, x_TN, choices, on_device)
-    return at_rows(_tried[key], tokens * choices // work.down.shape[0])
+        FOUND[key] = tried(work, x_TN, choices, on_device)
+    return at_rows(FOUND[key], tokens * choices // work.down.shape[0])
 
 
 def at_rows(found: Tried, each: int) -> many.Form | None:

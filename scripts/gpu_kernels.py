@@ -327,7 +327,10 @@ class Kernels:
             want_weights, want_ids = experts_ref.route(logits, k, True)
             pairs += [(weights, want_weights), (ids, want_ids)]
             wide = (x.float(), want_weights, want_ids, gate_up.float(), down.float())
-            pairs.append((moe.experts(x, want_weights, want_ids, gate_up, down), experts_ref.experts(*wide)))
+            want = experts_ref.experts(*wide)
+            pairs.append((moe.experts(x, want_weights, want_ids, gate_up, down), want))
+            stacks = gate_up.flatten(0, 1), down.flatten(0, 1)
+            pairs.append((moe.moe(x, logits, *stacks, k, True), want))
         return pairs
 
     def moe_fp8(self) -> list[tuple[Tensor, Tensor]]:

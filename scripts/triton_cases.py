@@ -159,6 +159,12 @@ def _moe(tokens: int, float8: torch.dtype | None = None, rows: bool = False) -> 
     moe.experts(t(tokens, 2048), weights, ids, gate_up, down, scales=scales, lists=lists)
 
 
+def _moe_op(tokens: int, experts: int = 128, top_k: int = 8) -> None:
+    """The op table's entry, of the same sizes."""
+    gate_up, down = t(experts * 1536, 2048), t(experts * 2048, 768)
+    moe.moe(t(tokens, 2048), t(tokens, experts), gate_up, down, top_k, True)
+
+
 def _route(experts: int, top_k: int, sigmoid: bool, bias: bool) -> None:
     """Routers that are no plain softmax: MiniMax-M2 and GLM-4.5 score by a sigmoid with a correction."""
     correction = t(experts, dtype=F32) if bias else None
@@ -275,6 +281,8 @@ def cases() -> list[Case]:
         Case("sample, 128k", plain(_sample, 128256), quick=True),
         Case("penalties, bias, mask, log-sum-exp", plain(_logits, 151936)),
         Case("MoE, 1 token", plain(_moe, 1)),
+        Case("MoE, routed by the first product", plain(_moe_op, 1), quick=True),
+        Case("MoE, routed by the first product, 256 experts", plain(_moe_op, 4, 256, 10)),
         Case("MoE, 64 tokens", plain(_moe, 64), quick=True),
         Case("MoE, 4096 tokens", plain(_moe, 4096), quick=True),
         Case("MoE, float8, 1 token", lambda f: _moe(1, f), float8=True),

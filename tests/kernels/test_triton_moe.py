@@ -105,6 +105,52 @@ def test_moe(tokens: int, experts: int, top_k: int, dtype: torch.dtype) -> None:
     assert_close(got, ref.moe(x, logits, gate_up, down, top_k, True), dtype)
 
 
+@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize(
+    ("experts", "top_k", "damage"),
+    [
+        (6, 3, None),
+        (17, 8, None),
+        (128, 8, None),
+        (5, 5, None),
+        (40, 1, None),
+        (24, 4, "equal"),
+        (24, 4, "tiny"),
+        (6, 2, "nan"),
+    ],
+)
+def test_the_first_product_of_few_tokens_routes_as_a_launch_of_its_own_does(
+    experts: int, top_k: int, damage: str | None, renormalise: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(12)
+    x, logits = torch.randn(4, 24), torch.randn(4, experts) * 2
+    if damage == "equal":
+        logits[1], logits[2] = 0.0, logits[2].round()
+    if damage == "tiny":
+        logits[0, 2:] = -1e4  # scores that are all 0
+        logits[1, 3:] = float("-inf")
+    if damage == "nan":
+        logits[:] = float("nan")
+    gate_up, down = torch.randn(experts, 2 * 16, 24) / 5, torch.randn(experts, 24, 16) / 4
+    seen: list[torch.Tensor] = []
+    few = moe._few
+
+    def kept(*args: object) -> torch.Tensor:
+        seen.extend(args[1:3])  # type: ignore[arg-type]
+        return few(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(moe, "_few", kept)
+    got = moe.moe(x, logits, gate_up.flatten(0, 1), down.flatten(0, 1), top_k, renormalise)
+    weights, ids = seen
+    if damage == "nan":
+        assert int(ids.min()) >= 0 and int(ids.max()) < experts
+        return
+    want_weights, want_ids = moe.route(logits, top_k, renormalise)
+    assert torch.equal(ids, want_ids)
+    torch.testing.assert_close(weights, want_weights, atol=1e-6, rtol=1e-5)
+    assert_close(got, ref.experts(x, want_weights, want_ids, gate_up, down), torch.float32)
+
+
 def test_moe_in_float8(monkeypatch: pytest.MonkeyPatch) -> None:
     """Block-scaled weights; activations are quantised by the reference, as the interpreter rounds float8 wrongly."""
     torch.manual_seed(10)

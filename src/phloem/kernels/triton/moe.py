@@ -6,7 +6,8 @@ grouped GEMM computes gate and up of a tile and writes activation(gate) * up, in
 GEMM reads that; the second multiplies by the routing weight; `_sum_choices` adds a token's k results in order. Where
 an expert gets many rows, `many.py` does both products in another way, if a trial finds that better (`trial.py`). Up to
 `FEW_TOKENS` tokens nothing is sorted and no tile is filled: each pair reads its expert's rows, and the sum over the
-choices is inside the second product, three launches in all; float8 weights then meet unquantised activations.
+choices is inside the second product. There the first product routes, so that two launches do all; float8 weights meet
+unquantised activations.
 Nothing is decided on the host, and no atomics: the same input gives the same bits. Legend: E experts, k choices,
 N features, F features between the two GEMMs.
 """
@@ -33,6 +34,7 @@ from phloem.kernels.triton.route import route, route_and_sort, sort_by_expert
 
 GROUP_K = 128  # features that share one scale in block-scaled float8
 FEW_TOKENS = 4
+CHOSEN_EXPERTS = 256  # up to which each program of few tokens can route for itself
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -142,14 +144,42 @@ def _sum_choices(parts, out, features, CHOICES: tl.constexpr, BLOCK: tl.constexp
 
 
 @triton.jit
+def _choose(logits, experts, turn, TOP_K: tl.constexpr, RENORMALISE: tl.constexpr, BLOCK_E: tl.constexpr):
+    """(Expert, weight) of a token's choice number `turn`, as `route` has them: the one that so many are better than."""
+    expert = tl.arange(0, BLOCK_E)
+    x = tl.load(logits + expert, mask=expert < experts, other=float("-inf")).to(tl.float32)
+    top = tl.max(x, axis=0)
+    score = tl.exp(x - top)
+    whole = tl.sum(score, axis=0)
+    score = score / whole
+    rank = tl.zeros([BLOCK_E], tl.int32)
+    for start in range(0, BLOCK_E, 16):
+        other = start + tl.arange(0, 16)
+        y = tl.load(logits + other, mask=other < experts, other=float("-inf")).to(tl.float32)
+        rival = (tl.exp(y - top) / whole)[None, :]
+        equal = (rival == score[:, None]) & (other[None, :] < expert[:, None])
+        rank += tl.sum(((rival > score[:, None]) | equal).to(tl.int32), axis=1)
+    # Where logits are NaN none is better than another: any expert will do, but there must be such a one.
+    place = tl.minimum(tl.min(tl.where(rank == turn, expert, BLOCK_E - 1), axis=0), experts - 1)
+    value = tl.sum(tl.where(expert == place, score, 0.0), axis=0)
+    if RENORMALISE:
+        value = value / tl.sum(tl.where(rank < TOP_K, score, 0.0), axis=0)
+    return place, value
+
+
+@triton.jit
 def _few_up(
     x,
     weight,
     scale,
     ids,
+    routing,
+    logits,
     out,
     features_in,
     features_out,
+    experts,
+    stride_logits,
     stride_x,
     stride_we,
     stride_wm,
@@ -161,12 +191,24 @@ def _few_up(
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    ROUTE: tl.constexpr,
+    RENORMALISE: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (pairs, blocks of output features): activation(gate) * up of one pair."""
+    """Grid (pairs, blocks of output features): activation(gate) * up of one pair. ROUTE: `ids` and `routing` are found
+    here, by each program for itself, and written for the second product."""
     await_previous(PDL)
     pair = tl.program_id(0).to(tl.int64)
-    expert = tl.load(ids + pair).to(tl.int64)
+    if ROUTE:
+        at_logits = logits + pair // CHOICES * stride_logits
+        place, value = _choose(at_logits, experts, (pair % CHOICES).to(tl.int32), CHOICES, RENORMALISE, BLOCK_E)
+        if tl.program_id(1) == 0:
+            tl.store(ids + pair, place)
+            tl.store(routing + pair, value)
+        expert = place.to(tl.int64)
+    else:
+        expert = tl.load(ids + pair).to(tl.int64)
     col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     inside = col < features_out
@@ -193,8 +235,8 @@ def _few_up(
     if SCALED == 2:
         of_gate *= tl.load(at_scale + col * stride_sm, mask=inside, other=0.0)
         of_up *= tl.load(at_scale + (col + features_out) * stride_sm, mask=inside, other=0.0)
-    value = activate(of_gate, KIND) * of_up
-    tl.store(out + pair * features_out + col, value.to(out.dtype.element_ty), mask=inside)
+    result = activate(of_gate, KIND) * of_up
+    tl.store(out + pair * features_out + col, result.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -259,8 +301,11 @@ def _few(
     kind: int,
     scales: tuple[Tensor, Tensor] | None,
     out_TN: Tensor,
+    logits_TE: Tensor | None = None,
+    renormalise: bool = False,
 ) -> Tensor:
-    """`experts` of a few tokens: every pair reads its expert's rows for itself."""
+    """`experts` of a few tokens: every pair reads its expert's rows for itself. With `logits_TE` weights and ids are
+    not known yet, and become what `route` finds."""
     tokens, features = x_TN.shape
     between, choices = down_ENF.shape[2], ids_Tk.shape[1]
     hidden = torch.empty((tokens * choices, between), dtype=x_TN.dtype, device=x_TN.device)
@@ -269,10 +314,14 @@ def _few(
     block_k = GROUP_K if scales is not None else 256
     shape = {"SCALED": _scaled(scales), "GROUP": GROUP_K, "BLOCK_N": 16, "BLOCK_K": block_k}
     _few_up[(tokens * choices, ceil_div(between, 16))](
-        *(x_TN, gate_up_EMN, first, ids_Tk, hidden, features, between, x_TN.stride(0)),
+        *(x_TN, gate_up_EMN, first, ids_Tk, weights_Tk, x_TN if logits_TE is None else logits_TE, hidden),
+        *(features, between, down_ENF.shape[0], 0 if logits_TE is None else logits_TE.stride(0), x_TN.stride(0)),
         *(*gate_up_EMN.stride()[:2], *steps[0]),
         CHOICES=choices,
         KIND=kind,
+        ROUTE=logits_TE is not None,
+        RENORMALISE=renormalise,
+        BLOCK_E=1 if logits_TE is None else max(16, power_of_2(logits_TE.shape[1])),
         **shape,
         num_warps=4,
         num_stages=stages(3),
@@ -437,6 +486,11 @@ def moe(x_TN: Tensor, logits_TE: Tensor, gate_up: Tensor, down: Tensor, top_k: i
     """The op table's entry: softmax routing over dense experts, stacked as gate_up [E * 2F, N] and down [E * N, F]."""
     tokens, count = logits_TE.shape
     stacks = gate_up.unflatten(0, (count, -1)), down.unflatten(0, (count, -1))
+    if 0 < tokens <= FEW_TOKENS and count <= CHOSEN_EXPERTS:
+        weights_Tk = torch.empty((tokens, top_k), dtype=torch.float32, device=x_TN.device)
+        ids_Tk = torch.empty((tokens, top_k), dtype=torch.int32, device=x_TN.device)
+        out_TN = torch.empty(x_TN.shape, dtype=x_TN.dtype, device=x_TN.device)
+        return _few(x_TN, weights_Tk, ids_Tk, *stacks, SILU, None, out_TN, logits_TE, renormalise)
     if tokens <= FEW_TOKENS:
         return experts(x_TN, *route(logits_TE, top_k, renormalise), *stacks)
     tile = tile_size(tokens * top_k, count)

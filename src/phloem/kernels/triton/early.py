@@ -34,7 +34,7 @@ SETTING = "PHLOEM_PDL"
 try:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:  # a Triton that is built for other GPUs alone
-    THERE = False
+    _there = False
 
     @triton.jit
     def gdc_wait():
@@ -45,7 +45,7 @@ except ImportError:  # a Triton that is built for other GPUs alone
         pass
 
 else:
-    THERE = True
+    _there = True
 
 
 @triton.jit
@@ -61,6 +61,6 @@ _on = cache(switched_on)  # a launch has no time to read the environment
 
 def early(tensor: Tensor) -> dict[str, bool]:
     """Options for the launch of a kernel that begins with `await_previous`, on this tensor's device."""
-    if THERE and capability(tensor.device) >= CAPABLE and _on(SETTING):
+    if _there and capability(tensor.device) >= CAPABLE and _on(SETTING):
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}

@@ -19,21 +19,28 @@ N features, F features between the two GEMMs.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from phloem.kernels import reference_models as models
 from phloem.kernels.triton import many, trial
 from phloem.kernels.triton._base import activate, ceil_div, fp8_limit, power_of_2, stages
-from phloem.kernels.triton.activation import SILU
+from phloem.kernels.triton.activation import GELU_TANH, SILU
 from phloem.kernels.triton.early import await_previous, early
 from phloem.kernels.triton.many import BLOCKS, ROWS, UNSCALED
 from phloem.kernels.triton.quantise import per_group_fp8, per_token_fp8
 from phloem.kernels.triton.route import route, route_and_sort, sort_by_expert
 
+if TYPE_CHECKING:
+    from phloem.kernels.specs import ExpertSpec
+
 GROUP_K = 128  # features that share one scale in block-scaled float8
 FEW_TOKENS = 4
+KINDS = {"silu": SILU, "gelu_tanh": GELU_TANH}
 CHOSEN_EXPERTS = 256  # up to which each program of few tokens can route for itself
 
 
@@ -132,14 +139,30 @@ def _grouped(
 
 
 @triton.jit
-def _sum_choices(parts, out, features, CHOICES: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _sum_choices(
+    parts,
+    ids,
+    out,
+    features,
+    experts,
+    CHOICES: tl.constexpr,
+    FOREIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """FOREIGN: ids may be of no expert here, and then there is no part."""
     await_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     keep = col < features
     total = tl.zeros([BLOCK], tl.float32)
     for choice in range(CHOICES):
-        total += tl.load(parts + (token * CHOICES + choice) * features + col, mask=keep, other=0.0).to(tl.float32)
+        end = features
+        if FOREIGN:
+            expert = tl.load(ids + token * CHOICES + choice)
+            end = tl.where((expert >= 0) & (expert < experts), features, 0)
+        at = parts + (token * CHOICES + choice) * features + col
+        total += tl.load(at, mask=col < end, other=0.0).to(tl.float32)
     tl.store(out + token * features + col, total.to(out.dtype.element_ty), mask=keep)
 
 
@@ -193,6 +216,7 @@ def _few_up(
     BLOCK_K: tl.constexpr,
     ROUTE: tl.constexpr,
     RENORMALISE: tl.constexpr,
+    FOREIGN: tl.constexpr,
     BLOCK_E: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -209,6 +233,11 @@ def _few_up(
         expert = place.to(tl.int64)
     else:
         expert = tl.load(ids + pair).to(tl.int64)
+    end = features_in
+    if FOREIGN:
+        there = (expert >= 0) & (expert < experts)
+        expert = tl.where(there, expert, 0)
+        end = tl.where(there, features_in, 0)
     col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     inside = col < features_out
@@ -218,7 +247,7 @@ def _few_up(
     at_scale = scale + expert * stride_se
     gate = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for start in range(0, features_in, BLOCK_K):
+    for start in range(0, end, BLOCK_K):
         some = start + k < features_in
         keep = inside[:, None] & some[None, :]
         a = tl.load(at_x + start, mask=some, other=0.0).to(tl.float32)
@@ -249,12 +278,14 @@ def _few_down(
     out,
     features_in,
     features_out,
+    experts,
     stride_we,
     stride_wm,
     stride_se,
     stride_sm,
     CHOICES: tl.constexpr,
     SCALED: tl.constexpr,
+    FOREIGN: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -270,9 +301,16 @@ def _few_down(
     for choice in range(CHOICES):
         pair = token * CHOICES + choice
         expert = tl.load(ids + pair).to(tl.int64)
+        weigh = tl.load(routing + pair)
+        end = features_in
+        if FOREIGN:
+            there = (expert >= 0) & (expert < experts)
+            expert = tl.where(there, expert, 0)
+            weigh = tl.where(there, weigh, 0.0)
+            end = tl.where(there, features_in, 0)
         at_w = weight + expert * stride_we + col.to(tl.int64)[:, None] * stride_wm + k[None, :]
         acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        for start in range(0, features_in, BLOCK_K):
+        for start in range(0, end, BLOCK_K):
             some = start + k < features_in
             a = tl.load(x + pair * features_in + start + k, mask=some, other=0.0).to(tl.float32)
             b = tl.load(at_w + start, mask=inside[:, None] & some[None, :], other=0.0).to(tl.float32)
@@ -283,7 +321,7 @@ def _few_down(
         one = tl.sum(acc, axis=1)
         if SCALED == 2:
             one *= tl.load(scale + expert * stride_se + col * stride_sm, mask=inside, other=0.0)
-        total += tl.load(routing + pair) * one
+        total += weigh * one
     tl.store(out + token * features_out + col, total.to(out.dtype.element_ty), mask=inside)
 
 
@@ -303,6 +341,7 @@ def _few(
     out_TN: Tensor,
     logits_TE: Tensor | None = None,
     renormalise: bool = False,
+    foreign: bool = False,
 ) -> Tensor:
     """`experts` of a few tokens: every pair reads its expert's rows for itself. With `logits_TE` weights and ids are
     not known yet, and become what `route` finds."""
@@ -312,7 +351,7 @@ def _few(
     first, second = scales if scales is not None else (hidden, hidden)
     steps = (first.stride()[:2], second.stride()[:2]) if scales is not None else ((0, 0), (0, 0))
     block_k = GROUP_K if scales is not None else 256
-    shape = {"SCALED": _scaled(scales), "GROUP": GROUP_K, "BLOCK_N": 16, "BLOCK_K": block_k}
+    shape = {"SCALED": _scaled(scales), "FOREIGN": foreign, "GROUP": GROUP_K, "BLOCK_N": 16, "BLOCK_K": block_k}
     _few_up[(tokens * choices, ceil_div(between, 16))](
         *(x_TN, gate_up_EMN, first, ids_Tk, weights_Tk, x_TN if logits_TE is None else logits_TE, hidden),
         *(features, between, down_ENF.shape[0], 0 if logits_TE is None else logits_TE.stride(0), x_TN.stride(0)),
@@ -328,7 +367,7 @@ def _few(
         **early(x_TN),
     )
     _few_down[(tokens, ceil_div(features, 16))](
-        *(hidden, down_ENF, second, ids_Tk, weights_Tk, out_TN, between, features),
+        *(hidden, down_ENF, second, ids_Tk, weights_Tk, out_TN, between, features, down_ENF.shape[0]),
         *(*down_ENF.stride()[:2], *steps[1]),
         CHOICES=choices,
         **shape,
@@ -452,13 +491,15 @@ def experts(
     kind: int = SILU,
     scales: tuple[Tensor, Tensor] | None = None,
     lists: tuple[Tensor, Tensor] | None = None,
+    foreign: bool = False,
 ) -> Tensor:
     """Sum over a token's choices of weight * down(activation(gate(x)) * up(x)) -> [T, N].
 
     gate_up [E, 2F, N] (gates, then ups), down [E, N, F]. With `scales` the weights are float8 with float32 scales:
     per 128 x 128 block, [E, 2F / 128, N / 128] and [E, N / 128, F / 128], and activations are then quantised per token
     and 128; or per row, [E, 2F] and [E, N], or matrix, [E] and [E], and activations then per token.
-    `lists`: what `sort_by_expert` gives for tiles of `tile_size`, if it is known.
+    `lists`: what `sort_by_expert` gives for tiles of `tile_size`, if it is known. `foreign`: ids may be of no expert
+    here, and add nothing then.
     """
     tokens, features = x_TN.shape
     count, choices = down_ENF.shape[0], ids_Tk.shape[1]
@@ -468,7 +509,7 @@ def experts(
     if scales is not None:
         scales = _of_rows(scales, (gate_up_EMN.shape[1], down_ENF.shape[1]))
     if tokens <= FEW_TOKENS:
-        return _few(x_TN, weights_Tk, ids_Tk, gate_up_EMN, down_ENF, kind, scales, out)
+        return _few(x_TN, weights_Tk, ids_Tk, gate_up_EMN, down_ENF, kind, scales, out, foreign=foreign)
     tile = tile_size(tokens * choices, count)
     lists = lists if lists is not None else sort_by_expert(ids_Tk, count, tile)
     work = trial.Work(gate_up_EMN, down_ENF, kind, scales, parts_of_tiles)
@@ -478,7 +519,13 @@ def experts(
     else:
         parts = work.form(form, x_TN, weights_Tk, lists)
     block = min(1024, power_of_2(features))
-    _sum_choices[(tokens, ceil_div(features, block))](parts, out, features, CHOICES=choices, BLOCK=block, **early(out))
+    _sum_choices[(tokens, ceil_div(features, block))](
+        *(parts, ids_Tk, out, features, count),
+        CHOICES=choices,
+        FOREIGN=foreign,
+        BLOCK=block,
+        **early(out),
+    )
     return out
 
 
@@ -496,3 +543,32 @@ def moe(x_TN: Tensor, logits_TE: Tensor, gate_up: Tensor, down: Tensor, top_k: i
     tile = tile_size(tokens * top_k, count)
     weights_Tk, ids_Tk, lists = route_and_sort(logits_TE, top_k, renormalise, tile)
     return experts(x_TN, weights_Tk, ids_Tk, *stacks, lists=lists)
+
+
+def chosen_experts(x_TN: Tensor, ids_Tk: Tensor, weights_Tk: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """The op table's entry: plain experts, stacked as for `moe`, chosen elsewhere; ids of none add nothing."""
+    return _stacked(x_TN, ids_Tk, weights_Tk, gate_up, down, down.shape[0] // x_TN.shape[1], SILU)
+
+
+def experts_op(
+    x_TN: Tensor,
+    ids_Tk: Tensor,
+    weights_Tk: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    spec: ExpertSpec,
+    biases: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """The op table's entry for experts of any kind: gated ones of two activations here, others in plain torch."""
+    if biases is not None or not spec.gated or spec.scale_input or spec.activation not in KINDS:
+        return models.experts(x_TN, ids_Tk, weights_Tk, gate_up, down, spec, biases)
+    ids_Tk = ids_Tk - spec.first if spec.first else ids_Tk
+    return _stacked(x_TN, ids_Tk, weights_Tk, gate_up, down, spec.experts, KINDS[spec.activation])
+
+
+def _stacked(
+    x_TN: Tensor, ids_Tk: Tensor, weights_Tk: Tensor, gate_up: Tensor, down: Tensor, count: int, kind: int
+) -> Tensor:
+    stacks = gate_up.unflatten(0, (count, -1)), down.unflatten(0, (count, -1))
+    weights_Tk, ids_Tk = weights_Tk.float().contiguous(), ids_Tk.to(torch.int32).contiguous()
+    return experts(x_TN.to(gate_up.dtype), weights_Tk, ids_Tk, *stacks, kind, foreign=True).to(x_TN.dtype)

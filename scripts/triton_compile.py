@@ -57,8 +57,8 @@ _TYPES = {
 }
 
 
-# Instructions that a kernel may not reach before it has waited, but for reads of its own parameters.
-_TOUCHES = re.compile(r"(@!?%p\d+\s+)?(ld\.(?!param)|st\.|cp\.|atom|red\.|mbarrier|bra|ret|exit|call)")
+# Instructions that a kernel may not reach before it has waited; its parameters and shared memory are its own.
+_TOUCHES = re.compile(r"(@!?%p\d+\s+)?(ld\.(?!param|shared)|st\.(?!shared)|cp\.|atom|red\.|bra|ret|exit|call)")
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,7 @@ def test_the_switch_turns_early_launches_off() -> None:
         (["@%p1 ld.global.b32 { %r2 }, [ %rd1 + 0 ];", "griddepcontrol.wait;"], "before it waits: @%p1 ld.global"),
         (["@%p4 bra $L__BB0_2;", "griddepcontrol.wait;"], "before it waits: @%p4 bra"),
         (["st.global.b32 [%rd1], %r2;", "griddepcontrol.wait;"], "before it waits: st.global"),
+        (["ld.shared.b32 %r2, [global_smem];", "griddepcontrol.wait;"], None),
         (["ret;"], "before it waits: ret"),
         (["mov.u32 %r1, %r2;"], "never waits"),
     ],

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from phloem.kernels.ops import Adapters, AttentionCall, Draw, LatentCall, PagedBatch, Rotation, SharedPages
+from phloem.kernels.specs import ExpertSpec, RouterSpec
 from phloem.kernels.triton import (
     activation,
     attention,
@@ -29,6 +30,7 @@ from phloem.kernels.triton import (
     quantise,
     recurrent,
     rope,
+    route,
     sample,
     tokens,
 )
@@ -171,6 +173,18 @@ def _route(experts: int, top_k: int, sigmoid: bool, bias: bool) -> None:
     moe.route(t(64, experts), top_k, sigmoid, sigmoid=sigmoid, bias_E=correction, scaling=2.5)
 
 
+def _grouped_router() -> None:
+    """DeepSeek-V3's."""
+    spec = RouterSpec(8, "sigmoid", True, eps=1e-20, scale=2.5, groups=8, keep=4)
+    route.route_op(t(64, 256), t(256, dtype=F32), spec)
+
+
+def _chosen_experts() -> None:
+    for count in (1, 64, 2048):
+        ids, weights = t(count, 8, dtype=I32), t(count, 8, dtype=F32)
+        moe.experts_op(t(count, 2048), ids, weights, t(64 * 1536, 2048), t(64 * 2048, 768), ExpertSpec(64, first=64))
+
+
 def _quantise(float8: torch.dtype) -> None:
     quantise.per_token_fp8(t(64, 4096), float8)
     quantise.per_group_fp8(t(64, 4096), float8)
@@ -292,6 +306,8 @@ def cases() -> list[Case]:
         Case("MoE, float8, scales of rows, 64 tokens", lambda f: _moe(64, f, True), float8=True),
         Case("MoE, float8, scales of rows, 4096 tokens", lambda f: _moe(4096, f, True), float8=True),
         Case("router, sigmoid, correction, 8 of 256", plain(_route, 256, 8, True, True)),
+        Case("router, 4 of 8 groups, 8 of 256", plain(_grouped_router)),
+        Case("experts that were chosen elsewhere", plain(_chosen_experts)),
         Case("router, softmax without a sum of 1, 6 of 64", plain(_route, 64, 6, False, False)),
         Case("quantise to float8", _quantise, float8=True),
         Case("norm that writes float8", _norm_fp8, float8=True),

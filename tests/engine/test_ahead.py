@@ -140,6 +140,27 @@ def test_where_descriptors_are_read_by_hardware_every_form_of_many_rows_is_noted
             ahead.noted(need, [(512, 1)])
 
 
+SPARSE = {
+    **{"n_routed_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 128, "n_shared_experts": 1},
+    **{"norm_topk_prob": True, "routed_scaling_factor": 2.5, "first_k_dense_replace": 0, "attention_bias": False},
+}
+GLM = {**SPARSE, "n_group": 1, "topk_group": 1, "use_qk_norm": True, "partial_rotary_factor": 0.5}
+DEEPSEEK = {
+    **{**SPARSE, "n_group": 4, "topk_group": 2, "q_lora_rank": 64, "kv_lora_rank": 64, "num_key_value_heads": 8},
+    **{"qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "rope_interleave": True},
+}
+
+
+@pytest.mark.parametrize(("family", "config"), [("glm4_moe", GLM), ("deepseek_v3", DEEPSEEK)])
+def test_experts_of_any_router_need_no_value_of_the_device(family: str, config: dict[str, Any]) -> None:
+    """On tensors without data a step that asked for one would raise; and it could not be recorded."""
+    plan = plan_of(family, running=8, chunk=256)
+    plan.config.update(config)
+    need = ahead.need_of_noted(plan, 2)
+    names = {note.name for note in ahead.noted(need, [(1, 1), (8, 8), (200, 1)])[0].found.values()}
+    assert {"_route", "_few_up", "_few_down", "_place_expert", "_grouped", "_sum_choices"} <= names
+
+
 def test_layers_that_differ_are_all_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every sixth layer of this family sees everything, the others a window: two layers do not stand for all."""
     extra = {"layer_types": ["sliding_attention"] * 5 + ["full_attention"], "sliding_window": 64}

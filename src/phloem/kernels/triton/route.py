@@ -75,9 +75,9 @@ def _route(
             value_of += tl.max(tl.where(member == best[:, None], float("-inf"), by_group), axis=1)
         group = tl.arange(0, GROUPS)
         # Each group's value beside that of every other one: rows and columns of the same numbers.
-        mine = tl.broadcast_to(value_of[:, None], [GROUPS, GROUPS])
-        other = tl.trans(mine)
-        before = (other > mine) | ((other == mine) & (group[None, :] < group[:, None]))
+        this = tl.broadcast_to(value_of[:, None], [GROUPS, GROUPS])
+        other = tl.trans(this)
+        before = (other > this) | ((other == this) & (group[None, :] < group[:, None]))
         kept = tl.sum(before.to(tl.int32), axis=1) < KEEP
         ranked = tl.reshape(tl.where(kept[:, None], by_group, float("-inf")), [BLOCK])
     choice = tl.arange(0, BLOCK_K)

@@ -29,7 +29,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "src")]
 SECTIONS = ("kernels", "models", "floors", "cold", "shared", "llama", "llama-fp8", "qwen", "qwen-fp8", "transformers")
-SECTIONS += ("peers",)
+SECTIONS += ("peers", "experts")
 BATCHES = (1, 8, 32, 128, 256)
 GRACE = 40.0  # seconds that the last section may take beyond the limit
 LEFT_BYTES = 64 << 20  # workspaces of libraries stay
@@ -143,6 +143,7 @@ class Check:
 
     def benchmark(self, config: dict[str, Any], float8: bool, serve: bool) -> dict[str, Any]:
         import gpu_bench
+        import gpu_experts
         import gpu_models
         import torch
 
@@ -174,6 +175,11 @@ class Check:
                 row = gpu_bench.bench_decode(dummy, floors, rows, context, size, float8, seconds)
                 found["decode"].append(row)
                 rate = f"{row['step_ms']:.2f} ms, {row['tok_per_s']:.0f} tok/s"
+                if not self.tiny:
+                    with gpu_experts.late():
+                        after = gpu_bench.bench_decode(dummy, floors, rows, context, size, float8, seconds)
+                    row["late_ms"] = after["step_ms"]
+                    rate += f" ({row['late_ms']:.2f} ms without early launches)"
                 print(f"  decode {rows:3}: {rate}, {row['of_floor']:.2f} of floor", flush=True)
             prefill = found["prefill"] = gpu_bench.bench_prefill(dummy, floors, prompt, float8, seconds)
             print(f"  prefill {prompt}: {prefill['tok_per_s']:.0f} tok/s, {prefill['of_matmul_rate']:.2f} of matmul")
@@ -202,6 +208,19 @@ class Check:
         except ImportError as error:
             self.report["skipped"]["serving"] = f"missing: {error}"
             print(f"  serving skipped: {error}")
+
+    def experts(self) -> dict[str, Any]:
+        """Each kernel that may multiply many rows of experts."""
+        import gpu_experts
+        import gpu_models
+
+        config = {**gpu_models.TINY_MOE, "num_experts": 2} if self.tiny else gpu_models.QWEN3_30B_A3B
+        found: dict[str, Any] = {}
+        for name, float8 in ((str(self.dtype).removeprefix("torch."), None), ("float8", self.float8)):
+            seconds = 0.01 if self.tiny else 0.2
+            found[name] = gpu_experts.bench_experts(config, self.device, self.dtype, float8, seconds)
+        print("\n".join(f"  {line}" for line in gpu_experts.lines(found)))
+        return found
 
     def cold(self) -> dict[str, Any]:
         """A first start without any cache of kernels, and one with it, each in a process of its own."""
@@ -280,6 +299,7 @@ class Check:
         self.section("kernels", 60, self.kernels)
         self.section("models", 30, self.models)
         self.section("floors", 10, self.floors)
+        self.section("experts", 30, self.experts)
         self.section("cold", 120, self.cold)
         self.section("shared", 120, self.shared)
         self.section("llama", 60, lambda: self.benchmark(llama, False, True))
@@ -341,6 +361,10 @@ def markdown(report: dict[str, Any]) -> str:
             rates = f"{first['output_tok_per_s']:.0f} | {last['output_tok_per_s']:.0f} | {one['cold_over_warm']:.2f}"
             lines.append(f"| {name} | {one['ready_s']:.1f} | {rates} | {first['ttft_ms_max']:.0f} | {late} |")
         lines.append("")
+    if experts := report.get("experts"):
+        import gpu_experts
+
+        lines += ["## Many rows of experts (Qwen3-30B-A3B shapes)", "", *gpu_experts.lines(experts), ""]
     for name, title in (("shared", "A shared prefix of 2,048 tokens"), ("peers", "Beside other engines")):
         if found := report.get(name):
             import gpu_peers

@@ -327,7 +327,10 @@ class Kernels:
             want_weights, want_ids = experts_ref.route(logits, k, True)
             pairs += [(weights, want_weights), (ids, want_ids)]
             wide = (x.float(), want_weights, want_ids, gate_up.float(), down.float())
-            pairs.append((moe.experts(x, want_weights, want_ids, gate_up, down), experts_ref.experts(*wide)))
+            want = experts_ref.experts(*wide)
+            pairs.append((moe.experts(x, want_weights, want_ids, gate_up, down), want))
+            stacks = gate_up.flatten(0, 1), down.flatten(0, 1)
+            pairs.append((moe.moe(x, logits, *stacks, k, True), want))
         return pairs
 
     def moe_fp8(self) -> list[tuple[Tensor, Tensor]]:
@@ -342,6 +345,38 @@ class Kernels:
         wide = formats.spread_blocks(gate_up, gate_scale), formats.spread_blocks(down, down_scale)
         rounded = formats.spread_groups(*formats.quantise_fp8(x, self.fp8, 128))
         return [(got, experts_ref.experts(rounded, weights, ids, *wide))]
+
+    def moe_many(self) -> list[tuple[Tensor, Tensor]]:
+        return self._many(False)
+
+    def moe_many_fp8(self) -> list[tuple[Tensor, Tensor]]:
+        return self._many(True)
+
+    def _many(self, float8: bool) -> list[tuple[Tensor, Tensor]]:
+        """Every form of the products of many rows, with an expert that gets none and rows that fill no tile; none on a
+        device without the hardware, or in float32, which takes more shared memory than a device has."""
+        from phloem.kernels.triton import moe, trial
+
+        if self.device.type == "cuda" and (
+            trial.capability(self.device) < trial.CAPABLE or self.dtype == torch.float32
+        ):
+            return []
+        count, width, inner, k = (4, 64, 48, 2) if self.tiny else (32, 1032, 376, 4)
+        width, inner = (width, inner) if not float8 else ((128, 128) if self.tiny else (1024, 384))
+        gate_up = self.randn(count, 2 * inner, width, by=width**-0.5)
+        down, x = self.randn(count, width, inner, by=inner**-0.5), self.randn(70 if self.tiny else 1111, width)
+        weights, ids = experts_ref.route(self.randn(len(x), count - 1, by=2), k, True)
+        wide, scales, seen = (gate_up.float(), down.float()), None, x.float()
+        if float8:
+            gate_up, first = formats.quantise_blocks(gate_up.float(), self.fp8)
+            down, second = formats.quantise_blocks(down.float(), self.fp8)
+            wide, scales = (formats.spread_blocks(gate_up, first), formats.spread_blocks(down, second)), (first, second)
+            seen = formats.spread_groups(*formats.quantise_fp8(x, self.fp8, 128))
+        want = experts_ref.experts(seen, weights, ids, *wide)
+        work = trial.Work(gate_up, down, 0, scales, moe.parts_of_tiles)
+        lists = moe.sort_by_expert(ids, count, 128)
+        parts = [work.form(form, x, weights, lists) for form in work.forms]
+        return [(part.view(*ids.shape, width).float().sum(1), want) for part in parts]
 
     def quantise(self) -> list[tuple[Tensor, Tensor]]:
         from phloem.kernels.triton import quantise
@@ -434,9 +469,10 @@ class Kernels:
 CHECKS = [
     *("norms", "activations", "rope", "pages", "tokens", "decode", "extend", "mla", "sampling", "moe", "quantise"),
     *("gemm_fp8", "moe_fp8", "gemm_int", "lora", "invariant", "float8_norm", "few_rows", "shared_pages"),
+    *("moe_many", "moe_many_fp8"),
 ]
 # Checks whose result is rounded to float8 or int8 on the way: (limit of the relative norm).
-ROUNDED = {"quantise": 0.04, "moe_fp8": 0.04, "float8_norm": 0.04}
+ROUNDED = {"quantise": 0.04, "moe_fp8": 0.04, "moe_many_fp8": 0.04, "float8_norm": 0.04}
 # The interpreter loses a carry when it rounds to float8, which costs a factor of two here and there.
 ROUNDED_TINY = {name: 0.15 for name in ROUNDED}
 
@@ -470,6 +506,8 @@ def run(device: torch.device, dtype: torch.dtype, tiny: bool, only: str = "") ->
             traceback.print_exc()
             outcomes.append(Outcome(label, False, float("inf"), limit, time.perf_counter() - begin, message))
             continue
+        if not errors:
+            continue  # not for this device and type
         wrong = [f"#{place}: {error:.2g}" for place, error in enumerate(errors) if not error <= limit]
         outcomes.append(Outcome(label, not wrong, max(errors), limit, time.perf_counter() - begin, ", ".join(wrong)))
     return outcomes

@@ -29,7 +29,7 @@ from phloem.kernels import reference_formats as formats
 from phloem.kernels.graph_cuda import Recorder
 from phloem.kernels.ops import Ops, WeightSource
 from phloem.kvcache.pool import KVPool
-from phloem.layers.context import BuildContext, memory_of
+from phloem.layers.context import BuildContext
 from phloem.models import FAMILIES
 from phloem.platforms._facts import StepFacts
 
@@ -72,6 +72,19 @@ _TINY = {
 }
 TINY_LLAMA = {**LLAMA_8B, **_TINY}
 TINY_MOE = {**QWEN3_30B_A3B, **_TINY, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+_SIGMOID = {
+    **{"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 64, "n_shared_experts": 1},
+    **{"norm_topk_prob": True, "routed_scaling_factor": 2.5, "first_k_dense_replace": 0, "rms_norm_eps": 1e-6},
+    **{"hidden_act": "silu", "rope_theta": 10000.0, "tie_word_embeddings": False, "attention_bias": False},
+}
+# Routers with a sigmoid and a correction; experts in groups, and latent attention.
+TINY_GLM = {**_TINY, **_SIGMOID, "model_type": "glm4_moe", "use_qk_norm": True, "n_group": 1, "topk_group": 1}
+TINY_GLM["partial_rotary_factor"] = 0.5
+TINY_DEEPSEEK = {
+    **{**_TINY, **_SIGMOID, "model_type": "deepseek_v3", "n_group": 4, "topk_group": 2, "num_key_value_heads": 4},
+    **{"q_lora_rank": 48, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32},
+    **{"scoring_func": "sigmoid", "topk_method": "noaux_tc", "rope_interleave": True},
+}
 
 
 @dataclass
@@ -175,7 +188,7 @@ class Dummy:
         specs = self.model.attention_specs
         self.backend = (TritonBackend if triton else TableBackend)(self.ops, specs, device, dtype)
         self.page_size = self.backend.page_size
-        memory = memory_of(specs)
+        memory = self.model.memory
         self.pool = KVPool(memory, [pages + 1] * len(groups_of(memory)), self.page_size, dtype, device)
 
     def fill_cache(self) -> None:
@@ -280,7 +293,7 @@ def check_models(device: torch.device, dtype: torch.dtype, triton_ops: Ops) -> l
     """Tiny models: Triton table and backend against the reference table in float32, and graphs against eager steps."""
     outcomes: list[Outcome] = []
     limit = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
-    for config in (TINY_LLAMA, TINY_MOE):
+    for config in (TINY_LLAMA, TINY_MOE, TINY_GLM, TINY_DEEPSEEK):
         begin = time.perf_counter()
         name = f"tiny {config['model_type']}, {str(dtype).removeprefix('torch.')}"
         with torch.inference_mode():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from phloem.kernels.ops import Adapters, AttentionCall, Draw, LatentCall, PagedBatch, Rotation, SharedPages
+from phloem.kernels.specs import ExpertSpec, RouterSpec
 from phloem.kernels.triton import (
     activation,
     attention,
@@ -29,6 +30,7 @@ from phloem.kernels.triton import (
     quantise,
     recurrent,
     rope,
+    route,
     sample,
     tokens,
 )
@@ -148,19 +150,39 @@ def _logits(vocab: int) -> None:
     sample.mask_tokens_(logits, slots, words)
 
 
-def _moe(tokens: int, float8: torch.dtype | None = None) -> None:
-    """Qwen3-30B-A3B: 128 experts, 8 a token."""
+def _moe(tokens: int, float8: torch.dtype | None = None, rows: bool = False) -> None:
+    """Qwen3-30B-A3B: 128 experts, 8 a token. In float8 with scales of blocks, or of rows."""
     dtype = float8 or BF16
     weights, ids, lists = moe.route_and_sort(t(tokens, 128), 8, True, moe.tile_size(tokens * 8, 128))
     gate_up, down = t(128, 1536, 2048, dtype=dtype), t(128, 2048, 768, dtype=dtype)
     scales = (t(128, 12, 16, dtype=F32), t(128, 16, 6, dtype=F32)) if float8 else None
+    if rows:
+        scales = t(128, 1536, dtype=F32), t(128, 2048, dtype=F32)
     moe.experts(t(tokens, 2048), weights, ids, gate_up, down, scales=scales, lists=lists)
+
+
+def _moe_op(tokens: int, experts: int = 128, top_k: int = 8) -> None:
+    """The op table's entry, of the same sizes."""
+    gate_up, down = t(experts * 1536, 2048), t(experts * 2048, 768)
+    moe.moe(t(tokens, 2048), t(tokens, experts), gate_up, down, top_k, True)
 
 
 def _route(experts: int, top_k: int, sigmoid: bool, bias: bool) -> None:
     """Routers that are no plain softmax: MiniMax-M2 and GLM-4.5 score by a sigmoid with a correction."""
     correction = t(experts, dtype=F32) if bias else None
     moe.route(t(64, experts), top_k, sigmoid, sigmoid=sigmoid, bias_E=correction, scaling=2.5)
+
+
+def _grouped_router() -> None:
+    """DeepSeek-V3's."""
+    spec = RouterSpec(8, "sigmoid", True, eps=1e-20, scale=2.5, groups=8, keep=4)
+    route.route_op(t(64, 256), t(256, dtype=F32), spec)
+
+
+def _chosen_experts() -> None:
+    for count in (1, 64, 2048):
+        ids, weights = t(count, 8, dtype=I32), t(count, 8, dtype=F32)
+        moe.experts_op(t(count, 2048), ids, weights, t(64 * 1536, 2048), t(64 * 2048, 768), ExpertSpec(64, first=64))
 
 
 def _quantise(float8: torch.dtype) -> None:
@@ -273,12 +295,19 @@ def cases() -> list[Case]:
         Case("sample, 128k", plain(_sample, 128256), quick=True),
         Case("penalties, bias, mask, log-sum-exp", plain(_logits, 151936)),
         Case("MoE, 1 token", plain(_moe, 1)),
+        Case("MoE, routed by the first product", plain(_moe_op, 1), quick=True),
+        Case("MoE, routed by the first product, 256 experts", plain(_moe_op, 4, 256, 10)),
         Case("MoE, 64 tokens", plain(_moe, 64), quick=True),
-        Case("MoE, 4096 tokens", plain(_moe, 4096)),
+        Case("MoE, 4096 tokens", plain(_moe, 4096), quick=True),
         Case("MoE, float8, 1 token", lambda f: _moe(1, f), float8=True),
         Case("MoE, float8, 64 tokens", lambda f: _moe(64, f), float8=True),
         Case("MoE, float8, 4096 tokens", lambda f: _moe(4096, f), float8=True),
+        Case("MoE, float8, scales of rows, 1 token", lambda f: _moe(1, f, True), float8=True),
+        Case("MoE, float8, scales of rows, 64 tokens", lambda f: _moe(64, f, True), float8=True),
+        Case("MoE, float8, scales of rows, 4096 tokens", lambda f: _moe(4096, f, True), float8=True),
         Case("router, sigmoid, correction, 8 of 256", plain(_route, 256, 8, True, True)),
+        Case("router, 4 of 8 groups, 8 of 256", plain(_grouped_router)),
+        Case("experts that were chosen elsewhere", plain(_chosen_experts)),
         Case("router, softmax without a sum of 1, 6 of 64", plain(_route, 64, 6, False, False)),
         Case("quantise to float8", _quantise, float8=True),
         Case("norm that writes float8", _norm_fp8, float8=True),

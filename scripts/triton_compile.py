@@ -30,7 +30,9 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
+from phloem.kernels.triton._device import AHEAD  # noqa: E402
 from phloem.platforms._facts import float8_of  # noqa: E402
 
 # backend, architecture, warp size, shared memory per block in bytes, float8 type (None: has none)
@@ -53,6 +55,10 @@ _TYPES = {
     torch.float8_e4m3fn: "fp8e4nv",
     torch.float8_e4m3fnuz: "fp8e4b8",
 }
+
+
+# Instructions that a kernel may not reach before it has waited; its parameters and shared memory are its own.
+_TOUCHES = re.compile(r"(@!?%p\d+\s+)?(ld\.(?!param|shared)|st\.(?!shared)|cp\.|atom|red\.|bra|ret|exit|call)")
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,7 @@ class Result:
     stack: int | None = None  # bytes a thread: spilled registers and local arrays
     shared: int | None = None
     warps: int | None = None
+    early: bool = False  # launched before the kernel ahead of it has ended
     error: str | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -91,18 +98,21 @@ def record(cases: Sequence[Any], name: str) -> list[Launch]:
 
     def note(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launch = _describe(current, self, args, kwargs)
-        seen.setdefault((launch.module, launch.kernel, launch.signature, launch.constants, launch.aligned), launch)
+        seen.setdefault(
+            (launch.module, launch.kernel, launch.signature, launch.constants, launch.aligned, launch.options), launch
+        )
 
-    before = JITFunction.run, torch.version.hip
+    before = JITFunction.run, torch.version.hip, AHEAD.capability
     JITFunction.run = note  # type: ignore[method-assign]
     torch.version.hip = "7" if target.backend == "hip" else None
+    AHEAD.capability = int(target.arch) if target.backend == "cuda" else 0
     try:
         for case in cases:
             current = case.name
             if not case.float8 or float8 is not None:
                 case.run(float8)
     finally:
-        JITFunction.run, torch.version.hip = before  # type: ignore[method-assign]
+        JITFunction.run, torch.version.hip, AHEAD.capability = before  # type: ignore[method-assign]
     return list(seen.values())
 
 
@@ -141,6 +151,8 @@ def _describe(case: str, kernel: JITFunction[Any], args: tuple[Any, ...], kwargs
 def _kind(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return "*" + _TYPES[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
     if isinstance(value, bool):
         return "u1"
     if isinstance(value, int):
@@ -171,7 +183,23 @@ def compile_one(work: tuple[str, Launch]) -> Result:
         result.stack = _number(r"\.private_segment_fixed_size:\s+(\d+)", text)
     else:
         result.registers, result.stack = _cubin_usage(compiled.asm["cubin"])
+        result.early = bool(compiled.metadata.launch_pdl)
+        result.error = result.error or early_fault(compiled.asm["ptx"], result.early)
     return result
+
+
+def early_fault(ptx: str, early: bool) -> str | None:
+    """What is wrong with the waiting of a kernel that is launched early: it must wait for the one ahead of it before it
+    reads or writes memory and before it branches or ends. One that is not launched early need not wait."""
+    if not early:
+        return None
+    for line in ptx.splitlines():
+        text = line.split("//")[0].strip()
+        if text.startswith("griddepcontrol.wait"):
+            return None if "griddepcontrol.launch_dependents" in ptx else "never lets the next kernel start"
+        if _TOUCHES.match(text):
+            return f"launched early, and before it waits: {text}"
+    return "launched early, and never waits"
 
 
 def _number(pattern: str, text: str) -> int | None:

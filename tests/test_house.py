@@ -103,7 +103,7 @@ FOREIGN = {
     "kernels/npu.py name": "a torch_npu without some fused op",
     "kernels/triton/_base.py name": "a torch without some float8 type",
     "kernels/triton/vendor.py 'scaled_mm'": "a torch without it",
-    "kernels/triton/_base.py 'gpu_subslice_count'": "Intel's torch",
+    "kernels/triton/_device.py 'gpu_subslice_count'": "Intel's torch",
     "lang/backends/__init__.py '_lang_backend'": "kept at the caller's engine",
     "lang/backends/__init__.py 'generate'": "anything that answers",
     "lang/backends/__init__.py 'async_generate'": "anything that answers",

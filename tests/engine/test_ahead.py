@@ -14,6 +14,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from phloem.core.errors import ConfigError
 from phloem.core.memory import groups_of
 from phloem.core.resolve import Decision
 from phloem.engine import ahead, warm
@@ -52,7 +53,11 @@ def plan_of(family: str = "llama", cache: Path | None = None, **changes: Any) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 @pytest.mark.parametrize("ops", ["triton", "invariant"])
-def test_no_step_of_any_length_needs_a_kernel_that_was_not_compiled_before(family: str, ops: str) -> None:
+@pytest.mark.parametrize("capability", [80, 90])
+def test_no_step_of_any_length_needs_a_kernel_that_was_not_compiled_before(
+    family: str, ops: str, capability: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels.AHEAD, "capability", capability)
     plan = plan_of(family, ops=ops)
     notes, shapes = ahead.trace(plan)
     assert 10 < len(notes.found) < 90 and shapes[0] == (1, 1) and len(shapes) < 40
@@ -115,6 +120,45 @@ def test_integers_that_change_from_step_to_step_are_not_specialised_on() -> None
     # Several layers of one model differ in widths and strides: only what differs within one place counts.
     assert not [place for place in constant if place[1] in {"tokens", "rows", "pairs", "splits", "segments"}]
     assert {name for _, name in seen} & {"rows", "pairs", "splits"}
+
+
+@pytest.mark.parametrize(("capability", "walks"), [(90, True), (100, True), (80, False), (0, False)])
+def test_where_descriptors_are_read_by_hardware_every_form_of_many_rows_is_noted(
+    capability: int, walks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both products of each form, and the kernel that they are tried against; a switch leaves them out."""
+    monkeypatch.setattr(kernels.AHEAD, "capability", capability)
+    need = ahead.need_of(plan_of("qwen3_moe"))
+    found = ahead.noted(need, [(512, 1)])[0].found.values()
+    names = [note.name for note in found]
+    assert names.count("_walk_grouped") == (6 if walks else 0) and names.count("_grouped") == 2
+    monkeypatch.setenv("PHLOEM_MOE_TRIAL", "off")
+    assert "_walk_grouped" not in [note.name for note in ahead.noted(need, [(512, 1)])[0].found.values()]
+    monkeypatch.setenv("PHLOEM_MOE_TRIAL", "perhaps")
+    if walks:
+        with pytest.raises(ConfigError, match="PHLOEM_MOE_TRIAL: 'perhaps' is not one of on, 1, off, 0"):
+            ahead.noted(need, [(512, 1)])
+
+
+SPARSE = {
+    **{"n_routed_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 128, "n_shared_experts": 1},
+    **{"norm_topk_prob": True, "routed_scaling_factor": 2.5, "first_k_dense_replace": 0, "attention_bias": False},
+}
+GLM = {**SPARSE, "n_group": 1, "topk_group": 1, "use_qk_norm": True, "partial_rotary_factor": 0.5}
+DEEPSEEK = {
+    **{**SPARSE, "n_group": 4, "topk_group": 2, "q_lora_rank": 64, "kv_lora_rank": 64, "num_key_value_heads": 8},
+    **{"qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "rope_interleave": True},
+}
+
+
+@pytest.mark.parametrize(("family", "config"), [("glm4_moe", GLM), ("deepseek_v3", DEEPSEEK)])
+def test_experts_of_any_router_need_no_value_of_the_device(family: str, config: dict[str, Any]) -> None:
+    """On tensors without data a step that asked for one would raise; and it could not be recorded."""
+    plan = plan_of(family, running=8, chunk=256)
+    plan.config.update(config)
+    need = ahead.need_of_noted(plan, 2)
+    names = {note.name for note in ahead.noted(need, [(1, 1), (8, 8), (200, 1)])[0].found.values()}
+    assert {"_route", "_few_up", "_few_down", "_place_expert", "_grouped", "_sum_choices"} <= names
 
 
 def test_layers_that_differ_are_all_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:

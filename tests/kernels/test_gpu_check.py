@@ -55,6 +55,18 @@ def test_dry_run_measures_and_reports(tmp_path: Path) -> None:
     assert "| prefill tokens | eager ms | in pieces ms |" in page
 
 
+def test_kernels_of_many_rows_are_checked_and_timed_beside_each_other(tmp_path: Path) -> None:
+    done = _run("--dry-run", "--only", "kernels,experts", "--checks", "moe_many", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    (file,) = tmp_path.glob("*.json")
+    report = json.loads(file.read_text())
+    assert [row["name"] for row in report["kernels"]] == ["moe_many (float32)"] and report["kernels"][0]["ok"]
+    for rows in report["experts"].values():
+        kernels = rows[0]["kernels"]
+        assert len(kernels) >= 3 and all(one["ms"] > 0 for one in kernels.values()) and "a tile a program" in kernels
+    assert "| float8 | 66 | a tile a program |" in next(tmp_path.glob("*.md")).read_text()
+
+
 def test_the_cold_start_runs_in_processes_of_its_own(tmp_path: Path) -> None:
     done = _run("--dry-run", "--only", "cold", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -15,9 +15,11 @@ from phloem.attention import Memory, begin
 from phloem.attention import reference as reference_backend
 from phloem.attention.reference import TableStep
 from phloem.checkpoint.describe import Checkpoint
+from phloem.core.memory import groups_of
 from phloem.kernels.ops import AttentionCall, Ops, PagedBatch
+from phloem.kvcache.pool import KVPool
 from phloem.layers.context import AttentionSpec, BuildContext, ForwardBatch, Heads
-from phloem.models import llama
+from phloem.models import FAMILIES
 
 need_interpreter()
 from phloem.attention import triton as backend_file  # noqa: E402
@@ -38,14 +40,28 @@ CONFIG = {
 }
 
 
-def build(ops: Ops, tmp_path: object) -> llama.Decoder:
+SPARSE = {
+    **CONFIG,
+    **{"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "n_shared_experts": 1},
+    **{"norm_topk_prob": True, "routed_scaling_factor": 2.5, "first_k_dense_replace": 1, "rms_norm_eps": 1e-6},
+    **{"hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": False, "n_group": 1, "topk_group": 1},
+}
+GLM = {**SPARSE, "model_type": "glm4_moe", "use_qk_norm": True, "partial_rotary_factor": 0.5}
+DEEPSEEK = {
+    **{**SPARSE, "model_type": "deepseek_v3", "n_group": 4, "topk_group": 2, "num_key_value_heads": 4},
+    **{"q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16},
+    **{"scoring_func": "sigmoid", "topk_method": "noaux_tc", "rope_interleave": True},
+}
+
+
+def build(ops: Ops, tmp_path: object, config: dict[str, Any] = CONFIG) -> Any:
     ctx = BuildContext(ops=ops, dtype=torch.float32, device=torch.device("cpu"))
-    model = llama.build(CONFIG, ctx, 64)
+    model = FAMILIES.module(config["model_type"]).build(config, ctx, 64)
     checkpoint = Checkpoint(
         path=tmp_path,  # type: ignore[arg-type]
         format="dummy",
-        model_type="llama",
-        config=CONFIG,
+        model_type=config["model_type"],
+        config=config,
         generation_config={},
         eos_ids=(),
         context_length=64,
@@ -88,6 +104,28 @@ def test_model_on_the_triton_table(name: str, tmp_path: object) -> None:
         got_step = ForwardBatch(ids, positions, begin(backend, [batch], got_pool), last)
         want = want_model.head(want_model.forward(want_step))
         got = got_model.head(got_model.forward(got_step))
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("config", [GLM, DEEPSEEK], ids=lambda config: config["model_type"])
+def test_experts_of_other_routers_and_latent_attention(
+    config: dict[str, Any], tmp_path: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sigmoid with a correction, and groups: no op falls back to the loop that asks which expert has which token."""
+    torch.manual_seed(0)
+    want_model, got_model = build(Ops(), tmp_path, config), build(table.table(), tmp_path, config)
+    cpu, memory = torch.device("cpu"), want_model.memory
+    want_pool, got_pool = (KVPool(memory, [6] * len(groups_of(memory)), 8, torch.float32, cpu) for _ in range(2))
+    specs = want_model.attention_specs
+    plain = reference_backend.Backend(Ops(), specs, cpu, torch.float32)
+    backend = backend_file.Backend(table.table(), specs, cpu, torch.float32)
+    for batch, ids, positions, last in steps():
+        want_step = ForwardBatch(ids, positions, begin(plain, [batch], want_pool), last)
+        want = want_model.head(want_model.forward(want_step))
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "nonzero", lambda *_, **__: pytest.fail("the device was waited for"))
+            got_step = ForwardBatch(ids, positions, begin(backend, [batch], got_pool), last)
+            got = got_model.head(got_model.forward(got_step))
         torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
 
 

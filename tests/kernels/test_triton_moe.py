@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Generator
+
 import pytest
 import torch
 from triton_support import DTYPES, assert_close, need_interpreter
 
 from phloem.kernels import reference_experts as ref
 from phloem.kernels import reference_formats as formats
+from phloem.kernels import reference_models as models
+from phloem.kernels.specs import ExpertSpec, RouterSpec
 
 need_interpreter()
-from phloem.kernels.triton import moe  # noqa: E402
+from phloem.kernels.triton import moe, route  # noqa: E402
 
 
 @pytest.mark.parametrize("renormalise", [False, True])
@@ -103,6 +108,120 @@ def test_moe(tokens: int, experts: int, top_k: int, dtype: torch.dtype) -> None:
     gate_up, down = gate_up.flatten(0, 1), down.flatten(0, 1)
     got = moe.moe(x, logits, gate_up, down, top_k, True)
     assert_close(got, ref.moe(x, logits, gate_up, down, top_k, True), dtype)
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize(
+    ("experts", "top_k", "damage"),
+    [
+        (6, 3, None),
+        (17, 8, None),
+        (128, 8, None),
+        (5, 5, None),
+        (40, 1, None),
+        (24, 4, "equal"),
+        (24, 4, "tiny"),
+        (6, 2, "nan"),
+    ],
+)
+def test_the_first_product_of_few_tokens_routes_as_a_launch_of_its_own_does(
+    experts: int, top_k: int, damage: str | None, renormalise: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(12)
+    x, logits = torch.randn(4, 24), torch.randn(4, experts) * 2
+    if damage == "equal":
+        logits[1], logits[2] = 0.0, logits[2].round()
+    if damage == "tiny":
+        logits[0, 2:] = -1e4  # scores that are all 0
+        logits[1, 3:] = float("-inf")
+    if damage == "nan":
+        logits[:] = float("nan")
+    gate_up, down = torch.randn(experts, 2 * 16, 24) / 5, torch.randn(experts, 24, 16) / 4
+    seen: list[torch.Tensor] = []
+    few = moe._few
+
+    def kept(*args: object) -> torch.Tensor:
+        seen.extend(args[1:3])  # type: ignore[arg-type]
+        return few(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(moe, "_few", kept)
+    got = moe.moe(x, logits, gate_up.flatten(0, 1), down.flatten(0, 1), top_k, renormalise)
+    weights, ids = seen
+    if damage == "nan":
+        assert int(ids.min()) >= 0 and int(ids.max()) < experts
+        return
+    want_weights, want_ids = moe.route(logits, top_k, renormalise)
+    assert torch.equal(ids, want_ids)
+    torch.testing.assert_close(weights, want_weights, atol=1e-6, rtol=1e-5)
+    assert_close(got, ref.experts(x, want_weights, want_ids, gate_up, down), torch.float32)
+
+
+SPECS = [
+    RouterSpec(3, "sigmoid", True, eps=1e-20, scale=2.5),
+    RouterSpec(2, "softmax", False, scale=16.0),
+    RouterSpec(4, "sigmoid", True, eps=1e-20, scale=2.5, groups=4, keep=2),
+    RouterSpec(3, "softmax", False, groups=8, keep=3, group_best=1),
+    RouterSpec(2, "softmax", True, floor=0.7),
+    RouterSpec(2, "chosen_sigmoid"),
+    RouterSpec(2, "sparse_mixer", jitter=0.01),
+]
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_any_router(spec: RouterSpec, biased: bool) -> None:
+    torch.manual_seed(13)
+    logits, bias = torch.randn(5, 32), torch.randn(32) if biased else None
+    logits[0] = 0.0  # all equal: the lowest groups and experts
+    ids, weights = route.route_op(logits, bias, spec)
+    want_ids, want_weights = models.route(logits, bias, spec)
+    assert torch.equal(ids, want_ids) and ids.dtype == torch.int32
+    torch.testing.assert_close(weights, want_weights, atol=1e-6, rtol=1e-5)
+
+
+def test_groups_that_no_kernel_takes_are_routed_all_the_same() -> None:
+    spec = RouterSpec(3, "sigmoid", True, groups=3, keep=2)
+    logits = torch.randn(4, 24)
+    for got, want in zip(route.route_op(logits, None, spec), models.route(logits, None, spec), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 4, 7, 70])
+@pytest.mark.parametrize(
+    "spec",
+    [ExpertSpec(5), ExpertSpec(4, "gelu_tanh", first=3), ExpertSpec(3, first=2), ExpertSpec(5, "relu2", gated=False)],
+    ids=str,
+)
+def test_experts_that_were_chosen_elsewhere(tokens: int, spec: ExpertSpec) -> None:
+    """Ids of other ranks' experts, and -1, add nothing, whatever stood in memory."""
+    torch.manual_seed(14)
+    rows = 2 * 16 if spec.gated else 16
+    x, gate_up = torch.randn(tokens, 24), torch.randn(spec.experts * rows, 24) / 5
+    down, weights = torch.randn(spec.experts * 24, 16) / 4, torch.rand(tokens, 3)
+    ids = torch.randint(-1, 9, (tokens, 3)).int()
+    with filled_with_nan():
+        got = moe.experts_op(x, ids, weights, gate_up, down, spec)
+        plain = moe.chosen_experts(x, ids, weights, gate_up, down) if spec.plain else None
+    assert_close(got, models.experts(x, ids, weights, gate_up, down, spec), torch.float32)
+    if plain is not None:
+        assert_close(plain, ref.chosen_experts(x, ids, weights, gate_up, down), torch.float32)
+
+
+def test_experts_with_biases_are_those_of_plain_torch() -> None:
+    x, gate_up, down, spec = torch.randn(6, 24), torch.randn(3 * 32, 24), torch.randn(3 * 24, 16), ExpertSpec(3)
+    ids, weights, biases = torch.randint(3, (6, 2)).int(), torch.rand(6, 2), (torch.randn(3 * 32), torch.randn(3 * 24))
+    want = models.experts(x, ids, weights, gate_up, down, spec, biases)
+    assert torch.equal(moe.experts_op(x, ids, weights, gate_up, down, spec, biases), want)
+
+
+@contextlib.contextmanager
+def filled_with_nan() -> Generator[None]:
+    """What is allocated and not written is NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_moe_in_float8(monkeypatch: pytest.MonkeyPatch) -> None:

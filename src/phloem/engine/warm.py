@@ -14,6 +14,7 @@ import torch
 
 from phloem.core.resolve import Decision
 from phloem.engine.shapes import run_shape
+from phloem.kernels import chosen
 from phloem.kvcache.pool import KVPool, fewest_pages
 from phloem.utils import log
 
@@ -72,8 +73,9 @@ class Warming:
         self.compiled.tally.ready = True
 
     def told(self) -> dict[str, Any]:
-        """For `/server_info`: what was compiled until now, and how long it took."""
-        return self.facts | self.compiled.tally.facts() | {"cache": str(self.compiled.directory)}
+        """For `/server_info`: what was compiled until now, how long it took, and what was chosen by a trial."""
+        more = {"cache": str(self.compiled.directory), "chosen": chosen.told()}
+        return self.facts | self.compiled.tally.facts() | more
 
     def close(self) -> None:
         """End the process, where the start has failed."""

@@ -15,13 +15,12 @@ from step to step (tokens, rows, pairs, splits, the width of the page table) is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from phloem.kernels.triton.early import await_previous, early
 
 LOG2E = 1.4426950408889634
 FP8_TYPES = tuple(
@@ -41,31 +40,6 @@ def power_of_2(n: int) -> int:
 def fp8_limit(dtype: torch.dtype) -> float:
     """Largest finite value of a float8 type; 0 for any other type."""
     return torch.finfo(dtype).max if dtype in FP8_TYPES else 0.0
-
-
-@cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-@dataclass
-class Ahead:
-    """The device that is compiled for while there is none: Hopper's multiprocessors, or what `ahead.py` is told."""
-
-    processors: int = 132
-
-
-AHEAD = Ahead()
-
-
-def multiprocessors(tensor: Tensor) -> int:
-    """Multiprocessors of the tensor's device; those of `AHEAD` for tensors without data."""
-    if tensor.device.type == "cuda":
-        return _multiprocessors(tensor.device.index or 0)
-    if tensor.device.type == "xpu":
-        props = torch.xpu.get_device_properties(tensor.device)
-        return int(getattr(props, "gpu_subslice_count", 0) or 32)
-    return AHEAD.processors if tensor.device.type == "meta" else 2
 
 
 def stages(wanted: int) -> int:
@@ -116,7 +90,7 @@ def soften(scores, top, mass):
 
 @triton.jit
 def multiply(at_x, at_w, k, rows, cols, begin, end, acc, BLOCK_K: tl.constexpr):
-    """acc + x wT over the features from `begin` to `end`; `at_x` and `at_w` point to the tile's first `k`."""
+    """acc + x wT over the features from `await_previous` to `end`; `at_x` and `at_w` point to the tile's first `k`."""
     for start in range(begin, end, BLOCK_K):
         some = start + k < end
         a = tl.load(at_x + start, mask=rows[:, None] & some[None, :], other=0.0)
@@ -152,7 +126,19 @@ def splitmix64(x):
 
 
 @triton.jit(do_not_specialize=["splits"])
-def _sum_splits(partial, bias, out, stride_s, stride_t, splits, features, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_splits(
+    partial,
+    bias,
+    out,
+    stride_s,
+    stride_t,
+    splits,
+    features,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    await_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     keep = col < features
@@ -181,5 +167,6 @@ def sum_splits(partial_STM: Tensor, bias_M: Tensor | None, out_TM: Tensor) -> Te
         features,
         HAS_BIAS=bias_M is not None,
         BLOCK=block,
+        **early(out_TM),
     )
     return out_TM

@@ -13,12 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from phloem.kernels.triton._base import activate, ceil_div, power_of_2, rows_2d, tanh
+from phloem.kernels.triton.early import await_previous, early
 
 SILU, GELU_TANH = 0, 1
 
 
 @triton.jit
-def _gate_and_mul(x, out, stride_x, features, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def _gate_and_mul(x, out, stride_x, features, KIND: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    await_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     keep = col < features
@@ -28,7 +30,8 @@ def _gate_and_mul(x, out, stride_x, features, KIND: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit
-def _add(x, y, out, stride_x, stride_y, features, BLOCK: tl.constexpr):
+def _add(x, y, out, stride_x, stride_y, features, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    await_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     keep = col < features
@@ -38,7 +41,8 @@ def _add(x, y, out, stride_x, stride_y, features, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _softcap(x, out, stride_x, features, cap, BLOCK: tl.constexpr):
+def _softcap(x, out, stride_x, features, cap, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    await_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     keep = col < features
@@ -57,7 +61,7 @@ def _gated(x: Tensor, kind: int) -> Tensor:
     flat = rows_2d(x)
     if flat.shape[0]:
         grid, block = _grid(flat.shape[0], features)
-        _gate_and_mul[grid](flat, out, flat.stride(0), features, KIND=kind, BLOCK=block)
+        _gate_and_mul[grid](flat, out, flat.stride(0), features, KIND=kind, BLOCK=block, **early(flat))
     return out
 
 
@@ -77,7 +81,7 @@ def add(x: Tensor, y: Tensor) -> Tensor:
     left, right = rows_2d(x), rows_2d(y)
     if left.shape[0]:
         grid, block = _grid(left.shape[0], left.shape[1])
-        _add[grid](left, right, out, left.stride(0), right.stride(0), left.shape[1], BLOCK=block)
+        _add[grid](left, right, out, left.stride(0), right.stride(0), left.shape[1], BLOCK=block, **early(out))
     return out
 
 
@@ -87,5 +91,5 @@ def softcap(x: Tensor, cap: float) -> Tensor:
     flat = rows_2d(x)
     if flat.shape[0]:
         grid, block = _grid(flat.shape[0], flat.shape[1])
-        _softcap[grid](flat, out, flat.stride(0), flat.shape[1], cap, BLOCK=block)
+        _softcap[grid](flat, out, flat.stride(0), flat.shape[1], cap, BLOCK=block, **early(flat))
     return out

@@ -22,8 +22,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from phloem.kernels.triton._base import AHEAD
+from phloem.kernels.triton._device import AHEAD
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -84,6 +85,8 @@ def _kind(param: Any, value: Any) -> Any:
         return value
     if isinstance(value, torch.Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, TensorDescriptor):
+        return value.base.dtype, tuple(value.block_shape)
     if isinstance(value, bool) or not isinstance(value, int):
         return type(value)
     wide = -(2**31) <= value < 2**31
@@ -121,6 +124,7 @@ class Compiled:
 def aim(backend: str, arch: int | str, warp: int, processors: int, cache: Path) -> None:
     """From now on this process compiles for that kind of device, into `cache`; it launches nothing."""
     AHEAD.processors = processors
+    AHEAD.capability = int(arch) if backend == "cuda" else 0
     triton.knobs.cache.dir = str(cache)
     triton.runtime.driver.set_active(Elsewhere(GPUTarget(backend, arch, warp)))
 

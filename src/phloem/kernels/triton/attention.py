@@ -25,8 +25,10 @@ import triton.language as tl
 from torch import Tensor
 
 from phloem.kernels.triton import shared
-from phloem.kernels.triton._base import ceil_div, find_row, multiprocessors, power_of_2, stages
+from phloem.kernels.triton._base import ceil_div, find_row, power_of_2, stages
 from phloem.kernels.triton._block import attend_block
+from phloem.kernels.triton._device import multiprocessors
+from phloem.kernels.triton.early import await_previous, early
 
 if TYPE_CHECKING:
     from phloem.kernels.calls import AttentionCall, Cache, PagedBatch, SharedPages
@@ -90,9 +92,11 @@ def _attention(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """PARTS: results that are joined, of which the first SPLITS are this kernel's. With SHARED and without DECODE only
     rows that share leave parts, at their tokens' `places`; those of the others are written to `whole`."""
+    await_previous(PDL)
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -234,10 +238,12 @@ def _join_splits(
     SHARED: tl.constexpr,
     MEMBERS: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """out = sum over splits of 2^(lse - top) * partial, normalised; one split after another, so the order is fixed.
 
     SHARED: a row that shares nothing has but its `own` parts. MEMBERS: parts are kept for the tokens listed there."""
+    await_previous(PDL)
     place = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     at = (place * HEADS + head) * splits
@@ -303,6 +309,7 @@ def join_splits(
         SHARED=shared_lens is not None,
         MEMBERS=members is not None,
         BLOCK_DV=power_of_2(size),
+        **early(out_THD),
     )
 
 
@@ -388,6 +395,7 @@ def _launch(
         BLOCK_DV=block_dv,
         num_warps=warps,
         num_stages=depth,
+        **early(q_THD),
     )
 
 

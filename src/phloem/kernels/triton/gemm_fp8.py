@@ -17,7 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phloem.kernels.triton._base import ceil_div, multiprocessors, power_of_2, stages, sum_splits
+from phloem.kernels.triton._base import ceil_div, power_of_2, stages, sum_splits
+from phloem.kernels.triton._device import multiprocessors
+from phloem.kernels.triton.early import await_previous, early
 
 GROUP = 128
 FEW_ROWS = 16
@@ -43,8 +45,10 @@ def _gemm_fp8(
     GROUP: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (blocks of output features, blocks of tokens, splits)."""
+    await_previous(PDL)
     col = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     token = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     split = tl.program_id(2)
@@ -86,8 +90,10 @@ def _gemm_few(
     GROUP: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (blocks of output features, splits). BLOCKS: a scale per 128 x 128 block; else one per output feature."""
+    await_previous(PDL)
     col = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     token = tl.arange(0, BLOCK_T)
     split = tl.program_id(1)
@@ -143,6 +149,7 @@ def few_rows_gemm(
         BLOCK_M=block_m,
         num_warps=4,
         num_stages=2 if x_TN.dtype == torch.float32 else stages(4),
+        **early(x_TN),
     )
     return out if direct else sum_splits(target, bias_M, out)
 
@@ -195,5 +202,6 @@ def block_scaled_gemm(
         BLOCK_M=block_m,
         num_warps=8 if block_t >= 128 else 4,
         num_stages=stages(3),
+        **early(x_TN),
     )
     return out if direct else sum_splits(target, bias_M, out)

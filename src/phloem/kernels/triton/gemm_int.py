@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phloem.kernels.triton._base import ceil_div, multiply, multiprocessors, power_of_2, stages, sum_splits
+from phloem.kernels.triton._base import ceil_div, multiply, power_of_2, stages, sum_splits
+from phloem.kernels.triton._device import multiprocessors
 
 
 @triton.jit(do_not_specialize=["tokens"])

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phloem.kernels.triton._base import find_row, multiprocessors, power_of_2, soften
+from phloem.kernels.triton._base import find_row, power_of_2, soften
+from phloem.kernels.triton._device import multiprocessors
 from phloem.kernels.triton.attention import decode_splits, join_splits, split_buffers
 
 if TYPE_CHECKING:
@@ -192,4 +193,8 @@ def latent_attention(
     """Decode and extend of one MLA layer -> [T, H, D]; the new tokens' latents are already in the cache."""
     q_latent_HTL = torch.bmm(q_nope_THN.transpose(0, 1), call.w_uk.to(q_nope_THN.dtype))
     out_THL = absorbed_attention(q_latent_HTL.transpose(0, 1), q_rope_THP, cache, batch, call.scale, splits)
-    return torch.bmm(out_THL.transpose(0, 1), call.w_uv.to(out_THL.dtype)).transpose(0, 1)
+    heads, _, size = call.w_uv.shape
+    # Heads side by side, as the output projection reads them: the product writes them there itself.
+    out_THD = torch.empty((len(out_THL), heads, size), dtype=out_THL.dtype, device=out_THL.device)
+    torch.bmm(out_THL.transpose(0, 1), call.w_uv.to(out_THL.dtype), out=out_THD.transpose(0, 1))
+    return out_THD

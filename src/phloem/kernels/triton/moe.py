@@ -3,9 +3,11 @@
 Order of work: `route` picks k experts per token; `sort_by_expert` lists the (token, choice) pairs expert by expert,
 each expert's list padded to whole tiles (one launch does both for up to `route.SORTED_TOKENS` tokens); the first
 grouped GEMM computes gate and up of a tile and writes activation(gate) * up, in float8 with its scale where the second
-GEMM reads that; the second multiplies by the routing weight; `_sum_choices` adds a token's k results in order. Up to
+GEMM reads that; the second multiplies by the routing weight; `_sum_choices` adds a token's k results in order. Where
+an expert gets many rows, `many.py` does both products in another way, if a trial finds that better (`trial.py`). Up to
 `FEW_TOKENS` tokens nothing is sorted and no tile is filled: each pair reads its expert's rows, and the sum over the
-choices is inside the second product, three launches in all; float8 weights then meet unquantised activations.
+choices is inside the second product. There the first product routes, so that two launches do all; float8 weights meet
+unquantised activations.
 Nothing is decided on the host, and no atomics: the same input gives the same bits. Legend: E experts, k choices,
 N features, F features between the two GEMMs.
 """
@@ -17,18 +19,29 @@ N features, F features between the two GEMMs.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from phloem.kernels import reference_models as models
+from phloem.kernels.triton import many, trial
 from phloem.kernels.triton._base import activate, ceil_div, fp8_limit, power_of_2, stages
-from phloem.kernels.triton.activation import SILU
-from phloem.kernels.triton.quantise import per_group_fp8
+from phloem.kernels.triton.activation import GELU_TANH, SILU
+from phloem.kernels.triton.early import await_previous, early
+from phloem.kernels.triton.many import BLOCKS, ROWS, UNSCALED
+from phloem.kernels.triton.quantise import per_group_fp8, per_token_fp8
 from phloem.kernels.triton.route import route, route_and_sort, sort_by_expert
+
+if TYPE_CHECKING:
+    from phloem.kernels.specs import ExpertSpec
 
 GROUP_K = 128  # features that share one scale in block-scaled float8
 FEW_TOKENS = 4
+KINDS = {"silu": SILU, "gelu_tanh": GELU_TANH}
+CHOSEN_EXPERTS = 256  # up to which each program of few tokens can route for itself
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -62,12 +75,15 @@ def _grouped(
     TILE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (tiles of pairs, blocks of output features). x's row is pair // CHOICES; out's row is the pair.
 
     GATED: the weight's rows are first all gates, then all ups, and what is written is activation(gate) * up.
+    SCALED 1: scales per row and group of features, and per block of the weight; 2: per row, and per row of the weight.
     LIMIT above 0: in float8 that ends there, with a scale per pair and block of features, which is then a group.
     """
+    await_previous(PDL)
     expert = tl.load(tile_expert + tl.program_id(0)).to(tl.int64)
     if expert < 0:
         return
@@ -87,7 +103,7 @@ def _grouped(
         some = start + k < features_in
         a = tl.load(at_x + start, mask=valid[:, None] & some[None, :], other=0.0)
         b = tl.load(at_w + start, mask=some[:, None] & inside[None, :], other=0.0)
-        if SCALED:
+        if SCALED == 1:
             group = start // GROUP
             row_scale = tl.load(x_scale + source * stride_xs + group, mask=valid, other=0.0)
             col_scale = tl.load(at_scale + (col // GROUP) * stride_wsm + group, mask=inside, other=0.0)
@@ -96,13 +112,19 @@ def _grouped(
             acc = tl.dot(a, b, acc, input_precision="ieee")
         if GATED:
             c = tl.load(at_up + start, mask=some[:, None] & inside[None, :], other=0.0)
-            if SCALED:
+            if SCALED == 1:
                 up_scale = tl.load(
                     at_scale + ((col + features_out) // GROUP) * stride_wsm + group, mask=inside, other=0.0
                 )
                 second += tl.dot(a, c) * row_scale[:, None] * up_scale[None, :]
             else:
                 second = tl.dot(a, c, second, input_precision="ieee")
+    if SCALED == 2:
+        row_scale = tl.load(x_scale + source * stride_xs, mask=valid, other=0.0)[:, None]
+        acc *= row_scale * tl.load(at_scale + col * stride_wsm, mask=inside, other=0.0)[None, :]
+        if GATED:
+            at_more = at_scale + (col + features_out) * stride_wsm
+            second *= row_scale * tl.load(at_more, mask=inside, other=0.0)[None, :]
     if GATED:
         acc = activate(acc, KIND) * second
     if ROUTED:
@@ -117,14 +139,55 @@ def _grouped(
 
 
 @triton.jit
-def _sum_choices(parts, out, features, CHOICES: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_choices(
+    parts,
+    ids,
+    out,
+    features,
+    experts,
+    CHOICES: tl.constexpr,
+    FOREIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """FOREIGN: ids may be of no expert here, and then there is no part."""
+    await_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     keep = col < features
     total = tl.zeros([BLOCK], tl.float32)
     for choice in range(CHOICES):
-        total += tl.load(parts + (token * CHOICES + choice) * features + col, mask=keep, other=0.0).to(tl.float32)
+        end = features
+        if FOREIGN:
+            expert = tl.load(ids + token * CHOICES + choice)
+            end = tl.where((expert >= 0) & (expert < experts), features, 0)
+        at = parts + (token * CHOICES + choice) * features + col
+        total += tl.load(at, mask=col < end, other=0.0).to(tl.float32)
     tl.store(out + token * features + col, total.to(out.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _choose(logits, experts, turn, TOP_K: tl.constexpr, RENORMALISE: tl.constexpr, BLOCK_E: tl.constexpr):
+    """(Expert, weight) of a token's choice number `turn`, as `route` has them: the one that so many are better than."""
+    expert = tl.arange(0, BLOCK_E)
+    x = tl.load(logits + expert, mask=expert < experts, other=float("-inf")).to(tl.float32)
+    top = tl.max(x, axis=0)
+    score = tl.exp(x - top)
+    whole = tl.sum(score, axis=0)
+    score = score / whole
+    rank = tl.zeros([BLOCK_E], tl.int32)
+    for start in range(0, BLOCK_E, 16):
+        other = start + tl.arange(0, 16)
+        y = tl.load(logits + other, mask=other < experts, other=float("-inf")).to(tl.float32)
+        rival = (tl.exp(y - top) / whole)[None, :]
+        equal = (rival == score[:, None]) & (other[None, :] < expert[:, None])
+        rank += tl.sum(((rival > score[:, None]) | equal).to(tl.int32), axis=1)
+    # Where logits are NaN none is better than another: any expert will do, but there must be such a one.
+    place = tl.minimum(tl.min(tl.where(rank == turn, expert, BLOCK_E - 1), axis=0), experts - 1)
+    value = tl.sum(tl.where(expert == place, score, 0.0), axis=0)
+    if RENORMALISE:
+        value = value / tl.sum(tl.where(rank < TOP_K, score, 0.0), axis=0)
+    return place, value
 
 
 @triton.jit
@@ -133,9 +196,13 @@ def _few_up(
     weight,
     scale,
     ids,
+    routing,
+    logits,
     out,
     features_in,
     features_out,
+    experts,
+    stride_logits,
     stride_x,
     stride_we,
     stride_wm,
@@ -147,10 +214,30 @@ def _few_up(
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    ROUTE: tl.constexpr,
+    RENORMALISE: tl.constexpr,
+    FOREIGN: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Grid (pairs, blocks of output features): activation(gate) * up of one pair."""
+    """Grid (pairs, blocks of output features): activation(gate) * up of one pair. ROUTE: `ids` and `routing` are found
+    here, by each program for itself, and written for the second product."""
+    await_previous(PDL)
     pair = tl.program_id(0).to(tl.int64)
-    expert = tl.load(ids + pair).to(tl.int64)
+    if ROUTE:
+        at_logits = logits + pair // CHOICES * stride_logits
+        place, value = _choose(at_logits, experts, (pair % CHOICES).to(tl.int32), CHOICES, RENORMALISE, BLOCK_E)
+        if tl.program_id(1) == 0:
+            tl.store(ids + pair, place)
+            tl.store(routing + pair, value)
+        expert = place.to(tl.int64)
+    else:
+        expert = tl.load(ids + pair).to(tl.int64)
+    end = features_in
+    if FOREIGN:
+        there = (expert >= 0) & (expert < experts)
+        expert = tl.where(there, expert, 0)
+        end = tl.where(there, features_in, 0)
     col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     inside = col < features_out
@@ -160,21 +247,25 @@ def _few_up(
     at_scale = scale + expert * stride_se
     gate = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for start in range(0, features_in, BLOCK_K):
+    for start in range(0, end, BLOCK_K):
         some = start + k < features_in
         keep = inside[:, None] & some[None, :]
         a = tl.load(at_x + start, mask=some, other=0.0).to(tl.float32)
         g = tl.load(at_gate + start, mask=keep, other=0.0).to(tl.float32)
         u = tl.load(at_up + start, mask=keep, other=0.0).to(tl.float32)
-        if SCALED:
+        if SCALED == 1:
             group = start // GROUP
             g *= tl.load(at_scale + (col // GROUP) * stride_sm + group, mask=inside, other=0.0)[:, None]
             at_u = at_scale + ((col + features_out) // GROUP) * stride_sm + group
             u *= tl.load(at_u, mask=inside, other=0.0)[:, None]
         gate += g * a[None, :]
         up += u * a[None, :]
-    value = activate(tl.sum(gate, axis=1), KIND) * tl.sum(up, axis=1)
-    tl.store(out + pair * features_out + col, value.to(out.dtype.element_ty), mask=inside)
+    of_gate, of_up = tl.sum(gate, axis=1), tl.sum(up, axis=1)
+    if SCALED == 2:
+        of_gate *= tl.load(at_scale + col * stride_sm, mask=inside, other=0.0)
+        of_up *= tl.load(at_scale + (col + features_out) * stride_sm, mask=inside, other=0.0)
+    result = activate(of_gate, KIND) * of_up
+    tl.store(out + pair * features_out + col, result.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -187,17 +278,21 @@ def _few_down(
     out,
     features_in,
     features_out,
+    experts,
     stride_we,
     stride_wm,
     stride_se,
     stride_sm,
     CHOICES: tl.constexpr,
     SCALED: tl.constexpr,
+    FOREIGN: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (tokens, blocks of output features): the weighted sum over a token's choices, in their order."""
+    await_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -206,18 +301,33 @@ def _few_down(
     for choice in range(CHOICES):
         pair = token * CHOICES + choice
         expert = tl.load(ids + pair).to(tl.int64)
+        weigh = tl.load(routing + pair)
+        end = features_in
+        if FOREIGN:
+            there = (expert >= 0) & (expert < experts)
+            expert = tl.where(there, expert, 0)
+            weigh = tl.where(there, weigh, 0.0)
+            end = tl.where(there, features_in, 0)
         at_w = weight + expert * stride_we + col.to(tl.int64)[:, None] * stride_wm + k[None, :]
         acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        for start in range(0, features_in, BLOCK_K):
+        for start in range(0, end, BLOCK_K):
             some = start + k < features_in
             a = tl.load(x + pair * features_in + start + k, mask=some, other=0.0).to(tl.float32)
             b = tl.load(at_w + start, mask=inside[:, None] & some[None, :], other=0.0).to(tl.float32)
-            if SCALED:
+            if SCALED == 1:
                 at_scale = scale + expert * stride_se + (col // GROUP) * stride_sm + start // GROUP
                 b *= tl.load(at_scale, mask=inside, other=0.0)[:, None]
             acc += b * a[None, :]
-        total += tl.load(routing + pair) * tl.sum(acc, axis=1)
+        one = tl.sum(acc, axis=1)
+        if SCALED == 2:
+            one *= tl.load(scale + expert * stride_se + col * stride_sm, mask=inside, other=0.0)
+        total += weigh * one
     tl.store(out + token * features_out + col, total.to(out.dtype.element_ty), mask=inside)
+
+
+def _scaled(scales: tuple[Tensor, Tensor] | None) -> int:
+    """How the second of these, of stacked weights, says that they are scaled."""
+    return UNSCALED if scales is None else (BLOCKS if scales[1].dim() == 3 else ROWS)
 
 
 def _few(
@@ -229,31 +339,41 @@ def _few(
     kind: int,
     scales: tuple[Tensor, Tensor] | None,
     out_TN: Tensor,
+    logits_TE: Tensor | None = None,
+    renormalise: bool = False,
+    foreign: bool = False,
 ) -> Tensor:
-    """`experts` of a few tokens: every pair reads its expert's rows for itself."""
+    """`experts` of a few tokens: every pair reads its expert's rows for itself. With `logits_TE` weights and ids are
+    not known yet, and become what `route` finds."""
     tokens, features = x_TN.shape
     between, choices = down_ENF.shape[2], ids_Tk.shape[1]
     hidden = torch.empty((tokens * choices, between), dtype=x_TN.dtype, device=x_TN.device)
     first, second = scales if scales is not None else (hidden, hidden)
     steps = (first.stride()[:2], second.stride()[:2]) if scales is not None else ((0, 0), (0, 0))
     block_k = GROUP_K if scales is not None else 256
-    shape = {"SCALED": scales is not None, "GROUP": GROUP_K, "BLOCK_N": 16, "BLOCK_K": block_k}
+    shape = {"SCALED": _scaled(scales), "FOREIGN": foreign, "GROUP": GROUP_K, "BLOCK_N": 16, "BLOCK_K": block_k}
     _few_up[(tokens * choices, ceil_div(between, 16))](
-        *(x_TN, gate_up_EMN, first, ids_Tk, hidden, features, between, x_TN.stride(0)),
+        *(x_TN, gate_up_EMN, first, ids_Tk, weights_Tk, x_TN if logits_TE is None else logits_TE, hidden),
+        *(features, between, down_ENF.shape[0], 0 if logits_TE is None else logits_TE.stride(0), x_TN.stride(0)),
         *(*gate_up_EMN.stride()[:2], *steps[0]),
         CHOICES=choices,
         KIND=kind,
+        ROUTE=logits_TE is not None,
+        RENORMALISE=renormalise,
+        BLOCK_E=1 if logits_TE is None else max(16, power_of_2(logits_TE.shape[1])),
         **shape,
         num_warps=4,
         num_stages=stages(3),
+        **early(x_TN),
     )
     _few_down[(tokens, ceil_div(features, 16))](
-        *(hidden, down_ENF, second, ids_Tk, weights_Tk, out_TN, between, features),
+        *(hidden, down_ENF, second, ids_Tk, weights_Tk, out_TN, between, features, down_ENF.shape[0]),
         *(*down_ENF.stride()[:2], *steps[1]),
         CHOICES=choices,
         **shape,
         num_warps=4,
         num_stages=stages(3),
+        **early(x_TN),
     )
     return out_TN
 
@@ -308,7 +428,7 @@ def _gemm(
         GATED=gated,
         KIND=kind,
         ROUTED=routing is not None,
-        SCALED=scales is not None,
+        SCALED=_scaled(scales),
         LIMIT=fp8_limit(out.dtype) if out_scale is not None else 0.0,
         GROUP=GROUP_K,
         TILE=tile,
@@ -316,7 +436,50 @@ def _gemm(
         BLOCK_K=block_k,
         num_warps=8 if tile >= 128 or (out_scale is not None and tile >= 32) else 4,
         num_stages=stages(3),
+        **early(out),
     )
+
+
+def parts_of_tiles(
+    x_TN: Tensor,
+    weights_Tk: Tensor,
+    gate_up_EMN: Tensor,
+    down_ENF: Tensor,
+    kind: int,
+    scales: tuple[Tensor, Tensor] | None,
+    lists: tuple[Tensor, Tensor],
+    tile: int,
+) -> Tensor:
+    """weight * down(activation(gate(x)) * up(x)) of each pair, [T * k, N], by programs of one tile each."""
+    choices, between = weights_Tk.shape[1], down_ENF.shape[2]
+    pairs, device = weights_Tk.numel(), x_TN.device
+    parts = torch.empty((pairs, x_TN.shape[1]), dtype=x_TN.dtype, device=device)
+    if scales is None:
+        hidden = torch.empty((pairs, between), dtype=x_TN.dtype, device=device)
+        _gemm(x_TN, gate_up_EMN, hidden, lists, tile, None, choices, True, kind, None)
+        _gemm(hidden, down_ENF, parts, lists, tile, weights_Tk, 1, False, kind, None)
+        return parts
+    blocks = _scaled(scales) == BLOCKS
+    quantise = per_group_fp8 if blocks else per_token_fp8
+    x8, x_scale = quantise(x_TN, gate_up_EMN.dtype)
+    first = x_scale, scales[0]
+    if blocks and tile < 128:
+        # A program's block of features is a group of the next product's: it writes float8 and the scale.
+        hidden8 = torch.empty((pairs, between), dtype=down_ENF.dtype, device=device)
+        hidden_scale = torch.empty((pairs, ceil_div(between, GROUP_K)), dtype=torch.float32, device=device)
+        _gemm(x8, gate_up_EMN, hidden8, lists, tile, None, choices, True, kind, first, hidden_scale)
+    else:
+        hidden = torch.empty((pairs, between), dtype=x_TN.dtype, device=device)
+        _gemm(x8, gate_up_EMN, hidden, lists, tile, None, choices, True, kind, first)
+        hidden8, hidden_scale = quantise(hidden, down_ENF.dtype)
+    _gemm(hidden8, down_ENF, parts, lists, tile, weights_Tk, 1, False, kind, (hidden_scale, scales[1]))
+    return parts
+
+
+def _of_rows(scales: tuple[Tensor, Tensor], rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Scales of whole matrices, [E], as those of each of their rows."""
+    first, second = (s[:, None].expand(-1, n) if s.dim() == 1 else s for s, n in zip(scales, rows, strict=True))
+    return first, second
 
 
 def experts(
@@ -328,43 +491,41 @@ def experts(
     kind: int = SILU,
     scales: tuple[Tensor, Tensor] | None = None,
     lists: tuple[Tensor, Tensor] | None = None,
+    foreign: bool = False,
 ) -> Tensor:
     """Sum over a token's choices of weight * down(activation(gate(x)) * up(x)) -> [T, N].
 
-    gate_up [E, 2F, N] (gates, then ups), down [E, N, F]. With `scales` the weights are float8 with float32 scales per
-    128 x 128 block, [E, 2F / 128, N / 128] and [E, N / 128, F / 128]; activations are then quantised per token and 128.
-    `lists`: what `sort_by_expert` gives for tiles of `tile_size`, if it is known.
+    gate_up [E, 2F, N] (gates, then ups), down [E, N, F]. With `scales` the weights are float8 with float32 scales:
+    per 128 x 128 block, [E, 2F / 128, N / 128] and [E, N / 128, F / 128], and activations are then quantised per token
+    and 128; or per row, [E, 2F] and [E, N], or matrix, [E] and [E], and activations then per token.
+    `lists`: what `sort_by_expert` gives for tiles of `tile_size`, if it is known. `foreign`: ids may be of no expert
+    here, and add nothing then.
     """
     tokens, features = x_TN.shape
-    count, between, choices = down_ENF.shape[0], down_ENF.shape[2], ids_Tk.shape[1]
+    count, choices = down_ENF.shape[0], ids_Tk.shape[1]
     out = torch.empty((tokens, features), dtype=x_TN.dtype, device=x_TN.device)
     if tokens == 0:
         return out
+    if scales is not None:
+        scales = _of_rows(scales, (gate_up_EMN.shape[1], down_ENF.shape[1]))
     if tokens <= FEW_TOKENS:
-        return _few(x_TN, weights_Tk, ids_Tk, gate_up_EMN, down_ENF, kind, scales, out)
-    pairs = tokens * choices
-    tile = tile_size(pairs, count)
+        return _few(x_TN, weights_Tk, ids_Tk, gate_up_EMN, down_ENF, kind, scales, out, foreign=foreign)
+    tile = tile_size(tokens * choices, count)
     lists = lists if lists is not None else sort_by_expert(ids_Tk, count, tile)
-    parts = torch.empty((pairs, features), dtype=x_TN.dtype, device=x_TN.device)
-    if scales is None:
-        hidden = torch.empty((pairs, between), dtype=x_TN.dtype, device=x_TN.device)
-        _gemm(x_TN, gate_up_EMN, hidden, lists, tile, None, choices, True, kind, None)
-        _gemm(hidden, down_ENF, parts, lists, tile, weights_Tk, 1, False, kind, None)
+    work = trial.Work(gate_up_EMN, down_ENF, kind, scales, parts_of_tiles)
+    form = trial.form_for(work, x_TN, weights_Tk, lists) if tile == many.TILE else None
+    if form is None:
+        parts = work.tiles(x_TN, weights_Tk, gate_up_EMN, down_ENF, kind, scales, lists, tile)
     else:
-        x8, x_scale = per_group_fp8(x_TN, gate_up_EMN.dtype)
-        if tile < 128:
-            # A program's block of features is a group of the next product's: it writes float8 and the scale.
-            hidden8 = torch.empty((pairs, between), dtype=down_ENF.dtype, device=x_TN.device)
-            hidden_scale = torch.empty((pairs, ceil_div(between, GROUP_K)), dtype=torch.float32, device=x_TN.device)
-            both = x_scale, scales[0]
-            _gemm(x8, gate_up_EMN, hidden8, lists, tile, None, choices, True, kind, both, hidden_scale)
-        else:
-            hidden = torch.empty((pairs, between), dtype=x_TN.dtype, device=x_TN.device)
-            _gemm(x8, gate_up_EMN, hidden, lists, tile, None, choices, True, kind, (x_scale, scales[0]))
-            hidden8, hidden_scale = per_group_fp8(hidden, down_ENF.dtype)
-        _gemm(hidden8, down_ENF, parts, lists, tile, weights_Tk, 1, False, kind, (hidden_scale, scales[1]))
+        parts = work.form(form, x_TN, weights_Tk, lists)
     block = min(1024, power_of_2(features))
-    _sum_choices[(tokens, ceil_div(features, block))](parts, out, features, CHOICES=choices, BLOCK=block)
+    _sum_choices[(tokens, ceil_div(features, block))](
+        *(parts, ids_Tk, out, features, count),
+        CHOICES=choices,
+        FOREIGN=foreign,
+        BLOCK=block,
+        **early(out),
+    )
     return out
 
 
@@ -372,8 +533,42 @@ def moe(x_TN: Tensor, logits_TE: Tensor, gate_up: Tensor, down: Tensor, top_k: i
     """The op table's entry: softmax routing over dense experts, stacked as gate_up [E * 2F, N] and down [E * N, F]."""
     tokens, count = logits_TE.shape
     stacks = gate_up.unflatten(0, (count, -1)), down.unflatten(0, (count, -1))
+    if 0 < tokens <= FEW_TOKENS and count <= CHOSEN_EXPERTS:
+        weights_Tk = torch.empty((tokens, top_k), dtype=torch.float32, device=x_TN.device)
+        ids_Tk = torch.empty((tokens, top_k), dtype=torch.int32, device=x_TN.device)
+        out_TN = torch.empty(x_TN.shape, dtype=x_TN.dtype, device=x_TN.device)
+        return _few(x_TN, weights_Tk, ids_Tk, *stacks, SILU, None, out_TN, logits_TE, renormalise)
     if tokens <= FEW_TOKENS:
         return experts(x_TN, *route(logits_TE, top_k, renormalise), *stacks)
     tile = tile_size(tokens * top_k, count)
     weights_Tk, ids_Tk, lists = route_and_sort(logits_TE, top_k, renormalise, tile)
     return experts(x_TN, weights_Tk, ids_Tk, *stacks, lists=lists)
+
+
+def chosen_experts(x_TN: Tensor, ids_Tk: Tensor, weights_Tk: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """The op table's entry: plain experts, stacked as for `moe`, chosen elsewhere; ids of none add nothing."""
+    return _stacked(x_TN, ids_Tk, weights_Tk, gate_up, down, down.shape[0] // x_TN.shape[1], SILU)
+
+
+def experts_op(
+    x_TN: Tensor,
+    ids_Tk: Tensor,
+    weights_Tk: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    spec: ExpertSpec,
+    biases: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """The op table's entry for experts of any kind: gated ones of two activations here, others in plain torch."""
+    if biases is not None or not spec.gated or spec.scale_input or spec.activation not in KINDS:
+        return models.experts(x_TN, ids_Tk, weights_Tk, gate_up, down, spec, biases)
+    ids_Tk = ids_Tk - spec.first if spec.first else ids_Tk
+    return _stacked(x_TN, ids_Tk, weights_Tk, gate_up, down, spec.experts, KINDS[spec.activation])
+
+
+def _stacked(
+    x_TN: Tensor, ids_Tk: Tensor, weights_Tk: Tensor, gate_up: Tensor, down: Tensor, count: int, kind: int
+) -> Tensor:
+    stacks = gate_up.unflatten(0, (count, -1)), down.unflatten(0, (count, -1))
+    weights_Tk, ids_Tk = weights_Tk.float().contiguous(), ids_Tk.to(torch.int32).contiguous()
+    return experts(x_TN.to(gate_up.dtype), weights_Tk, ids_Tk, *stacks, kind, foreign=True).to(x_TN.dtype)

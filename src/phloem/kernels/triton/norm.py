@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from phloem.kernels.triton._base import ceil_div, fp8_limit, power_of_2
+from phloem.kernels.triton.early import await_previous, early
 
 GROUP = 128
 
@@ -38,7 +39,9 @@ def _rms_norm(
     ADD: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_previous(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)
     keep = (row < rows)[:, None] & (col < features)[None, :]
@@ -87,6 +90,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out:
         ROWS=per_program,
         BLOCK=block,
         num_warps=min(max(block // 512, 4), 16),
+        **early(x),
     )
 
 
@@ -123,8 +127,10 @@ def _rms_norm_fp8(
     LIMIT: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One row: `_rms_norm`, then `_quantise_row`, or with GROUPED `_quantise_groups`, of what it gives."""
+    await_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
     keep = col < features
@@ -173,5 +179,6 @@ def rms_norm_fp8(
             GROUP=GROUP,
             BLOCK=block,
             num_warps=min(max(block // 512, 4), 16),
+            **early(x_TN),
         )
     return out, step, total

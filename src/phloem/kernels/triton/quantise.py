@@ -13,12 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from phloem.kernels.triton._base import ceil_div, fp8_limit, power_of_2
+from phloem.kernels.triton.early import await_previous, early
 
 GROUP = 128
 
 
 @triton.jit
-def _quantise_row(x, out, scale, stride_x, features, LIMIT: tl.constexpr, BLOCK: tl.constexpr):
+def _quantise_row(x, out, scale, stride_x, features, LIMIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    await_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     most = 0.0
     for start in range(0, features, BLOCK):
@@ -37,8 +39,18 @@ def _quantise_row(x, out, scale, stride_x, features, LIMIT: tl.constexpr, BLOCK:
 
 @triton.jit
 def _quantise_groups(
-    x, out, scale, stride_x, features, groups, LIMIT: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr
+    x,
+    out,
+    scale,
+    stride_x,
+    features,
+    groups,
+    LIMIT: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
     col = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -64,6 +76,7 @@ def per_token_fp8(x_TN: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tup
             features,
             LIMIT=fp8_limit(dtype),
             BLOCK=min(4096, power_of_2(features)),
+            **early(x_TN),
         )
     return out, scale
 
@@ -86,5 +99,6 @@ def per_group_fp8(x_TN: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tup
             LIMIT=fp8_limit(dtype),
             GROUP=GROUP,
             BLOCK_G=block,
+            **early(x_TN),
         )
     return out, scale

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from phloem.kernels.triton._base import ceil_div, fp8_limit, power_of_2
+from phloem.kernels.triton.early import await_previous, early
 
 if TYPE_CHECKING:
     from phloem.kernels.ops import Rotation
@@ -95,12 +96,14 @@ def _rope_kv(
     BLOCK_H: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (T, blocks of heads): first those of q (rotated in place), then of k, then of v (written to its page).
 
     Without WRITE, k is rotated in place as well; without ROTATE only the write happens. NORM (with both): q and k are
     normalised by head before.
     """
+    await_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     is_q = block < q_blocks
@@ -219,6 +222,7 @@ def _launch(
         BLOCK_HALF=power_of_2(half),
         BLOCK_D=power_of_2(max(k_size, v_size)),
         num_warps=4,
+        **early(k),
     )
 
 

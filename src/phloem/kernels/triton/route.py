@@ -10,12 +10,19 @@ Few tokens are routed and sorted in one launch by one program; many in three. Le
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from phloem.kernels import reference_models as models
 from phloem.kernels.triton._base import power_of_2
+from phloem.kernels.triton.early import await_previous, early
+
+if TYPE_CHECKING:
+    from phloem.kernels.specs import RouterSpec
 
 SORTED_TOKENS = 64  # up to which one program can route and sort all tokens
 SORTED_CELLS = 8192  # tokens times experts that such a program can hold
@@ -30,13 +37,22 @@ def _route(
     stride_logits,
     experts,
     scaling,
+    eps,
+    least,
     TOP_K: tl.constexpr,
     SIGMOID: tl.constexpr,
     RENORMALISE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEEP: tl.constexpr,
+    GROUP_BEST: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    """GROUPS above 1 (then there are BLOCK experts): only those of the KEEP groups take part whose GROUP_BEST best
+    experts, 1 or 2, have the largest sum, of equals the lowest group."""
+    await_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, BLOCK)
     keep = expert < experts
@@ -50,6 +66,20 @@ def _route(
     if HAS_BIAS:
         # The bias decides who is chosen, not how much it counts (DeepSeek-V3's load balancing).
         ranked = tl.where(keep, score + tl.load(bias + expert, mask=keep, other=0.0), float("-inf"))
+    if GROUPS > 1:
+        member = tl.arange(0, BLOCK // GROUPS)[None, :]
+        by_group = tl.reshape(ranked, [GROUPS, BLOCK // GROUPS])
+        value_of = tl.max(by_group, axis=1)
+        if GROUP_BEST == 2:
+            best = tl.min(tl.where(by_group == value_of[:, None], member, BLOCK), axis=1)
+            value_of += tl.max(tl.where(member == best[:, None], float("-inf"), by_group), axis=1)
+        group = tl.arange(0, GROUPS)
+        # Each group's value beside that of every other one: rows and columns of the same numbers.
+        this = tl.broadcast_to(value_of[:, None], [GROUPS, GROUPS])
+        other = tl.trans(this)
+        before = (other > this) | ((other == this) & (group[None, :] < group[:, None]))
+        kept = tl.sum(before.to(tl.int32), axis=1) < KEEP
+        ranked = tl.reshape(tl.where(kept[:, None], by_group, float("-inf")), [BLOCK])
     choice = tl.arange(0, BLOCK_K)
     chosen = tl.zeros([BLOCK_K], tl.int32)
     value = tl.zeros([BLOCK_K], tl.float32)
@@ -62,7 +92,7 @@ def _route(
         value = tl.where(choice == turn, mine, value)
         ranked = tl.where(expert == place, float("-inf"), ranked)
     if RENORMALISE:
-        value = value / tl.sum(value, axis=0)
+        value = value / tl.maximum(tl.sum(value, axis=0) + eps, least)
     at = token * TOP_K + choice
     tl.store(weights + at, value * scaling, mask=choice < TOP_K)
     tl.store(ids + at, chosen, mask=choice < TOP_K)
@@ -76,8 +106,15 @@ def route(
     sigmoid: bool = False,
     bias_E: Tensor | None = None,
     scaling: float = 1.0,
+    eps: float = 0.0,
+    least: float = 0.0,
+    groups: tuple[int, int, int] = (1, 1, 1),
 ) -> tuple[Tensor, Tensor]:
-    """Router logits -> weights float32 [T, k] and expert ids int32 [T, k], best first, ties to the lower id."""
+    """Router logits -> weights float32 [T, k] and expert ids int32 [T, k], best first, ties to the lower id.
+
+    With `renormalise` weights are divided by their sum + `eps`, at least `least`. `groups`: how many, how many of them
+    take part, and by the sum of how many best experts they are chosen (1 or 2); both numbers are powers of two then.
+    """
     tokens, experts = logits_TE.shape
     weights = torch.empty((tokens, top_k), dtype=torch.float32, device=logits_TE.device)
     ids = torch.empty((tokens, top_k), dtype=torch.int32, device=logits_TE.device)
@@ -89,16 +126,44 @@ def route(
             ids,
             logits_TE.stride(0),
             experts,
-            scaling,
+            float(scaling),
+            float(eps),
+            float(least),
             TOP_K=top_k,
             SIGMOID=sigmoid,
             RENORMALISE=renormalise,
             HAS_BIAS=bias_E is not None,
+            GROUPS=groups[0],
+            KEEP=groups[1],
+            GROUP_BEST=groups[2],
             BLOCK=power_of_2(experts),
             BLOCK_K=power_of_2(top_k),
             num_warps=1 if experts <= 128 else 4,
+            **early(logits_TE),
         )
     return weights, ids
+
+
+def route_op(logits_TE: Tensor, bias_E: Tensor | None, spec: RouterSpec) -> tuple[Tensor, Tensor]:
+    """The op table's entry: ids and weights, of any router; rare kinds in plain torch."""
+    experts = logits_TE.shape[1]
+    whole = spec.groups == 1 or (
+        power_of_2(experts) == experts and power_of_2(spec.groups) == spec.groups and spec.group_best in (1, 2)
+    )
+    if spec.score not in ("softmax", "sigmoid") or not whole or spec.groups > experts // 2:
+        return models.route(logits_TE, bias_E, spec)
+    weights_Tk, ids_Tk = route(
+        logits_TE,
+        spec.top_k,
+        spec.renormalise,
+        sigmoid=spec.score == "sigmoid",
+        bias_E=bias_E,
+        scaling=spec.scale,
+        eps=spec.eps,
+        least=spec.floor,
+        groups=(spec.groups, spec.keep, spec.group_best),
+    )
+    return ids_Tk, weights_Tk
 
 
 @triton.jit(do_not_specialize=["tokens", "tiles"])
@@ -118,8 +183,10 @@ def _route_and_sort(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """`_route` (softmax), `_count_expert` and `_place_expert` of a few tokens, in one program."""
+    await_previous(PDL)
     token = tl.arange(0, BLOCK_T)
     expert = tl.arange(0, BLOCK_E)
     real = token < tokens
@@ -195,12 +262,14 @@ def route_and_sort(
         BLOCK_E=block_e,
         BLOCK_TILES=power_of_2(tiles),
         num_warps=8 if block_t * block_e > 1024 else 4,
+        **early(logits_TE),
     )
     return weights, ids, (order, tile_expert)
 
 
 @triton.jit(do_not_specialize=["pairs"])
-def _count_expert(ids, counts, pairs, BLOCK: tl.constexpr):
+def _count_expert(ids, counts, pairs, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    await_previous(PDL)
     expert = tl.program_id(0)
     number = 0
     for start in range(0, pairs, BLOCK):
@@ -221,8 +290,10 @@ def _place_expert(
     TILE: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program per expert writes its list into `order` (padding: `pairs`) and its name on its tiles."""
+    await_previous(PDL)
     expert = tl.program_id(0)
     other = tl.arange(0, BLOCK_E)
     number = tl.load(counts + other, mask=other < experts, other=0)
@@ -256,9 +327,19 @@ def sort_by_expert(ids_Tk: Tensor, experts: int, tile: int) -> tuple[Tensor, Ten
     order = torch.empty(tiles * tile, dtype=torch.int32, device=device)
     tile_expert = torch.empty(tiles, dtype=torch.int32, device=device)
     block = min(1024, power_of_2(pairs))
-    _count_expert[(experts,)](ids_Tk, counts, pairs, BLOCK=block)
+    _count_expert[(experts,)](ids_Tk, counts, pairs, BLOCK=block, **early(ids_Tk))
     _place_expert[(experts,)](
-        ids_Tk, counts, order, tile_expert, pairs, experts, tiles, TILE=tile, BLOCK_E=power_of_2(experts), BLOCK=block
+        ids_Tk,
+        counts,
+        order,
+        tile_expert,
+        pairs,
+        experts,
+        tiles,
+        TILE=tile,
+        BLOCK_E=power_of_2(experts),
+        BLOCK=block,
+        **early(ids_Tk),
     )
     return order, tile_expert
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from phloem.kernels.specs import SHARED_SPLITS, shared_tile
 from phloem.kernels.triton._base import find_row, power_of_2, stages
 from phloem.kernels.triton._block import attend_block
+from phloem.kernels.triton.early import await_previous, early
 
 if TYPE_CHECKING:
     from phloem.kernels.calls import AttentionCall, Cache, PagedBatch, SharedPages
@@ -92,8 +93,10 @@ def _attend_shared(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (tiles of sharing tokens, kv heads, splits). COMPACT: parts lie by place among `members`, not by token."""
+    await_previous(PDL)
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -218,4 +221,5 @@ def attend(
         BLOCK_DV=block_dv,
         num_warps=4,
         num_stages=2 if narrow else stages(3),
+        **early(q_THD),
     )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from phloem.kernels import chosen
 from phloem.utils import log
 
 _log = log.get("kernels.triton")
@@ -71,6 +72,7 @@ _known: dict[tuple[int, torch.dtype], Vendor] = {}
 def _tried(index: int, float8: torch.dtype) -> Vendor:
     found = _known[index, float8] = _try(torch.device("cuda", index), float8)
     name = "torch's scaled_mm" if found.serves else "the Triton kernel"
+    chosen.note(f"float8 products with block scales, {VENDOR_TOKENS} tokens and more", name, found.reason)
     _log.info("float8 products with block scales of %d tokens and more: %s (%s)", VENDOR_TOKENS, name, found.reason)
     return found
 

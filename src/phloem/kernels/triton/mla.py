@@ -192,4 +192,5 @@ def latent_attention(
     """Decode and extend of one MLA layer -> [T, H, D]; the new tokens' latents are already in the cache."""
     q_latent_HTL = torch.bmm(q_nope_THN.transpose(0, 1), call.w_uk.to(q_nope_THN.dtype))
     out_THL = absorbed_attention(q_latent_HTL.transpose(0, 1), q_rope_THP, cache, batch, call.scale, splits)
-    return torch.bmm(out_THL.transpose(0, 1), call.w_uv.to(out_THL.dtype)).transpose(0, 1)
+    # Contiguous: whoever reads it takes all heads of a token as one row.
+    return torch.bmm(out_THL.transpose(0, 1), call.w_uv.to(out_THL.dtype)).transpose(0, 1).contiguous()

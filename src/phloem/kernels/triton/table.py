@@ -15,6 +15,7 @@ from phloem.kernels.ops import Ops
 from phloem.kernels.triton import (
     activation,
     attention,
+    chosen,
     invariant,
     lora,
     mla,
@@ -85,6 +86,8 @@ def table() -> Ops:
         paged_attention=attention.paged_attention,
         latent_attention=mla.latent_attention,
         moe=moe.moe,
+        chosen_experts=chosen.chosen_experts,
+        chooses_apart=True,
         causal_conv=recurrent.causal_conv,
         gated_delta=recurrent.gated_delta,
         argmax=sample.argmax,

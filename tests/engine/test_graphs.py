@@ -531,7 +531,7 @@ def test_results_come_down_behind_the_computation_and_beside_the_next() -> None:
 
 
 class Layers:
-    """Recordings of so many layers, each of which takes a while by the clock; whoever comes waits till they are left."""
+    """Recordings of so many layers, each of which takes a while by the clock."""
 
     def __init__(self, clock: Clock, layers: int, seconds: float, ends: float = 0.0) -> None:
         self.clock, self.layers, self.seconds, self.ends = clock, layers, seconds, ends

@@ -146,3 +146,4 @@ def test_mla(queries: list[int], splits: int | None, dtype: torch.dtype) -> None
     want = ref.latent_attention(q_nope, q_rope, cache, batch, call)
     got = mla.latent_attention(q_nope, q_rope, cache, batch, call, splits)
     torch.testing.assert_close(got.float(), want.float(), atol=1e-4 if dtype == torch.float32 else 2e-2, rtol=2e-2)
+    assert got.is_contiguous()  # a layer takes all heads of a token as one row

@@ -2,8 +2,8 @@
 
 Which form of a kernel is launched follows from the numbers of tokens and rows, by tile sizes that are powers of two
 and by splits that fall as rows rise. So: every number up to `EACH`, and beyond it those at and just above the sizes
-that have graphs of their own. How long the rows' texts are decides for few kernels, and of decode steps alone: those are
-run at the end of the context too.
+that have graphs of their own. How long the rows' texts are decides for few kernels, and of decode steps alone: some of
+those are run at the end of the context too.
 """
 
 from __future__ import annotations

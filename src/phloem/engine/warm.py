@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 
 _log = log.get("engine.warm")
 
-TABLES = ("triton", "invariant")  # op tables, and attention backends, whose kernels are compiled at run time
-BACKENDS = ("triton",)
-MODULE = "phloem.engine.ahead"
+TABLES = ("triton", "invariant")  # op tables whose kernels are compiled at run time
+MODULE = "phloem.speculation.ahead"
 WAIT_SECONDS = 120.0  # for the process, when all else is done
 FEW = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 64, 128, 256)
 
@@ -47,7 +46,7 @@ class Warming:
         found, why = self.service.wait(WAIT_SECONDS) if self.service is not None else (None, self.reason)
         waited = perf_counter() - begun
         if found is not None:
-            shapes: list[Shape] = [(tokens, rows) for tokens, rows in found["shapes"]]
+            shapes: list[Shape] = [(tokens, rows, prefix) for tokens, rows, prefix in found["shapes"]]
             self.facts |= {key: found[key] for key in ("kernels", "cached", "seconds", "slowest", "errors")}
             new, seconds = found["kernels"] - found["cached"], found["seconds"]
             text = f"{new} of {found['kernels']} compiled beside the loading in {seconds:.1f} s"
@@ -97,10 +96,11 @@ def start(platform: Platform, plan: dict[str, Any], refusal: str | None) -> Warm
 
 def few_shapes(need: Need) -> list[Shape]:
     """Shapes that launch most of what steps launch, where nobody has found out which launch all."""
-    decode = [(rows, rows) for rows in FEW if rows <= min(need.running, need.chunk)]
+    decode = [(rows, rows, 0) for rows in FEW if rows <= min(need.running, need.chunk)]
+    decode += [(rows, rows, need.context - 1) for rows, _, _ in decode[:2] if need.context > 1]
     most = min(need.chunk, need.context)
     prompts = sorted({*(tokens for tokens in FEW if 1 < tokens <= most), most})
-    return decode + [(tokens, 1) for tokens in prompts if tokens > 1]
+    return decode + [(tokens, 1, 0) for tokens in prompts if tokens > 1]
 
 
 def run_all(need: Need, device: torch.device, shapes: list[Shape]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +31,12 @@ from phloem.engine.dtypes import (
     backend_names,
     dtype_of,
     kept_in,
-    kv_dtype_of,
     kv_scales_of,
     tower_of,
     unasked,
 )
 from phloem.engine.encoding import load_seeing
+from phloem.engine.foretold import plan_of
 from phloem.engine.media import Desk
 from phloem.engine.parallel import Executor, Leading, LeadingModel, Pages, ranks_here, ranks_of, shared, told_by
 from phloem.engine.pooled import PooledRunner
@@ -58,7 +59,7 @@ from phloem.utils.cores import available_cores
 from phloem.utils.machine import memory as total_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from phloem.attention import Sharing
     from phloem.checkpoint.describe import Checkpoint
@@ -72,7 +73,7 @@ if TYPE_CHECKING:
     from phloem.engine.recorded.flexible import FlexibleSteps
     from phloem.engine.transfer import LastTokens
     from phloem.engine.warm import Warming
-    from phloem.layers.context import Chosen
+    from phloem.layers.context import AttentionSpec, Chosen
     from phloem.layers.spread import Spread
     from phloem.models import Model, Tower
     from phloem.models._scales import LayerScales
@@ -160,7 +161,9 @@ def build(
     if checkpoint.pooling is not None:
         phase.end("device")
         return _build_pooled(config, checkpoint, machine, decisions, phase)
-    warming = warm.start(machine.platform, *_ahead(config, checkpoint, machine))
+    platform, table, sizes = machine.platform, machine.ops, (machine.running, machine.chunk)
+    foretold = plan_of(config, checkpoint, platform, table, machine.dtype, sizes, machine.eager)
+    warming = warm.start(platform, *foretold)
     phase.end("device")
     try:
         built = _build(config, checkpoint, machine, warming, decisions, phase, team, beside)
@@ -237,7 +240,9 @@ def _build(
     kv_dtype, scales, backend, page = kept.dtype, kept.scales, kept.backend, kept.page
     recorded = ops.recorder is not None and not config.runtime.disable_step_graph and not machine.eager
     own, stages = _stages(model)
-    need = Need(model, backend, ops, kv_dtype, page, context, running, chunk, recorded, scales, stages)
+    attends = partial(_attends, backend.name, ops, platform.device, kv_dtype)
+    beside_it = sites is not None, helper, attends
+    need = Need(model, backend, ops, kv_dtype, page, context, running, chunk, recorded, scales, stages, *beside_it)
     if warming is not None:
         warming.finish(need, platform.device, decisions)
         phase.end("kernels")
@@ -546,33 +551,11 @@ def _loaded(
     return model
 
 
-def _ahead(config: Config, checkpoint: Checkpoint, machine: _Machine) -> tuple[dict[str, Any], str | None]:
-    """What the process that compiles beside the loading is told, or why there is none."""
-    backend = config.runtime.attention_backend or backend_names(machine.platform)[0]
-    kept, name = config.cache.kv_cache_dtype, str(machine.dtype).removeprefix("torch.")
-    refusal = None
-    if machine.eager:
-        refusal = f"{machine.eager}: which kernels it needs shows when it runs"
-    elif checkpoint.quantised or config.model.quantization is not None:
-        refusal = "which form quantised weights take shows when they are loaded"
-    elif machine.ops.name not in warm.TABLES:
-        refusal = f"the op table {machine.ops.name!r} has no such kernels"
-    elif backend not in warm.BACKENDS:
-        refusal = f"the attention backend {backend!r} brings its own kernels"
-    plan = {
-        "model_type": checkpoint.model_type,
-        "config": checkpoint.config,
-        "context": checkpoint.context_length,
-        "vocab": checkpoint.vocab_size,
-        "ops": machine.ops.name,
-        "dtype": name,
-        "kv_dtype": name if kept == "auto" else str(kv_dtype_of(config, machine.dtype)).removeprefix("torch."),
-        "page": config.cache.page_size,
-        "running": machine.running,
-        "chunk": machine.chunk,
-        "processes": available_cores(),
-    }
-    return plan, refusal
+def _attends(
+    name: str, ops: Ops, device: torch.device, kv_dtype: torch.dtype, specs: Sequence[AttentionSpec]
+) -> AttentionBackend:
+    """The same backend for other layers."""
+    return attention.BACKENDS.get(name)(ops, specs, device, kv_dtype)
 
 
 def _backend(

@@ -1,7 +1,7 @@
 """Ops that read values, as functions that tell of their results' shapes alone: for a forward pass without data.
 
-Plain torch code of the table's defaults launches no kernel that is compiled, so what such an op computes does not matter
-to whoever wants to know which kernels a step launches. But some of it goes through values on the host, which tensors
+The table's defaults are plain torch code and launch no kernel that is compiled, so what they compute does not matter to
+whoever wants to know which kernels a step launches. But some of them go through values on the host, which tensors
 without data do not have. Legend as in `ops.py`.
 """
 

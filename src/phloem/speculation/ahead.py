@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from phloem.core.errors import ModelLoadError
 from phloem.core.speculation import Wanted
 from phloem.engine import ahead
 from phloem.speculation.capture import aux_layers
@@ -32,7 +33,10 @@ def drafts(plan: ahead.Plan, checkpoint: Checkpoint, model: Model, ctx: BuildCon
     made: Any = loader(wanted.algorithm)(wanted, whole)
     made.draft = replace(made.draft, format="dummy", gguf=None, stored=None)
     if isinstance(made, Eagle3):  # reads three layers of the model, which may have fewer here
-        made.layers = aux_layers(int(checkpoint.config["num_hidden_layers"]))
+        try:
+            made.layers = aux_layers(int(checkpoint.config["num_hidden_layers"]))
+        except ValueError as error:
+            raise ModelLoadError(str(error)) from None
     return made.load(model, ctx, plan.context)
 
 

@@ -157,8 +157,8 @@ class StepGraphs(Generic[I, O]):
                 progress(done, len(todo))
 
     def record_likely(self, until: float) -> None:
-        """Record until the clock of `looks` is `until`: first powers of two and the largest size, then all; from large to
-        small, so that smaller ones fit into the buffers of larger ones."""
+        """Record until the clock of `looks` is `until`: first powers of two and the largest size, then all; from large
+        to small, so that smaller ones fit into the buffers of larger ones."""
         for likely in (True, False):
             for size in sorted(self._left(), reverse=True):
                 if likely and not self._likely(size):

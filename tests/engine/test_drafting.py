@@ -24,8 +24,8 @@ READS = ("cpu", "numpy", "tolist", "item", "__bool__", "__int__", "__index__")
 class Model:
     """Drafts follow from the last token that was read and its position."""
 
-    attention_specs: list[Any] = []  # noqa: RUF012 - as the protocol has it
-    memory: list[Any] = []  # noqa: RUF012
+    attention_specs: list[Any] = []
+    memory: list[Any] = []
     hidden_size = 2
     weight_bytes = 0
 

@@ -1,4 +1,4 @@
-"""Quantised weights are unpacked, and rounded, where the model is: to the same bits as on the host, and nothing of it is
+"""Quantised weights are unpacked, and rounded, where the model is: to the same bits as on the host, and none of it is
 made elsewhere."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from phloem.quant import method_for
 from phloem.testing.checkpoints import tiny_checkpoint
 
 CPU = torch.device("cpu")
-SIZES = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "num_hidden_layers": 2}
+SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "num_hidden_layers": 2}
 BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 TENSORS = {"quant_method": "compressed-tensors", "config_groups": {}}
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from phloem import attention
-from phloem.attention import reference
+from phloem.attention import flashinfer, reference
 from phloem.attention._store import store
 from phloem.kernels.shapes_only import shapes_only
 
@@ -53,7 +53,7 @@ class Foreign:
 
     def writing(self, pool: KVPool, layer: int) -> Ops:
         """The op table as it writes this layer's keys and values."""
-        return self._inner.writing(pool, layer) if hasattr(self._inner, "writing") else self.ops
+        return self._inner.writing(pool, layer) if isinstance(self._inner, flashinfer.Backend) else self.ops
 
 
 @dataclass(slots=True)

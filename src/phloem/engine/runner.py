@@ -96,7 +96,8 @@ class StepWork:
         self.stands_apart = facts.on_host and forwards and not any(spec.block for spec in model.attention_specs)
         self.stands_apart = self.stands_apart and not isinstance(model, Conditioned)
         self._each = self.stands_apart and ops.name == "invariant"
-        self.gaps = Gaps(recorded) if recorded and facts.records_idle else None
+        ways = [*recorded, *(() if drafting is None else drafting.recorded)]
+        self.gaps = Gaps(ways) if ways and facts.records_idle else None
         # What a step's states have taken in of refused drafts is undone; the host has the tokens for that.
         self._replays, self.cuts_back = not forwards, forwards or facts.on_host
         self._pool, self._ears = pool, ears_of(model, pool, backend.ops, max_slots)
@@ -353,6 +354,7 @@ class ModelRunner:
         self.draft_room = 0
         self.drafts = None if drafting is None else drafting.loaded
         self.recorded = recorded
+        self._drafting: Sequence[RecordedWay] = () if drafting is None else drafting.recorded
         self._kernels = kernels
         self._handed: dict[int, Follower | None] = {}
         self._handing = threading.Lock()
@@ -423,12 +425,14 @@ class ModelRunner:
     @property
     def graph_bytes(self) -> int:
         """Memory that recorded steps take."""
-        return sum(way.nbytes for way in self.recorded)
+        return sum(way.nbytes for way in (*self.recorded, *self._drafting))
 
     @property
     def prepared(self) -> dict[str, Any]:
         """What has been recorded and compiled so far."""
         found: dict[str, Any] = {"graphs": {way.decision: way.graphs.facts() for way in self.recorded}}
+        if self._drafting:
+            found["draft_graphs"] = {way.decision: way.graphs.facts() for way in self._drafting}
         if self._mover is not None:
             found["experts"] = self._mover.facts()
         return found if self._kernels is None else {**found, "kernels": self._kernels()}

@@ -237,12 +237,9 @@ def _build(
     phase.end("weights")
 
     kept = _kept(config, checkpoint, machine, model, decisions)
-    kv_dtype, scales, backend, page = kept.dtype, kept.scales, kept.backend, kept.page
-    recorded = ops.recorder is not None and not config.runtime.disable_step_graph and not machine.eager
+    backend, page = kept.backend, kept.page
     own, stages = _stages(model)
-    attends = partial(_attends, backend.name, ops, platform.device, kv_dtype)
-    beside_it = sites is not None, helper, attends
-    need = Need(model, backend, ops, kv_dtype, page, context, running, chunk, recorded, scales, stages, *beside_it)
+    need = _need(config, machine, model, kept, context, (stages, sites is not None, helper))
     if warming is not None:
         warming.finish(need, platform.device, decisions)
         phase.end("kernels")
@@ -253,7 +250,8 @@ def _build(
     pool = _pool(model, helper, sizing, kept, platform.device, own)
     keep_beside(pool, chosen, checkpoint, decisions)
     sharing = _sharing(config, backend, decisions)
-    more = platform.memory()[0], sizing.graph_bytes, sharing is not None, sites is not None, machine.eager
+    graph_bytes, draft_bytes = drafts.graph_bytes(helper, sizing.graph_bytes)
+    more = platform.memory()[0], graph_bytes, sharing is not None, sites is not None, machine.eager
     place = choice.Place(model, backend, pool, ops, platform.facts, *more)
     pages = -(-min(context, sizing.tokens) // page) + 1
     rows = max(running, speculation.wanted(config).rows) if platform.facts.on_host else running
@@ -261,10 +259,10 @@ def _build(
     phase.end("memory")
     if choice.record_first(config.runtime, ways, platform.facts, decisions):
         phase.end("graphs")
+    more = rows, pages, chunk, machine.eager, tower_of(model), draft_bytes
+    drafting = drafts.prepare(helper, drafts.Place(config, platform, backend, pool, ops, *more), decisions)
     if warming is not None:
         warming.ready()
-    held = drafts.Place(config, platform, backend, pool, ops, rows, pages, chunk, machine.eager, tower_of(model))
-    drafting = drafts.prepare(helper, held, decisions)
     if team is not None:
         team.tell(Pages(sizing.num_pages, kept.facts(checkpoint), pages, None if sites is None else sites.sizes))
     led, leading = _led(config, machine, checkpoint, model, kept, pool, (rows, chunk, pages), team, decisions)
@@ -275,8 +273,17 @@ def _build(
         desk=_desk(config, model, ops, running), leading=leading, drafting=drafting, mover=mover, wardrobe=sites,
     )  # fmt: skip
     sizes = running, chunk, machine.mixed, min(chunk, platform.worthwhile_chunk), sizing.tokens
-    info = _info(machine, runner, kv_dtype, sizing.facts.bytes_per_token)
+    info = _info(machine, runner, kept.dtype, sizing.facts.bytes_per_token)
     return Built(runner, context, *sizes, tower_of(model), sites, decisions, info, balancer)
+
+
+def _need(config: Config, machine: _Machine, model: Model, kept: _Kept, context: int, more: tuple[Any, ...]) -> Need:
+    """What steps need. `more`: as `Need` has it, from `stages` on."""
+    ops, backend, kind = machine.ops, kept.backend, kept.dtype
+    recorded = ops.recorder is not None and not config.runtime.disable_step_graph and not machine.eager
+    sizes = kept.page, context, machine.running, machine.chunk
+    attends = partial(_attends, backend.name, ops, machine.platform.device, kind)
+    return Need(model, backend, ops, kind, *sizes, recorded, kept.scales, *more, attends)
 
 
 def _pool(

@@ -44,8 +44,8 @@ class Method:
         configure: (a checkpoint's own words on its format, where to report) -> the method that reads it. Raises
             ModelLoadError for what it cannot read, with the remedy.
         report: what became of the matrices.
-        exact: `wrap` gives the same bits on every device: no sum in it, whose order devices choose, and no function that
-            they approximate.
+        exact: `wrap` gives the same bits on every device: there is no sum in it, whose order devices choose, and no
+            function that they approximate.
     """
 
     name: str

@@ -81,7 +81,7 @@ class Looks:
             self._until, self.waiting = inf, waiting
 
     def look(self) -> None:
-        """Between two layers. Raises `Interrupted` where the recording is to be left; outside of one nothing happens."""
+        """Between two layers. Raises `Interrupted` where a recording is to be left; outside of one nothing happens."""
         if not self._recording:
             return
         now = self.clock()

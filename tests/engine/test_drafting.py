@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,11 +13,21 @@ import pytest
 import torch
 from pools import pool_for
 
+from phloem.attention import BACKENDS
+from phloem.checkpoint.describe import describe
 from phloem.core.batch import Batch, Drafting
+from phloem.core.config import Config
 from phloem.core.memory import Paged
-from phloem.engine.drafting import DraftWork
+from phloem.core.resolve import Decision
+from phloem.engine import beside
+from phloem.engine.drafting import DraftWork, Loaded
 from phloem.engine.transfer import LastTokens
+from phloem.kernels import reference_attention
 from phloem.kernels.ops import Ops
+from phloem.layers.context import BuildContext
+from phloem.models import load_model
+from phloem.platforms._facts import StepFacts
+from phloem.testing.checkpoints import tiny_checkpoint
 
 CPU = torch.device("cpu")
 READS = ("cpu", "numpy", "tolist", "item", "__bool__", "__int__", "__index__")
@@ -103,3 +115,60 @@ def test_nothing_to_read_is_nothing_to_wait_for() -> None:
     batch = batch_of([0, 0], [0, 0])
     found, _ = work(False, Forward())[0].run(batch)
     assert found.input_ids.tolist() == batch.input_ids.tolist() and found.drafting is None
+
+
+class Graph:
+    bytes = 10
+
+    def __init__(self, recorder: Recorder, fn: Any, out: torch.Tensor) -> None:
+        self._recorder, self._fn, self._out = recorder, fn, out
+
+    def replay(self, *sizes: int) -> None:
+        self._recorder.replays += 1
+        self._out.copy_(self._fn())
+
+
+class Recorder:
+    cuts = resizes = False
+    replays = 0
+
+    def record(self, fn: Any) -> tuple[Graph, torch.Tensor]:
+        out = torch.zeros_like(fn())
+        return Graph(self, fn, out), out
+
+
+def kernel(*args: Any) -> torch.Tensor:
+    """Attention that no backend takes for the reference's, which reads lengths on the host."""
+    return reference_attention.paged_attention(*args)
+
+
+@pytest.mark.parametrize("shares", [1000, 0])
+def test_passes_of_a_model_that_drafts_are_recorded_on_a_device(tmp_path: Path, shares: int) -> None:
+    """Before the engine is ready and within their share of the memory; they draft what eager passes draft."""
+    pytest.importorskip("transformers")
+    recorder = Recorder()
+    ops = replace(Ops(), paged_attention=kernel, recorder=lambda: recorder)
+    found: list[Any] = []
+    for on_device in (True, False):
+        model: Any = load_model(
+            describe(str(tiny_checkpoint("llama", tmp_path))), BuildContext(ops, torch.float32, CPU)
+        )
+        pool = pool_for([*model.memory, *model.memory], 40, 4, torch.float32, CPU)
+        first = len(model.memory)
+        loaded = Loaded(model, first, None, Decision("speculative_draft", "draft_model", ""))
+        platform: Any = SimpleNamespace(facts=StepFacts(records_idle=True), memory=lambda: (1 << 20, 1 << 20))
+        backend = BACKENDS.get("reference")(ops, model.attention_specs, CPU, torch.float32)
+        sizes = 4, 8, 16, "" if on_device else "eagerly, to compare"
+        decisions: list[Decision] = []
+        place = beside.Place(Config(), platform, backend, pool, ops, *sizes, None, shares)
+        prepared = beside.prepare(loaded, place, decisions)
+        assert prepared is not None
+        slots: Any = SimpleNamespace(columns=SimpleNamespace(greedy=np.ones(4, bool)))
+        with torch.inference_mode():
+            made = prepared.make(slots, LastTokens(4, CPU, False, None)).run(batch_of([3, 2, 3], [1, 4, 1]))[0]
+        found.append((made.input_ids.tolist(), prepared.recorded, [d.name for d in decisions]))
+    (drafts, ways, names), (wanted, none, _) = found
+    assert drafts == wanted and not none
+    (way,) = ways
+    assert ("draft_step_graphs" in names) and way.graphs.facts()["recorded"] == (4 if shares else 0)
+    assert (recorder.replays == 2) == bool(shares)  # the second and the third pass, whose rows have one token each

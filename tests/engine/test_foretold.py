@@ -3,21 +3,28 @@ shapes launch none that the process was not told of."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import draft_support
+import msgspec
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("triton")
 
 from steps_without_data import plan_of, small_plan, tiny_config, unforetold
 
+from phloem.attention import triton as triton_backend
+from phloem.checkpoint.describe import described
+from phloem.core.config import Config
 from phloem.core.speculation import Wanted
-from phloem.engine import ahead
+from phloem.engine import ahead, foretold
+from phloem.kernels.ops import Ops
+from phloem.kernels.triton import table
 from phloem.speculation.ahead import drafts
 from phloem.testing.checkpoints import families, tiny_checkpoint
 
@@ -93,3 +100,60 @@ def test_nor_does_the_layer_that_a_checkpoint_brings_for_drafts(tmp_path: Path) 
     plan = plan_of(found, running=8, chunk=128, **told)
     assert not unforetold(plan, drafts)
     assert set(ahead.trace(plan)[0].found) < set(ahead.trace(plan, drafts)[0].found)
+
+
+class Pretended:
+    """A platform as a Hopper GPU's, as far as the plan asks."""
+
+    device = torch.device("cuda")
+    quantised_kv_dtype = None
+
+    def attention_backends(self) -> list[str]:
+        return ["triton", "flashinfer", "flash", "reference"]
+
+
+def told(path: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> tuple[ahead.Plan, str | None]:
+    """What an engine of these settings tells the process, as the process reads it."""
+    monkeypatch.setattr(triton_backend, "processors", lambda device: 132)
+    config = Config.from_flat({"model_path": str(path), **settings})
+    found = described(config.model)
+    platform: Any = Pretended()
+    plan, refusal = foretold.plan_of(config, found, platform, table.table(), torch.bfloat16, (8, 128), "")
+    whole = plan | {"target": ("cuda", 90, 32), "processors": 132, "cache": "none"}
+    return msgspec.json.decode(json.dumps(whole).encode(), type=ahead.Plan), refusal
+
+
+def test_what_is_told_follows_from_the_model_and_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    llama, head = tiny_checkpoint("llama", tmp_path / "llama"), draft_support.eagle(tmp_path / "head")
+    plan, refusal = told(llama, monkeypatch)
+    assert refusal is None and plan.backend == "triton" and plan.kv_dtype == "bfloat16" and plan.running == 8
+    assert plan.adapters is None and plan.drafting is None and not plan.scales
+    assert not unforetold(plan, drafts, steps=10)
+    lora, _ = told(llama, monkeypatch, enable_lora=True, max_lora_rank=24, max_loaded_loras=3)
+    assert lora.adapters == (3, 24) and lora.files == [str(llama / "model.safetensors")]
+    asked = {"speculative_algorithm": "EAGLE", "speculative_draft_model_path": str(head)}
+    eagle, _ = told(llama, monkeypatch, **asked)
+    assert eagle.drafting is not None and not unforetold(eagle, drafts, steps=10)
+    chunked, _ = told(tiny_checkpoint("llama4_text", tmp_path / "llama4"), monkeypatch)
+    assert chunked.backend == "reference"  # no other attends by chunks
+
+
+def test_scales_of_a_float8_cache_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    path = tiny_checkpoint("llama", tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    for name, scale in (("k", torch.tensor(0.5)), ("v", torch.tensor([0.5, 0.25]))):
+        tensors[f"model.layers.1.self_attn.{name}_scale"] = scale
+    save_file(tensors, path / "model.safetensors")
+    plan, _ = told(path, monkeypatch, kv_cache_dtype="fp8_e4m3")
+    assert plan.kv_dtype == "float8_e4m3fn" and set(plan.scales) == {1}
+    assert not told(path, monkeypatch)[0].scales
+
+
+def test_a_table_without_such_kernels_and_steps_of_others_are_refused() -> None:
+    nothing: Any = None
+    plan, why = foretold.plan_of(nothing, nothing, nothing, Ops(), torch.float32, (1, 1), "")
+    assert plan == {} and why is not None and "'reference'" in why
+    _, why = foretold.plan_of(nothing, nothing, nothing, table.table(), torch.float32, (1, 1), "ranks meet")
+    assert why == "ranks meet: which kernels it needs shows when it runs"

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import draft_support
 import msgspec
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,12 +22,19 @@ pytest.importorskip("triton")
 from steps_without_data import plan_of, small_plan, tiny_config, unforetold
 
 from phloem.attention import triton as triton_backend
-from phloem.checkpoint.describe import described
+from phloem.checkpoint.describe import describe, described
 from phloem.core.config import Config
+from phloem.core.resolve import Decision
 from phloem.core.speculation import Wanted
-from phloem.engine import ahead, foretold
+from phloem.engine import ahead, foretold, warm
+from phloem.engine.pooled import run_texts
 from phloem.kernels.ops import Ops
+from phloem.kernels.shapes_only import shapes_only
+from phloem.kernels.triton import ahead as kernels
 from phloem.kernels.triton import table
+from phloem.layers.context import BuildContext
+from phloem.models._pooled import load_pooled
+from phloem.platforms._compiled import Tally
 from phloem.speculation.ahead import drafts
 from phloem.testing.checkpoints import families, tiny_checkpoint
 
@@ -157,3 +167,30 @@ def test_a_table_without_such_kernels_and_steps_of_others_are_refused() -> None:
     assert plan == {} and why is not None and "'reference'" in why
     _, why = foretold.plan_of(nothing, nothing, nothing, table.table(), torch.float32, (1, 1), "ranks meet")
     assert why == "ranks meet: which kernels it needs shows when it runs"
+
+
+@pytest.mark.parametrize("name", ["bert", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["triton", "invariant"])
+def test_no_text_of_a_model_that_does_not_generate_needs_one_after_it_is_ready(
+    name: str, kind: str, tmp_path: Path
+) -> None:
+    """Its kernels are launched once before, by texts of some lengths; no text of another length launches others."""
+    pytest.importorskip("transformers")
+    tiny_config(name, tmp_path)
+    found = describe(str(tmp_path / "config.json"), "dummy", task="embed")
+    ops = shapes_only(table.table() if kind == "triton" else table.invariant_table())
+    with torch.inference_mode(), kernels.Notes().taken():
+        model = load_pooled(found, BuildContext(ops, torch.bfloat16, torch.device("meta")))
+    compiled: Any = SimpleNamespace(tally=Tally(), directory=tmp_path)
+    warming, decisions = warm.Warming(compiled, None, "texts are read whole"), list[Decision]()
+    notes = kernels.Notes()
+    with notes.taken():
+        warming.finish_texts(partial(run_texts, model, ops), 1300, decisions)
+        before = set(notes.found)
+        random = np.random.default_rng(0)
+        for _ in range(40):
+            most = int(random.integers(1, 256))
+            run_texts(model, ops, [int(random.integers(1, most + 1)) for _ in range(int(random.integers(1, 6)))])
+    assert set(notes.found) == before and len(before) > 1 - (name == "bert" and kind == "triton")
+    assert "not compiled beside the loading: texts are read whole" in decisions[0].reason
+    assert warming.told()["steps"] > 10

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 EACH = 64
 FAR = (1, 2, 3)  # rows of decode steps that are run at the end of the context
+DENSE_TEXTS = 1024
 READS = 512  # tokens that a model which drafts reads in one pass, at most
 Shape = tuple[int, int, int]  # tokens, rows, tokens of each row before the step
 
@@ -45,6 +46,15 @@ def step_shapes(running: int, chunk: int, context: int) -> list[Shape]:
     single = [(tokens, 1, 0) for tokens in prompts if 1 < tokens <= min(chunk, context)]
     mixed = [(chunk, count, 0) for count in (2, 3, min(running, chunk // 2)) if 1 < count < chunk]
     return decode + (far if context > 1 else []) + single + mixed
+
+
+def text_lengths(most: int) -> list[int]:
+    """Tokens of steps that among them launch every kernel of a model that reads whole texts, of up to `most` tokens: up
+    to `DENSE_TEXTS` as many as prompts have, and of longer ones those twice as long as others."""
+    dense = [size + more for size in token_buckets(min(most, DENSE_TEXTS)) for more in (0, 1)]
+    long = [(1 << power) + more for power in range(most.bit_length()) for more in (0, 1)]
+    found = {*range(1, EACH + 1), *dense, *long, most}
+    return sorted(length for length in found if length <= most)
 
 
 def run_shape(need: Need, pool: KVPool, shape: Shape) -> None:

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from phloem.core.resolve import Decision
-from phloem.engine.shapes import run_shape
+from phloem.engine.shapes import run_shape, text_lengths
 from phloem.kvcache.pool import KVPool, fewest_pages
 from phloem.utils import log
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from phloem.engine.shapes import Shape
     from phloem.engine.sizing import Need
     from phloem.platforms import Platform
@@ -45,6 +47,7 @@ class Warming:
         begun = perf_counter()
         found, why = self.service.wait(WAIT_SECONDS) if self.service is not None else (None, self.reason)
         waited = perf_counter() - begun
+        self.facts["waited"] = round(waited, 3)
         if found is not None:
             shapes: list[Shape] = [(tokens, rows, prefix) for tokens, rows, prefix in found["shapes"]]
             self.facts |= {key: found[key] for key in ("kernels", "cached", "seconds", "slowest", "errors")}
@@ -56,12 +59,26 @@ class Warming:
         else:
             shapes = few_shapes(need)
             text = f"not compiled beside the loading: {why}"
+        self._run(lambda: run_all(need, device, shapes), len(shapes), text, decisions)
+
+    def finish_texts(self, run: Callable[[list[int]], None], most: int, decisions: list[Decision]) -> None:
+        """The same for a model that reads whole texts. `run`: computes texts of these lengths; `most`: tokens of a
+        step."""
+        texts = [[length] for length in text_lengths(most)] + [[1, 1]]
+
+        def run_texts() -> None:
+            for lengths in texts:
+                run(lengths)
+
+        self._run(run_texts, len(texts), f"not compiled beside the loading: {self.reason}", decisions)
+
+    def _run(self, work: Callable[[], None], steps: int, text: str, decisions: list[Decision]) -> None:
         begun = perf_counter()
-        run_all(need, device, shapes)
+        work()
         took = perf_counter() - begun
         tally = self.compiled.tally.facts()
-        self.facts |= {"waited": round(waited, 3), "steps": len(shapes), "steps_seconds": round(took, 3), **tally}
-        text += f"; {len(shapes)} dummy steps in {took:.1f} s took {tally['loaded']} of the cache and compiled "
+        self.facts |= {"steps": steps, "steps_seconds": round(took, 3), **tally}
+        text += f"; {steps} dummy steps in {took:.1f} s took {tally['loaded']} of the cache and compiled "
         text += f"{tally['compiled']}"
         _log.info("kernels: %s", text)
         decisions.append(Decision("kernels", str(self.compiled.directory), text))

@@ -39,7 +39,7 @@ from phloem.engine.encoding import load_seeing
 from phloem.engine.foretold import plan_of
 from phloem.engine.media import Desk
 from phloem.engine.parallel import Executor, Leading, LeadingModel, Pages, ranks_here, ranks_of, shared, told_by
-from phloem.engine.pooled import PooledRunner
+from phloem.engine.pooled import PooledRunner, run_texts
 from phloem.engine.recorded import choice
 from phloem.engine.routes import chosen_of, keep_beside
 from phloem.engine.runner import ModelRunner
@@ -86,6 +86,7 @@ POOLED_ROWS = 256
 POOLED_TOKENS = 2048
 HEARING_ROWS = 16  # requests that hear: each holds the keys and values of its audio, of a large model 246 MB
 
+_More = tuple[tuple[frozenset[int], ...], bool, "Loaded | None"]  # stages, whether rows have adapters, what drafts
 Report = Callable[[str, float], None]  # a phase of start-up ended: its name, its seconds
 
 
@@ -277,8 +278,8 @@ def _build(
     return Built(runner, context, *sizes, tower_of(model), sites, decisions, info, balancer)
 
 
-def _need(config: Config, machine: _Machine, model: Model, kept: _Kept, context: int, more: tuple[Any, ...]) -> Need:
-    """What steps need. `more`: as `Need` has it, from `stages` on."""
+def _need(config: Config, machine: _Machine, model: Model, kept: _Kept, context: int, more: _More) -> Need:
+    """What steps need."""
     ops, backend, kind = machine.ops, kept.backend, kept.dtype
     recorded = ops.recorder is not None and not config.runtime.disable_step_graph and not machine.eager
     sizes = kept.page, context, machine.running, machine.chunk
@@ -478,6 +479,7 @@ def _build_pooled(
     ctx = BuildContext(
         ops, machine.dtype, platform.device, quant=quant.method_for(config.model.quantization, checkpoint.stored)
     )
+    warming = warm.start(platform, {}, "texts are read whole, by few kernels")
     model = load_pooled(checkpoint, ctx, log.progress(_log, "loading", checkpoint.name))
     if isinstance(model.body, Decoder) and (why := refusal(model.body.memory, model.body.attention_specs)) is not None:
         raise ConfigError(f"task {pooling.task}: {checkpoint.model_type} cannot be served so: {why}", param="task")
@@ -496,9 +498,13 @@ def _build_pooled(
     ]
     if platform.facts.on_host and memory.keep_freed():
         decisions.append(Decision("freed_memory", "kept", "the same blocks are wanted again by the next step"))
+    if warming is not None:
+        warming.finish_texts(partial(run_texts, model, ops), min(chunk, checkpoint.context_length), decisions)
+        warming.ready()
     runner = PooledRunner(
-        model, ops, running, facts=platform.facts, give_back=platform.empty_cache, begin=platform.begin_steps
-    )
+        model, ops, running, facts=platform.facts, give_back=platform.empty_cache, begin=platform.begin_steps,
+        kernels=None if warming is None else warming.told,
+    )  # fmt: skip
     info = {
         "weight_bytes": model.weight_bytes,
         "kv_bytes_per_token": 0,

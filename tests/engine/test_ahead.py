@@ -60,7 +60,7 @@ def test_no_step_of_any_length_needs_a_kernel_that_was_not_compiled_before(
     monkeypatch.setattr(kernels.AHEAD, "capability", capability)
     plan = plan_of(family, ops=ops)
     notes, shapes = ahead.trace(plan)
-    assert 10 < len(notes.found) < 90 and shapes[0] == (1, 1) and len(shapes) < 40
+    assert 10 < len(notes.found) < 90 and shapes[0] == (1, 1, 0) and len(shapes) < 40
     random = np.random.default_rng(0)
     more = kernels.Notes()
     more.found |= notes.found
@@ -71,7 +71,7 @@ def test_no_step_of_any_length_needs_a_kernel_that_was_not_compiled_before(
         for _ in range(60):
             rows = int(random.integers(1, plan.running + 1))
             tokens = rows if random.random() < 0.4 else int(random.integers(rows, plan.chunk + 1))
-            run_shape(need, pool, (tokens, rows))
+            run_shape(need, pool, (tokens, rows, 0))
     new = [note.name for key, note in more.found.items() if key not in notes.found]
     assert not new
 
@@ -113,8 +113,19 @@ def test_integers_that_change_from_step_to_step_are_not_specialised_on() -> None
         need = ahead.need_of(plan)
         memory = need.model.memory
         pool = KVPool(memory, [2] * len(groups_of(memory)), need.page_size, need.kv_dtype, torch.device("meta"))
-        for shape in [(1, 1), (2, 2), (3, 3), (7, 7), (16, 16), (17, 1), (33, 2), (100, 5), (1000, 7), (1024, 1)]:
-            run_shape(need, pool, shape)
+        for tokens, rows in [
+            (1, 1),
+            (2, 2),
+            (3, 3),
+            (7, 7),
+            (16, 16),
+            (17, 1),
+            (33, 2),
+            (100, 5),
+            (1000, 7),
+            (1024, 1),
+        ]:
+            run_shape(need, pool, (tokens, rows, 0))
     classes = {place: {(value == 1, value % 16 == 0) for value in seen[place]} for place in plain}
     constant = [place for place in plain if len(classes[place]) > 1]
     # Several layers of one model differ in widths and strides: only what differs within one place counts.
@@ -174,22 +185,24 @@ def test_layers_that_differ_are_all_looked_at(monkeypatch: pytest.MonkeyPatch) -
 
 def test_shapes_cover_each_small_size_and_the_largest() -> None:
     shapes = step_shapes(256, 8192, 131072)
-    assert {(rows, rows) for rows in range(1, 65)} <= set(shapes)
-    assert (256, 256) in shapes and (8192, 1) in shapes and all(tokens >= rows for tokens, rows in shapes)
-    assert step_shapes(1, 1, 10) == [(1, 1)] and max(tokens for tokens, _ in step_shapes(4, 64, 20)) <= 64
+    assert {(rows, rows, 0) for rows in range(1, 65)} <= set(shapes)
+    assert (256, 256, 0) in shapes and (8192, 1, 0) in shapes and all(tokens >= rows for tokens, rows, _ in shapes)
+    assert {(1, 1, 131071), (256, 256, 131071)} <= set(shapes)
+    assert step_shapes(1, 1, 10) == [(1, 1, 0), (1, 1, 9)] and step_shapes(1, 1, 1) == [(1, 1, 0)]
+    assert max(tokens for tokens, *_ in step_shapes(4, 64, 20)) <= 64
 
 
 @pytest.mark.slow  # ten kernels and more, compiled
 def test_the_process_compiles_for_a_device_that_is_not_here_and_the_cache_outlives_it(tmp_path: Path) -> None:
     small = plan_of(cache=tmp_path, running=2, chunk=16)
-    service = Service("phloem.engine.ahead", ahead.msgspec.to_builtins(small))
+    service = Service("phloem.speculation.ahead", ahead.msgspec.to_builtins(small))
     found, why = service.wait(200)
     assert found is not None, why
-    assert not found["errors"] and found["cached"] == 0 and found["kernels"] >= 10 and found["shapes"][0] == [1, 1]
+    assert not found["errors"] and found["cached"] == 0 and found["kernels"] >= 10 and found["shapes"][0] == [1, 1, 0]
     cubins = list(tmp_path.rglob("*.cubin"))
     assert len(cubins) == found["kernels"]
     before = {path: path.stat().st_mtime_ns for path in cubins}
-    found, why = Service("phloem.engine.ahead", ahead.msgspec.to_builtins(small)).wait(200)
+    found, why = Service("phloem.speculation.ahead", ahead.msgspec.to_builtins(small)).wait(200)
     assert found is not None and {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.cubin")} == before
     assert found["cached"] == found["kernels"] == len(cubins)
 
@@ -275,7 +288,7 @@ def need_on_host() -> Any:
 @pytest.mark.parametrize("works", [True, False])
 def test_the_engine_is_ready_after_its_dummy_steps_with_or_without_the_process(tmp_path: Path, works: bool) -> None:
     found = {
-        "shapes": [[1, 1], [17, 1]],
+        "shapes": [[1, 1, 0], [17, 1, 0]],
         "kernels": 20,
         "cached": 3,
         "seconds": 4.0,
@@ -307,7 +320,7 @@ def test_the_process_is_not_started_where_nothing_is_compiled_or_nobody_knows_wh
         def begin(self) -> None: ...
 
         def start(self, module: str, plan: dict[str, Any]) -> Any:
-            assert module == "phloem.engine.ahead"
+            assert module == "phloem.speculation.ahead"
             started.append(plan)
             return FakeService(None)
 
@@ -323,5 +336,5 @@ def test_the_process_is_not_started_where_nothing_is_compiled_or_nobody_knows_wh
 
 @pytest.mark.slow
 def test_the_process_takes_no_device() -> None:
-    code = "import phloem.engine.ahead, torch; assert not torch.cuda.is_initialized()"
+    code = "import phloem.speculation.ahead, torch; assert not torch.cuda.is_initialized()"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -13,11 +13,19 @@ import numpy as np
 import pytest
 import torch
 
-from phloem.engine.recorded.gaps import Gaps
+from phloem.engine.recorded.gaps import BOUND_SECONDS, Gaps
 from phloem.engine.recorded.graphs import StepGraphs, bucket_sizes
+from phloem.engine.recorded.looks import Looks
 from phloem.kernels.graph import Interrupted, RecordError
 from phloem.kernels.graph_cuda import Recorder, alias
 from phloem.platforms._streams import Streams
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 class FakeGraph:
@@ -83,12 +91,35 @@ def test_idle_records_what_was_wanted_first_then_small_ones() -> None:
     table = graphs(recorder, limit=12, patience=99)
     for rows in (11, 11, 4):
         assert table.get(rows) is None
-    order: list[int] = []
     while table.idle():
-        order.append(next(size for size in table.sizes if size not in order and table.get(size) is not None))
-    assert order == [12, 4, 1, 2, 3, 5, 6, 7, 8, 10]
-    assert not table.idle() and recorder.recorded == len(table.sizes) == 10
-    assert table.describe().startswith("10 of 10 step graphs")
+        pass
+    order = list(table._steps)
+    # 12 is the largest; of the others those that nobody asked for are recorded where they are likely.
+    assert order == [12, 4, 1, 2, 8]
+    assert not table.idle() and recorder.recorded == 5 and len(table.sizes) == 10
+    assert table.describe().startswith("5 of 10 step graphs") and table.get(6) is None
+    assert table.idle() and table.get(6) is not None and not table.idle()
+
+
+def test_until_a_size_is_recorded_a_larger_graph_serves_it_that_is_not_twice_as_large() -> None:
+    recorder = FakeRecorder()
+    table = graphs(recorder, limit=32, inline=False, padded=16)
+    table.record_likely(perf_counter() - 1)  # no time: one all the same, the largest
+    assert recorder.recorded == 1 and table.get(32) is not None and table.get(12) is None
+    for _ in range(6):
+        table.idle()
+    served = {rows: found.size for rows in range(1, 33) if (found := table.get(rows)) is not None}
+    assert served == {1: 1, 2: 2, 3: 4, 4: 4, **dict.fromkeys(range(5, 9), 8), **dict.fromkeys(range(9, 13), 12),
+                      **dict.fromkeys(range(13, 17), 16), **dict.fromkeys(range(29, 33), 32)}  # fmt: skip
+    step = table.get(5)
+    assert step is not None
+    step.inputs[:5] = [1, 2, 3, 4, 5]
+    assert step.replay()[:5] == [2, 4, 6, 8, 10]
+    while table.idle():
+        pass
+    exact = table.get(5)
+    assert exact is not None and exact.size == 5  # what was asked for has come meanwhile
+    assert graphs(FakeRecorder(), limit=32, padded=16, patience=9).get(5) is None  # not where steps record themselves
 
 
 def test_record_all_reports_progress() -> None:
@@ -153,15 +184,16 @@ def test_the_likely_sizes_are_recorded_first_and_the_rest_while_time_is_left() -
 
     def make(rows: int) -> tuple[int, Any, int]:
         order.append(rows)
+        clock.now += 3.0
         return rows, FakeGraph(lambda: None), rows
 
-    table = StepGraphs(24, make)
-    table.record_likely(perf_counter() + 60)
+    clock = Clock()
+    table = StepGraphs(24, make, looks=Looks(clock))
+    table.record_likely(clock.now + 60)
     assert order[:6] == [24, 16, 8, 4, 2, 1] and order[6:8] == [20, 14] and sorted(order) == table.sizes
-    table = StepGraphs(24, make)
     order.clear()
-    table.longest = 3.0  # what one takes is known: none begins that would not end in time
-    table.record_likely(perf_counter() + 2.0)
+    table.drop()
+    table.record_likely(clock.now + 2.0)  # what one takes is known: none begins that would not end in time
     assert not order
 
 
@@ -172,13 +204,6 @@ def test_on_a_device_no_step_waits_for_a_recording() -> None:
     assert table.idle() and table.get(3) is not None and not table.due()
 
 
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def decode_of(rows: int, **changes: Any) -> Any:
     return SimpleNamespace(**{"is_decode": True, "admissions": [], "num_rows": rows, **changes})
 
@@ -186,14 +211,13 @@ def decode_of(rows: int, **changes: Any) -> Any:
 def test_under_load_what_is_due_is_recorded_rarely_and_never_for_a_step_with_newcomers() -> None:
     recorder, clock = FakeRecorder(), Clock()
     table = graphs(recorder, limit=16, inline=False)
-    left: list[Any] = []
-    way: Any = SimpleNamespace(graphs=table, leave_when=left.append)
-    gaps = Gaps([way], clock)
+    looks = table.looks = Looks(clock)
+    gaps = Gaps([SimpleNamespace(graphs=table)], clock)  # type: ignore[list-item]
     for rows in (3, 3, 5, 5, 9, 9):
         table.get(rows)
     gaps.begun(decode_of(3))
     assert recorder.recorded == 0  # how long a recording takes is not known yet
-    table.longest = 0.05
+    looks._seconds.append(0.05)
     gaps.begun(decode_of(3, admissions=["new"]))
     gaps.begun(decode_of(3, is_decode=False))
     assert recorder.recorded == 0
@@ -214,9 +238,9 @@ def test_under_load_what_is_due_is_recorded_rarely_and_never_for_a_step_with_new
     gaps.begun(decode_of(3))
     assert recorder.recorded == 2
     clock.now += 10
-    table.longest = 0.2
+    looks._seconds.append(0.2)
     gaps.begun(decode_of(3))
-    assert recorder.recorded == 2 and gaps.idle()  # too long for running requests, not for a pause
+    assert recorder.recorded == 2  # too long for running requests
 
 
 def test_other_errors_are_not_swallowed() -> None:
@@ -504,3 +528,114 @@ def test_results_come_down_behind_the_computation_and_beside_the_next() -> None:
     tokens, values = arriving.wait()
     assert tokens.tolist() == [1, 2] and values.tolist() == [0.5]
     assert cuda.log[-1] == "host waits for s1"
+
+
+class Layers:
+    """Recordings of so many layers, each of which takes a while by the clock."""
+
+    def __init__(self, clock: Clock, layers: int, seconds: float, ends: float = 0.0) -> None:
+        self.clock, self.layers, self.seconds, self.ends = clock, layers, seconds, ends
+        self.looks = Looks(clock)
+        self.comes = float("inf")  # when somebody comes
+        self.looks.waiting = lambda: clock.now >= self.comes
+        self.made: list[int] = []
+
+    def make(self, rows: int) -> tuple[int, Any, int]:
+        for _ in range(self.layers):
+            self.looks.look()
+            self.clock.now += self.seconds
+        self.clock.now += self.ends  # what cannot be left: the graph is put together
+        self.made.append(rows)
+        return rows, FakeGraph(lambda: None), rows
+
+    def graphs(self, limit: int) -> StepGraphs[int, int]:
+        return StepGraphs(limit, self.make, inline=False, looks=self.looks)
+
+
+@pytest.mark.parametrize(("layers", "seconds", "ends"), [(32, 0.03, 0.02), (80, 0.01, 0.08), (4, 0.09, 0.0)])
+def test_nobody_who_comes_in_a_pause_waits_longer_than_the_bound(layers: int, seconds: float, ends: float) -> None:
+    """Whole recordings take up to a second here; whoever comes, at whatever moment, waits for a stretch of one."""
+    clock = Clock()
+    for moment in np.linspace(0.0, 1.2, 23):
+        work = Layers(clock, layers, seconds, ends)
+        table = work.graphs(64)
+        table.record_likely(clock.now)  # before ready; the first one, whatever it takes
+        gaps = Gaps([SimpleNamespace(graphs=table)], clock)  # type: ignore[list-item]
+        table.get(20)
+        work.comes = clock.now + moment
+        while clock.now < work.comes and gaps.idle():
+            pass
+        assert clock.now - work.comes <= BOUND_SECONDS + 1e-9
+        assert table._steps.keys() == set(work.made)
+        work.comes = float("inf")
+        while gaps.idle():
+            pass
+        assert work.made[1:2] == [20] and {1, 2, 4, 8, 16, 20, 32, 64} == set(table._steps)
+
+
+def test_what_goes_on_for_longer_without_a_look_is_never_begun_in_a_pause() -> None:
+    clock = Clock()
+    work = Layers(clock, 16, 0.01, ends=0.3)
+    table = work.graphs(8)
+    gaps = Gaps([SimpleNamespace(graphs=table)], clock)  # type: ignore[list-item]
+    table.get(3)
+    assert not gaps.idle() and not work.made  # nothing is known of them yet
+    table.record_likely(clock.now + 1.0)
+    assert set(work.made) == {8, 4}
+    assert not gaps.idle() and table.facts()["longest_unseen_seconds"] == 0.31
+    gaps.begun(decode_of(3))
+    assert set(work.made) == {8, 4}
+
+
+def test_under_load_a_recording_that_takes_longer_than_the_last_ones_is_left() -> None:
+    clock = Clock()
+    work = Layers(clock, 8, 0.01)
+    table = work.graphs(16)
+    table.record_likely(clock.now)
+    gaps = Gaps([SimpleNamespace(graphs=table)], clock)  # type: ignore[list-item]
+    work.comes = 0.0  # the queue is never empty under load
+    for rows in (3, 3, 5, 5):
+        table.get(rows)
+    gaps.begun(decode_of(3))
+    assert work.made == [16, 3]
+    clock.now, work.seconds = clock.now + 100, 0.04
+    before = clock.now
+    gaps.begun(decode_of(3))
+    assert work.made == [16, 3] and 0.1 < clock.now - before < 0.15
+    clock.now += 100
+    gaps.begun(decode_of(3))
+    assert work.made == [16, 3]  # it is known now
+    assert gaps.idle() and work.made == [16, 3]  # in a pause it is left at once, as somebody waits
+
+
+def test_the_first_recording_tells_nothing_of_the_next_ones() -> None:
+    clock = Clock()
+    work = Layers(clock, 4, 2.0)
+    table = work.graphs(4)
+    table.record_likely(clock.now)
+    work.seconds = 0.01
+    assert work.looks.seconds == 8.0 and work.looks.stretch == 2.0
+    table.record_likely(clock.now + 10)
+    assert work.looks.seconds == pytest.approx(0.04) and work.looks.stretch == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_capture_that_is_left_leaves_nothing_behind(captured: bool) -> None:
+    """While warming up or while capturing: the streams are as they were, and the next one is made."""
+    cuda = FakeCuda()
+    recorder = Recorder(torch.device("cpu"), cuda)
+    runs: list[int] = []
+
+    def left() -> None:
+        runs.append(1)
+        if len(runs) > captured:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        recorder.record(left)
+    if not captured:  # what the side stream was given is behind the next step all the same
+        assert " waits for " in cuda.log[-1] and cuda.log[-1].startswith("main")
+    assert not cuda.capturing and cuda.current_stream().name == "main"
+    graph, found = recorder.record(lambda: "made")
+    graph.replay()
+    assert found == "made" and cuda.log[-1] == "replay"

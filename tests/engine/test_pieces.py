@@ -22,6 +22,7 @@ from phloem.core.config import Config
 from phloem.core.request import SamplingParams
 from phloem.core.resolve import Decision
 from phloem.engine.recorded import choice
+from phloem.engine.recorded.looks import Looks
 from phloem.engine.recorded.pieces import PieceGraphs, _Between, token_buckets
 from phloem.engine.runner import ModelRunner
 from phloem.kernels import reference as ref
@@ -284,7 +285,7 @@ def test_buckets_are_few_and_grow(limit: int) -> None:
 
 
 def test_attention_gets_the_true_tokens_alone() -> None:
-    between, seen = _Between(8), list[Any]()
+    between, seen = _Between(8, Looks()), list[Any]()
 
     def step(spec: Any, heads: Heads) -> Any:
         turn = heads.rotation

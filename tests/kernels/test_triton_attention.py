@@ -147,3 +147,4 @@ def test_mla(queries: list[int], splits: int | None, dtype: torch.dtype) -> None
     got = mla.latent_attention(q_nope, q_rope, cache, batch, call, splits)
     assert got.is_contiguous()  # heads are viewed as features
     torch.testing.assert_close(got.float(), want.float(), atol=1e-4 if dtype == torch.float32 else 2e-2, rtol=2e-2)
+    assert got.is_contiguous()  # a layer takes all heads of a token as one row

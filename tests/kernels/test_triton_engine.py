@@ -7,19 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from pools import pool_of
+from pools import pool_for, pool_of
 from tree_support import OWN, SHAPE, SPECS, S, check_attention
 from triton_support import need_interpreter
 
 from phloem.attention import Memory, begin
 from phloem.attention import reference as reference_backend
 from phloem.attention.reference import TableStep
-from phloem.checkpoint.describe import Checkpoint
+from phloem.checkpoint.describe import Checkpoint, describe
 from phloem.core.memory import groups_of
 from phloem.kernels.ops import AttentionCall, Ops, PagedBatch
 from phloem.kvcache.pool import KVPool
 from phloem.layers.context import AttentionSpec, BuildContext, ForwardBatch, Heads
-from phloem.models import FAMILIES
+from phloem.models import FAMILIES, load_model
+from phloem.testing.checkpoints import tiny_checkpoint
 
 need_interpreter()
 from phloem.attention import triton as backend_file  # noqa: E402
@@ -177,3 +178,26 @@ def test_drafts_that_branch() -> None:
     pool = pool_of(SPECS, OWN + SHAPE.spare_pages(S), S, torch.float32, torch.device("cpu"))
     backend = backend_file.Backend(table.table(), SPECS, torch.device("cpu"), torch.float32)
     check_attention(backend, pool, 2e-5)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "ernie4_5_moe"])
+def test_models_whose_routers_are_their_own(name: str, tmp_path: Any) -> None:
+    """Latent attention, and experts that another router chose: as by the reference table."""
+    pytest.importorskip("transformers")
+    path = tiny_checkpoint(name, tmp_path)
+    hidden: list[torch.Tensor] = []
+    for ops in (Ops(), table.table()):
+        model: Any = load_model(describe(str(path)), BuildContext(ops, torch.float32, torch.device("cpu")))
+        kind = reference_backend if ops.name == "reference" else backend_file
+        backend = kind.Backend(ops, model.attention_specs, torch.device("cpu"), torch.float32)
+        pool = pool_for(model.memory, 8, 4, torch.float32, torch.device("cpu"))
+        starts, lens = torch.tensor([0, 7, 8, 12]).int(), torch.tensor([7, 1, 4]).int()
+        slots = torch.tensor([*range(4, 11), 16, *range(24, 28)]).int()
+        pages = torch.tensor([[1, 2], [4, 0], [6, 7]]).int()
+        batch = PagedBatch(starts, lens, pages, slots, 7, 7)
+        ids = torch.arange(20, 32)
+        places = torch.tensor([*range(7), 0, *range(4)])
+        with torch.inference_mode():
+            step = ForwardBatch(ids, places, begin(backend, [batch], pool), torch.tensor([6, 7, 11]))
+            hidden.append(model.head(model.forward(step)))
+    torch.testing.assert_close(hidden[1], hidden[0], atol=2e-4, rtol=1e-3)

@@ -251,3 +251,21 @@ def test_few_tokens_meet_float8_experts_unquantised() -> None:
     got = moe.experts(x, weights, ids, gate_up, down, scales=(gate_scale, down_scale))
     wide = formats.spread_blocks(gate_up, gate_scale), formats.spread_blocks(down, down_scale)
     assert_close(got, ref.experts(x, weights, ids, *wide), torch.float32)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 9, 70])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_experts_that_another_router_chose(tokens: int, dtype: torch.dtype) -> None:
+    """Weights of any sum; ids that no expert here has, on either side, add nothing."""
+    experts, top_k, size, inner = 6, 3, 32, 48
+    x = torch.randn(tokens, size).to(dtype)
+    gate_up = (torch.randn(experts * 2 * inner, size) / 6).to(dtype)
+    down = (torch.randn(experts * size, inner) / 7).to(dtype)
+    ids = torch.stack([torch.randperm(experts + 3)[:top_k] for _ in range(tokens)]).int() - 1
+    weights = torch.rand(tokens, top_k) * 2.5
+    got = moe.chosen_experts(x, ids, weights, gate_up, down)
+    here = (ids >= 0) & (ids < experts)
+    want = ref.chosen_experts(x.float(), ids.where(here, -1), weights, gate_up.float(), down.float())
+    assert_close(got, want, dtype)
+    wide = torch.cat([weights, weights], 1)[:, :top_k]  # not contiguous, as a router gives it
+    assert torch.equal(moe.chosen_experts(x, ids, wide, gate_up, down), got)

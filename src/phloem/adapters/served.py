@@ -65,6 +65,20 @@ def sites(
     """
     if not enabled(config):
         return None
+    entries, rank, how, why = sizes(config, on_host)
+    made = Sites(model, ops, dtype, entries, rank)
+    kept = str(made.dtype).removeprefix("torch.")
+    decisions.append(Decision("max_lora_rank", rank, why))
+    decisions.append(Decision("max_loaded_loras", entries, f"{how}; kept in {kept}"))
+    return made
+
+
+def sizes(config: LoraConfig, on_host: bool) -> tuple[int, int, str, str]:
+    """(How many adapters there may be at a time, the largest rank of one, and why each).
+
+    Raises:
+        ConfigError: one that is given is none.
+    """
     given = specs(config)
     ranks = [_rank(spec) for spec in given]
     usual = HOST_RANK if on_host else DEVICE_RANK
@@ -75,11 +89,7 @@ def sites(
     if entries is None:
         usual = HOST_ENTRIES if on_host else DEVICE_ENTRIES
         entries, how = max(usual, len(given)), "one for each that was given" if len(given) > usual else "the default"
-    made = Sites(model, ops, dtype, entries, rank)
-    kept = str(made.dtype).removeprefix("torch.")
-    decisions.append(Decision("max_lora_rank", rank, why))
-    decisions.append(Decision("max_loaded_loras", entries, f"{how}; kept in {kept}"))
-    return made
+    return entries, rank, how, why
 
 
 def _rank(spec: AdapterSpec) -> int:

@@ -68,6 +68,7 @@ class Backend:
 
     def __init__(self, ops: Ops, specs: Sequence[AttentionSpec], device: torch.device, dtype: torch.dtype) -> None:
         self.ops = fitting(ops, dtype)
+        self.plain = plainly(self.ops)  # for layers that the table's kernels do not serve
         # The reference reads each row's length on the host, for all layers or for those that a kernel does not serve.
         kernel = self.ops.paged_attention is not reference_attention.paged_attention
         self.recordable = kernel and unserved(specs, blocks=self.ops.block_attention) is None
@@ -82,15 +83,15 @@ class Backend:
         return fours(need, self.page_size)
 
     def begin(self, batch: PagedBatch, pool: KVPool) -> TableStep:
-        return TableStep(self.ops, batch, pool)
+        return TableStep(self.ops, batch, pool, self.plain)
 
 
 class TableStep:
     """One step's attention by the op table."""
 
-    def __init__(self, ops: Ops, batch: PagedBatch, pool: KVPool) -> None:
+    def __init__(self, ops: Ops, batch: PagedBatch, pool: KVPool, plain: Ops | None = None) -> None:
         self.ops, self.batch, self.pool = ops, batch, pool
-        self._plain: Ops | None = None  # for layers that the table's kernels do not serve
+        self._plain = plain
 
     def _table(self, spec: AttentionSpec) -> Ops:
         blocks = not spec.block or (self.ops.block_attention and not spec.window)

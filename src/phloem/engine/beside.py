@@ -4,7 +4,7 @@ recordings, and the pages that branches of trees lie in."""
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from phloem import attention
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from phloem.platforms import Platform
 
 PARAM, TREES = "speculative_draft_model_path", "speculative_eagle_topk"
+RECORDED = ("step_graphs", "piecewise_graphs")
+GRAPH_SHARE = 4  # its recordings take up to this part of what all may
 
 
 def part_of(pool: KVPool, first: int, count: int) -> KVPool:
@@ -59,11 +61,18 @@ class Place:
     chunk: int
     eager: str
     tower: Tower | None = None  # of a model that takes pictures
+    graph_bytes: int | None = None  # that its recordings may take; None: nothing was measured
 
 
 def taken(loaded: Loaded | None) -> int:
     """Bytes of its weights."""
     return 0 if loaded is None else loaded.model.weight_bytes
+
+
+def graph_bytes(loaded: Loaded | None, all_bytes: int | None) -> tuple[int | None, int | None]:
+    """Of what all recordings may take, how much is the model's and how much its own."""
+    own = 0 if loaded is None or all_bytes is None else all_bytes // GRAPH_SHARE
+    return (None, None) if all_bytes is None else (all_bytes - own, own)
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,7 @@ class Prepared:
     loaded: Loaded
     make: Callable[[Slots, LastTokens], DraftWork]
     own: tuple[int, ...]  # of each group of the pool, pages that are given out; those behind them are for trees
+    recorded: tuple[choice.RecordedWay, ...] = ()  # how its passes are run
 
 
 def prepare(loaded: Loaded | None, place: Place, decisions: list[Decision]) -> Prepared | None:
@@ -97,10 +107,13 @@ def prepare(loaded: Loaded | None, place: Place, decisions: list[Decision]) -> P
     ways: list[choice.RecordedWay] = []
     if isinstance(model, Decoder):
         facts, free = place.platform.facts, place.platform.memory()[0]
+        graph_bytes = 0 if facts.on_host else place.graph_bytes
         # pyrefly: ignore[bad-argument-type] - a head is callable
-        own = choice.Place(model, backend, pool, place.ops, facts, free, 0, eager=place.eager)
-        if facts.on_host:
-            ways = choice.choose(place.config.runtime, own, place.rows, place.pages, place.chunk, [])
+        own = choice.Place(model, backend, pool, place.ops, facts, free, graph_bytes, eager=place.eager)
+        told: list[Decision] = []
+        ways = choice.choose(place.config.runtime, own, place.rows, place.pages, place.chunk, told)
+        if choice.record_first(place.config.runtime, ways, facts, told):
+            decisions += [replace(one, name=f"draft_{one.name}") for one in told if one.name in RECORDED]
     forward = Forward(ways, Eager(model, backend, pool))  # pyright: ignore[reportArgumentType] - as much as it calls
 
     def make(slots: Slots, last: LastTokens) -> DraftWork:
@@ -108,7 +121,7 @@ def prepare(loaded: Loaded | None, place: Place, decisions: list[Decision]) -> P
             return DraftWork(loaded, forward, backend.ops, pool, slots, last)
         return TreeWork(loaded, forward, backend.ops, pool, slots, last, given)
 
-    return Prepared(loaded, make, given)
+    return Prepared(loaded, make, given, tuple(ways))
 
 
 def with_spare(loaded: Loaded | None, groups: Sequence[Group], counts: Sequence[int], page_size: int) -> list[int]:

@@ -10,11 +10,13 @@ Legend: R rows of the step, n rows of a pass, L positions whose next token is wa
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import torch
 
 from phloem.core.batch import FROM_DEVICE, Batch
 from phloem.engine.inputs import Step
@@ -91,31 +93,38 @@ class DraftWork:
         last: LastTokens,
     ) -> None:
         self._model, self._carries = loaded.model, loaded.carries
-        self._forward, self._ops, self._pool, self._slots, self._last = forward, ops, pool, slots, last
+        self._forward, self._ops, self._pool, self._slots = forward, ops, pool, slots
+        self._last = last
+        if last.host is None:  # the last draft of each slot, which the device alone knows, beside the last token
+            self._last = copy(last)
+            self._last.values = torch.zeros_like(last.values)
         self._group = pool.group_of[0]
 
     def run(self, batch: Batch) -> tuple[Batch, float]:
-        """(The batch with drafts behind its rows' tokens, the seconds that this took)."""
+        """(The batch with drafts behind its rows' tokens, the seconds that this took).
+
+        Beside the host the passes are given to the device one behind the other, and their drafts are waited for once.
+        """
         plan, began = batch.drafting, perf_counter()
         assert plan is not None
         ends = np.cumsum(plan.lens)
         rows = np.flatnonzero(plan.lens)
-        found: dict[int, list[int]] = {int(row): [] for row in np.flatnonzero(plan.counts)}
+        made: list[tuple[NDArray[np.intp], Tensor]] = []
         if len(rows):
             ids = np.concatenate([plan.ids[ends[row] - plan.lens[row] : ends[row]] for row in rows])
             positions, lens, depth = plan.starts[rows], plan.lens[rows], 0
             while len(rows):
                 wants = plan.counts[rows] > depth
-                tokens = self._pass(batch, rows, (positions, lens, ids), wants, depth)
-                for row, token in zip(rows[wants].tolist(), tokens.tolist(), strict=True):
-                    found[row].append(token)
+                tokens_L = self._pass(batch, rows, (positions, lens, ids), wants, depth)
+                made.append((rows[wants], tokens_L))
                 depth += 1
                 on = plan.counts[rows[wants]] > depth
                 positions = (positions + lens)[wants][on]
-                rows, ids = rows[wants][on], tokens[on].astype(np.int32)
+                ids = self._read_next(batch.slots[rows[wants]], tokens_L, on)
+                rows = rows[wants][on]
                 lens = np.ones(len(rows), np.int32)
                 self._carry(batch, rows, positions, on)
-        drafts = {row: tokens for row, tokens in found.items() if tokens}
+        drafts = _by_row(made)
         sent = with_drafts(batch, drafts) if drafts else batch
         return replace(sent, drafting=None), perf_counter() - began
 
@@ -126,12 +135,13 @@ class DraftWork:
         known: tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]],
         wants: NDArray[np.bool_],
         depth: int,
-    ) -> NDArray[np.int64]:
-        """The next draft of each row that wants one; `known`: first position, how many, and what is read there."""
+    ) -> Tensor:
+        """The next draft of each row that wants one, int64 [L] where the model is; `known`: first position, how many,
+        and what is read there."""
         part = self._part(batch, rows, known, wants)
         hidden_LN = self._passed(part)
         if not wants.any():
-            return np.zeros(0, np.int64)
+            return torch.zeros(0, dtype=torch.int64, device=self._pool.device)
         slots = part.slots[wants]
         before = (batch.prefix_lens + batch.query_lens)[rows[wants]] + depth
         if self._slots.columns.greedy[slots].all():
@@ -139,7 +149,16 @@ class DraftWork:
         else:
             settings = self._slots.columns.rows(slots, before)
             tokens_L = sample(self._model.head(hidden_LN), settings, self._ops, self._last.up)
-        return tokens_L.long().cpu().numpy().copy()
+        return tokens_L.to(torch.int64, copy=True)  # a recording may write the next ones in their place
+
+    def _read_next(self, slots: NDArray[np.int32], tokens_L: Tensor, on: NDArray[np.bool_]) -> NDArray[np.int32]:
+        """What the next pass reads of those that go on: the drafts, or on a device the mark by which it finds them."""
+        if self._last.host is not None:
+            return tokens_L.numpy()[on].astype(np.int32)
+        if on.any():
+            (at,) = self._last.up([slots.astype(np.int64)])
+            self._last.values.index_copy_(0, at, tokens_L)
+        return np.full(int(on.sum()), FROM_DEVICE, np.int32)
 
     def _part(
         self,
@@ -180,6 +199,18 @@ class DraftWork:
         kept_nN = carried_LN[index_n]
         first, second = (half.unsqueeze(1) for half in kept_nN.chunk(2, -1))
         self._ops.write_kv(first, second, self._pool.keys[0], self._pool.values[0], slots_n)
+
+
+def _by_row(made: Sequence[tuple[NDArray[np.intp], Tensor]]) -> dict[int, list[int]]:
+    """The drafts of each row, in the order of the passes. Waits for the device, once."""
+    found: dict[int, list[int]] = {}
+    if not made:
+        return found
+    rows = np.concatenate([of for of, _ in made]).tolist()
+    tokens = (made[0][1] if len(made) == 1 else torch.cat([tokens_L for _, tokens_L in made])).tolist()
+    for row, token in zip(rows, tokens, strict=True):
+        found.setdefault(row, []).append(token)
+    return found
 
 
 def _nothing() -> None:

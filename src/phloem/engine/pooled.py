@@ -83,6 +83,16 @@ class PooledWork:
         return ForwardBatch(ids, torch.from_numpy(places).to(device), memory, None, types=types)
 
 
+def run_texts(model: PooledModel, ops: Ops, lengths: list[int]) -> None:
+    """Texts of these lengths, of one token again and again, for what computing them makes ready."""
+    count = sum(lengths)
+    places = np.concatenate([np.arange(length) for length in lengths])
+    ids = torch.zeros(count, dtype=torch.int64, device=model.device)
+    with torch.inference_mode():
+        memory = PackedMemory(ops, lengths)
+        model.forward(ForwardBatch(ids, torch.from_numpy(places).to(model.device), memory, None), lengths)
+
+
 class PooledRunner:
     """One model that does not generate (`core.batch.Runner`). Every row of a batch is a whole text."""
 
@@ -99,8 +109,9 @@ class PooledRunner:
         facts: StepFacts,
         give_back: Callable[[], None] | None = None,
         begin: Callable[[], None] | None = None,
+        kernels: Callable[[], dict[str, Any]] | None = None,
     ) -> None:
-        self.model, self.max_slots = model, max_slots
+        self.model, self.max_slots, self._kernels = model, max_slots, kernels
         self.page_size = 16  # no page is ever taken
         self.num_pages: tuple[int, ...] = (SLOTS_EACH * max_slots + 1,)
         work = PooledWork(model, ops, max_slots)
@@ -111,7 +122,7 @@ class PooledRunner:
 
     @property
     def prepared(self) -> dict[str, Any]:
-        return {"graphs": {}}
+        return {"graphs": {}} if self._kernels is None else {"graphs": {}, "kernels": self._kernels()}
 
     @property
     def busy_since(self) -> float:

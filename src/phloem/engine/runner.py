@@ -110,7 +110,8 @@ class StepWork:
         self._on_host, self._forgotten = facts.on_host, 0
         self.stands_apart = stands_apart(model, pool.groups, on_host=facts.on_host)
         self._each = self.stands_apart and ops.name == "invariant"
-        self.gaps = Gaps(recorded) if recorded and facts.records_idle else None
+        ways = [*recorded, *(() if drafting is None else drafting.recorded)]
+        self.gaps = Gaps(ways) if ways and facts.records_idle else None
         # What a step's states have taken in of refused drafts is undone; the host has the tokens for that.
         self._replays, self.cuts_back = not _forwards(pool.groups), cuts_back(pool.groups, on_host=facts.on_host)
         self._pool, self._ears = pool, ears_of(model, pool, backend.ops, max_slots)
@@ -367,6 +368,7 @@ class ModelRunner:
         self.draft_room = 0
         self.drafts = None if drafting is None else drafting.loaded
         self.recorded = recorded
+        self._drafting: Sequence[RecordedWay] = () if drafting is None else drafting.recorded
         self._kernels = kernels
         self._handed: dict[int, Follower | None] = {}
         self._handing = threading.Lock()
@@ -437,12 +439,14 @@ class ModelRunner:
     @property
     def graph_bytes(self) -> int:
         """Memory that recorded steps take."""
-        return sum(way.nbytes for way in self.recorded)
+        return sum(way.nbytes for way in (*self.recorded, *self._drafting))
 
     @property
     def prepared(self) -> dict[str, Any]:
         """What has been recorded and compiled so far."""
         found: dict[str, Any] = {"graphs": {way.decision: way.graphs.facts() for way in self.recorded}}
+        if self._drafting:
+            found["draft_graphs"] = {way.decision: way.graphs.facts() for way in self._drafting}
         if self._mover is not None:
             found["experts"] = self._mover.facts()
         return found if self._kernels is None else {**found, "kernels": self._kernels()}

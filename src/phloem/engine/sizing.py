@@ -29,11 +29,13 @@ from phloem.engine.wanted import Wanted
 from phloem.kvcache.pool import KVPool, fewest_pages
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from phloem.attention import AttentionBackend
     from phloem.core.config import CacheConfig
+    from phloem.engine.drafting import Loaded
     from phloem.kernels.ops import Ops
+    from phloem.layers.context import AttentionSpec
     from phloem.models import Model
     from phloem.models._scales import LayerScales
     from phloem.platforms import Platform
@@ -54,6 +56,9 @@ class Need:
     graphs: bool  # whether steps may be recorded
     kv_scales: Mapping[int, LayerScales] = field(default_factory=dict)
     stages: tuple[frozenset[int], ...] = ()  # of a pipeline: the memory of each one's layers, by pool index
+    adapts: bool = False  # rows may have adapters
+    helper: Loaded | None = None  # what drafts for the model
+    attends: Callable[[Sequence[AttentionSpec]], AttentionBackend] | None = None  # makes the backend of its layers
 
 
 @dataclass(frozen=True)
@@ -151,20 +156,21 @@ def run_largest_steps(need: Need, device: torch.device) -> None:
 
 
 def run_step(
-    need: Need, pool: KVPool, lengths: list[int], *, shared: bool = False
+    need: Need, pool: KVPool, lengths: list[int], *, shared: bool = False, prefix: int = 0, adapted: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One step on dummy inputs, every row on page 0: (hidden states, logits) of the rows' last tokens.
 
-    `shared`: by the kernels of rows that share pages, though none do.
+    `shared`: by the kernels of rows that share pages, though none do. `prefix`: tokens of each row before the step.
+    `adapted`: every row has the first adapter.
     """
     rows = len(lengths)
     query_lens = np.array(lengths, np.int32)
-    width = -(-max(lengths) // need.page_size)
+    width = -(-(prefix + max(lengths)) // need.page_size)
     batch = Batch(
         step=0,
         slots=np.zeros(rows, np.int32),
         query_lens=query_lens,
-        prefix_lens=np.zeros(rows, np.int32),
+        prefix_lens=np.full(rows, prefix, np.int32),
         input_ids=np.zeros(int(query_lens.sum()), np.int32),
         tables=tuple(
             np.zeros((rows, width if group.kind == "pages" else 2), np.int32)
@@ -172,6 +178,7 @@ def run_step(
             if group.kind != "cross"
         ),
         outputs=np.ones(rows, np.int32),
+        adapters=np.ones(rows, np.int32) if adapted else None,
     )
     last = LastTokens(1, pool.device, False, None)
     inputs = Step(batch, Wanted.of(batch), pool, last).inputs

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from phloem.core.resolve import Decision
-from phloem.engine.shapes import run_shape
+from phloem.engine.shapes import run_shape, text_lengths
 from phloem.kernels import chosen
 from phloem.kvcache.pool import KVPool, fewest_pages
 from phloem.utils import log
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from phloem.engine.shapes import Shape
     from phloem.engine.sizing import Need
     from phloem.platforms import Platform
@@ -26,9 +28,8 @@ if TYPE_CHECKING:
 
 _log = log.get("engine.warm")
 
-TABLES = ("triton", "invariant")  # op tables, and attention backends, whose kernels are compiled at run time
-BACKENDS = ("triton",)
-MODULE = "phloem.engine.ahead"
+TABLES = ("triton", "invariant")  # op tables whose kernels are compiled at run time
+MODULE = "phloem.speculation.ahead"
 WAIT_SECONDS = 120.0  # for the process, when all else is done
 FEW = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 64, 128, 256)
 
@@ -47,8 +48,9 @@ class Warming:
         begun = perf_counter()
         found, why = self.service.wait(WAIT_SECONDS) if self.service is not None else (None, self.reason)
         waited = perf_counter() - begun
+        self.facts["waited"] = round(waited, 3)
         if found is not None:
-            shapes: list[Shape] = [(tokens, rows) for tokens, rows in found["shapes"]]
+            shapes: list[Shape] = [(tokens, rows, prefix) for tokens, rows, prefix in found["shapes"]]
             self.facts |= {key: found[key] for key in ("kernels", "cached", "seconds", "slowest", "errors")}
             new, seconds = found["kernels"] - found["cached"], found["seconds"]
             text = f"{new} of {found['kernels']} compiled beside the loading in {seconds:.1f} s"
@@ -58,12 +60,26 @@ class Warming:
         else:
             shapes = few_shapes(need)
             text = f"not compiled beside the loading: {why}"
+        self._run(lambda: run_all(need, device, shapes), len(shapes), text, decisions)
+
+    def finish_texts(self, run: Callable[[list[int]], None], most: int, decisions: list[Decision]) -> None:
+        """The same for a model that reads whole texts. `run`: computes texts of these lengths; `most`: tokens of a
+        step."""
+        texts = [[length] for length in text_lengths(most)] + [[1, 1]]
+
+        def run_texts() -> None:
+            for lengths in texts:
+                run(lengths)
+
+        self._run(run_texts, len(texts), f"not compiled beside the loading: {self.reason}", decisions)
+
+    def _run(self, work: Callable[[], None], steps: int, text: str, decisions: list[Decision]) -> None:
         begun = perf_counter()
-        run_all(need, device, shapes)
+        work()
         took = perf_counter() - begun
         tally = self.compiled.tally.facts()
-        self.facts |= {"waited": round(waited, 3), "steps": len(shapes), "steps_seconds": round(took, 3), **tally}
-        text += f"; {len(shapes)} dummy steps in {took:.1f} s took {tally['loaded']} of the cache and compiled "
+        self.facts |= {"steps": steps, "steps_seconds": round(took, 3), **tally}
+        text += f"; {steps} dummy steps in {took:.1f} s took {tally['loaded']} of the cache and compiled "
         text += f"{tally['compiled']}"
         _log.info("kernels: %s", text)
         decisions.append(Decision("kernels", str(self.compiled.directory), text))
@@ -99,10 +115,11 @@ def start(platform: Platform, plan: dict[str, Any], refusal: str | None) -> Warm
 
 def few_shapes(need: Need) -> list[Shape]:
     """Shapes that launch most of what steps launch, where nobody has found out which launch all."""
-    decode = [(rows, rows) for rows in FEW if rows <= min(need.running, need.chunk)]
+    decode = [(rows, rows, 0) for rows in FEW if rows <= min(need.running, need.chunk)]
+    decode += [(rows, rows, need.context - 1) for rows, _, _ in decode[:2] if need.context > 1]
     most = min(need.chunk, need.context)
     prompts = sorted({*(tokens for tokens in FEW if 1 < tokens <= most), most})
-    return decode + [(tokens, 1) for tokens in prompts if tokens > 1]
+    return decode + [(tokens, 1, 0) for tokens in prompts if tokens > 1]
 
 
 def run_all(need: Need, device: torch.device, shapes: list[Shape]) -> None:

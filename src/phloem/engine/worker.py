@@ -27,17 +27,16 @@ from phloem.engine.balancing import Balancer
 from phloem.engine.compiled import CompiledModel, CompiledSteps, check_model
 from phloem.engine.counts import spread_of
 from phloem.engine.dtypes import (
-    backend_names,
     dtype_of,
-    kv_dtype_of,
     tower_of,
 )
 from phloem.engine.encoding import load_seeing
+from phloem.engine.foretold import plan_of
 from phloem.engine.kept import Kept
 from phloem.engine.kept import kept as kept_of
 from phloem.engine.media import Desk
 from phloem.engine.parallel import Executor, Leading, LeadingModel, Pages, ranks_here, ranks_of, shared, told_by
-from phloem.engine.pooled import PooledRunner
+from phloem.engine.pooled import PooledRunner, run_texts
 from phloem.engine.recorded import choice
 from phloem.engine.routes import chosen_of, keep_beside
 from phloem.engine.runner import ModelRunner
@@ -57,6 +56,8 @@ from phloem.utils.cores import available_cores
 from phloem.utils.machine import memory as total_memory
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from phloem.attention import Sharing
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.config import Config
@@ -69,7 +70,7 @@ if TYPE_CHECKING:
     from phloem.engine.recorded.flexible import FlexibleSteps
     from phloem.engine.transfer import LastTokens
     from phloem.engine.warm import Warming
-    from phloem.layers.context import Chosen
+    from phloem.layers.context import AttentionSpec, Chosen
     from phloem.layers.spread import Spread
     from phloem.models import Model, Tower
     from phloem.platforms import Platform
@@ -81,6 +82,7 @@ POOLED_ROWS = 256
 POOLED_TOKENS = 2048
 HEARING_ROWS = 16  # requests that hear: each holds the keys and values of its audio, of a large model 246 MB
 
+_More = tuple[tuple[frozenset[int], ...], bool, "Loaded | None"]  # stages, whether rows have adapters, what drafts
 Report = Callable[[str, float], None]  # a phase of start-up ended: its name, its seconds
 
 
@@ -157,7 +159,9 @@ def build(
     if checkpoint.pooling is not None:
         phase.end("device")
         return _build_pooled(config, checkpoint, machine, decisions, phase)
-    warming = warm.start(machine.platform, *_ahead(config, checkpoint, machine))
+    platform, table, sizes = machine.platform, machine.ops, (machine.running, machine.chunk)
+    foretold = plan_of(config, checkpoint, platform, table, machine.dtype, sizes, machine.eager)
+    warming = warm.start(platform, *foretold)
     phase.end("device")
     try:
         built = _build(config, checkpoint, machine, warming, decisions, phase, team, beside, fills is not None)
@@ -229,10 +233,9 @@ def _build(
     phase.end("weights")
 
     kept = kept_of(config, checkpoint, platform, ops, machine.dtype, model, decisions)
-    kv_dtype, scales, backend, page = kept.dtype, kept.scales, kept.backend, kept.page
-    recorded = ops.recorder is not None and not config.runtime.disable_step_graph and not machine.eager
+    backend, page = kept.backend, kept.page
     own, stages = _stages(model)
-    need = Need(model, backend, ops, kv_dtype, page, context, running, chunk, recorded, scales, stages)
+    need = _need(config, machine, model, kept, context, (stages, sites is not None, helper))
     if warming is not None:
         warming.finish(need, platform.device, decisions)
         phase.end("kernels")
@@ -243,7 +246,8 @@ def _build(
     pool = _pool(model, helper, sizing, kept, platform.device, own)
     keep_beside(pool, chosen, checkpoint, decisions)
     sharing = _sharing(config, backend, decisions)
-    more = platform.memory()[0], sizing.graph_bytes, sharing is not None, sites is not None, machine.eager
+    graph_bytes, draft_bytes = drafts.graph_bytes(helper, sizing.graph_bytes)
+    more = platform.memory()[0], graph_bytes, sharing is not None, sites is not None, machine.eager
     place = choice.Place(model, backend, pool, ops, platform.facts, *more)
     pages = -(-min(context, sizing.tokens) // page) + 1
     rows = max(running, drafter.rows) if platform.facts.on_host else running
@@ -251,10 +255,10 @@ def _build(
     phase.end("memory")
     if choice.record_first(config.runtime, ways, platform.facts, decisions):
         phase.end("graphs")
+    more = rows, pages, chunk, machine.eager, tower_of(model), draft_bytes
+    drafting = drafts.prepare(helper, drafts.Place(config, platform, backend, pool, ops, *more), decisions)
     if warming is not None:
         warming.ready()
-    held = drafts.Place(config, platform, backend, pool, ops, rows, pages, chunk, machine.eager, tower_of(model))
-    drafting = drafts.prepare(helper, held, decisions)
     if team is not None:
         team.tell(Pages(sizing.num_pages, kept.facts(checkpoint), pages, None if sites is None else sites.sizes))
     led, leading = _led(config, machine, checkpoint, model, kept, pool, (rows, chunk, pages), team, decisions)
@@ -265,8 +269,17 @@ def _build(
         desk=_desk(config, model, ops, running), leading=leading, drafting=drafting, mover=mover, wardrobe=sites,
     )  # fmt: skip
     sizes = running, chunk, machine.mixed, min(chunk, platform.worthwhile_chunk), sizing.tokens
-    info = _info(machine, runner, kv_dtype, sizing.facts.bytes_per_token)
+    info = _info(machine, runner, kept.dtype, sizing.facts.bytes_per_token)
     return Built(runner, context, *sizes, tower_of(model), sites, decisions, info, balancer, drafter=drafter.drafter)
+
+
+def _need(config: Config, machine: _Machine, model: Model, kept: Kept, context: int, more: _More) -> Need:
+    """What steps need."""
+    ops, backend, kind = machine.ops, kept.backend, kept.dtype
+    recorded = ops.recorder is not None and not config.runtime.disable_step_graph and not machine.eager
+    sizes = kept.page, context, machine.running, machine.chunk
+    attends = partial(_attends, backend.name, ops, machine.platform.device, kind)
+    return Need(model, backend, ops, kind, *sizes, recorded, kept.scales, *more, attends)
 
 
 def _pool(
@@ -431,6 +444,7 @@ def _build_pooled(
     ctx = BuildContext(
         ops, machine.dtype, platform.device, quant=quant.method_for(config.model.quantization, checkpoint.stored)
     )
+    warming = warm.start(platform, {}, "texts are read whole, by few kernels")
     model = load_pooled(checkpoint, ctx, log.progress(_log, "loading", checkpoint.name))
     if isinstance(model.body, Decoder) and (why := refusal(model.body.memory, model.body.attention_specs)) is not None:
         raise ConfigError(f"task {pooling.task}: {checkpoint.model_type} cannot be served so: {why}", param="task")
@@ -449,9 +463,13 @@ def _build_pooled(
     ]
     if platform.facts.on_host and memory.keep_freed():
         decisions.append(Decision("freed_memory", "kept", "the same blocks are wanted again by the next step"))
+    if warming is not None:
+        warming.finish_texts(partial(run_texts, model, ops), min(chunk, checkpoint.context_length), decisions)
+        warming.ready()
     runner = PooledRunner(
-        model, ops, running, facts=platform.facts, give_back=platform.empty_cache, begin=platform.begin_steps
-    )
+        model, ops, running, facts=platform.facts, give_back=platform.empty_cache, begin=platform.begin_steps,
+        kernels=None if warming is None else warming.told,
+    )  # fmt: skip
     info = {
         "weight_bytes": model.weight_bytes,
         "kv_bytes_per_token": 0,
@@ -514,33 +532,11 @@ def _loaded(
     return model
 
 
-def _ahead(config: Config, checkpoint: Checkpoint, machine: _Machine) -> tuple[dict[str, Any], str | None]:
-    """What the process that compiles beside the loading is told, or why there is none."""
-    backend = config.runtime.attention_backend or backend_names(machine.platform)[0]
-    kept, name = config.cache.kv_cache_dtype, str(machine.dtype).removeprefix("torch.")
-    refusal = None
-    if machine.eager:
-        refusal = f"{machine.eager}: which kernels it needs shows when it runs"
-    elif checkpoint.quantised or config.model.quantization is not None:
-        refusal = "which form quantised weights take shows when they are loaded"
-    elif machine.ops.name not in warm.TABLES:
-        refusal = f"the op table {machine.ops.name!r} has no such kernels"
-    elif backend not in warm.BACKENDS:
-        refusal = f"the attention backend {backend!r} brings its own kernels"
-    plan = {
-        "model_type": checkpoint.model_type,
-        "config": checkpoint.config,
-        "context": checkpoint.context_length,
-        "vocab": checkpoint.vocab_size,
-        "ops": machine.ops.name,
-        "dtype": name,
-        "kv_dtype": name if kept == "auto" else str(kv_dtype_of(config, machine.dtype)).removeprefix("torch."),
-        "page": config.cache.page_size,
-        "running": machine.running,
-        "chunk": machine.chunk,
-        "processes": available_cores(),
-    }
-    return plan, refusal
+def _attends(
+    name: str, ops: Ops, device: torch.device, kv_dtype: torch.dtype, specs: Sequence[AttentionSpec]
+) -> AttentionBackend:
+    """The same backend for other layers."""
+    return attention.BACKENDS.get(name)(ops, specs, device, kv_dtype)
 
 
 def _take(decisions: list[Decision], decision: Decision) -> Any:

@@ -124,9 +124,11 @@ class Recorder:
     def _warm_up(self, fn: Callable[[], Any]) -> None:
         cuda = self._cuda
         self._stream.wait_stream(cuda.current_stream(self.device))
-        with cuda.stream(self._stream):
-            fn()
-        cuda.current_stream(self.device).wait_stream(self._stream)
+        try:
+            with cuda.stream(self._stream):
+                fn()
+        finally:  # also where it is left half done: the next step comes behind it
+            cuda.current_stream(self.device).wait_stream(self._stream)
         cuda.synchronize(self.device)
 
 

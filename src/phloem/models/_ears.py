@@ -71,7 +71,8 @@ class Convolution(Layer):
 
     def settle(self) -> None:
         """Make the product's matrix of the weights as they are stored."""
-        flat = self.weight.value.transpose(1, 2).flatten(1).contiguous().cpu()
+        flat = self.weight.value.transpose(1, 2).flatten(1).contiguous()
+        flat = flat if flat.is_meta else flat.cpu()
         source: Any = Read(self.weight.names[0], tuple(flat.shape), flat)
         self.made = self.ops.prepare_linear([source], self.dtype, self.device)
 

@@ -21,6 +21,7 @@ from phloem.models._gguf import gguf_sources
 from phloem.models._scales import scale_of
 from phloem.models._sources import DummySource, Read, SafetensorsSource, Stored, TensorSource, stored_in
 from phloem.models._stored import WHOLE, as_base, may_stand_for, some, unused_parts, unused_scales
+from phloem.quant._grid import Grid
 from phloem.quant._source import View
 
 if TYPE_CHECKING:
@@ -150,6 +151,7 @@ class WeightIndex:
         self.lost: set[str] = set()  # tensors whose memory was given back, until they are there again
         self._elsewhere = {*elsewhere, *(name for weight in self.weights for name in weight.elsewhere)}
         self._companions = self._name_companions()
+        self._stored_parts: dict[str, list[Source]] = {}  # what joined matrices are made of
         if ctx.quant is not None:
             self._elsewhere |= {other for name in self._elsewhere for other in ctx.quant.companions(name).values()}
 
@@ -241,16 +243,25 @@ class WeightIndex:
             if any(part is not None and part.transposed and not part.experts for part in places):
                 raise ModelLoadError(f"{name}: quantised matrices of layers that are stored transposed are not read")
             sources[name] = method.join(name, found, self.stored_shape(name))
+            self._stored_parts[name] = list(found.values())
 
     def _stage(self, sources: dict[str, Source]) -> None:
-        """Plain tensors go from the file to the device; what a quantisation makes or unpacks is made on the host."""
-        if self.ctx.quant is not None and self.ctx.quant.wrap is not None:
+        """Tensors go from the file to the device, where quantised ones are unpacked and those rounded that have the
+        same bits wherever that is done; other methods make theirs on the host."""
+        quant = self.ctx.quant
+        if quant is not None and quant.wrap is not None and not quant.exact:
             return
+        aside = {name for weight in self.weights if weight.aside for name in weight.names}
         for weight in self.weights:
             found = [] if weight.aside else [sources[name] for name in weight.names]
-            plain = [source for source in found if isinstance(source, SafetensorsSource)]
-            for source in plain if len(plain) == len(found) else ():
-                source.stager = self.ctx.stager
+            read = [source for source in found if isinstance(source, SafetensorsSource | Grid)]
+            for source in read if len(read) == len(found) else ():
+                if isinstance(source, SafetensorsSource):
+                    source.stager = self.ctx.stager
+                    continue
+                for part in self._stored_parts.get(source.name, []) if source.name not in aside else ():
+                    if isinstance(part, SafetensorsSource):
+                        part.stager = self.ctx.stager
 
     def check(self, sources: dict[str, Source], where: str) -> None:
         missing = [name for name in self.slots if name not in sources]
@@ -323,7 +334,9 @@ class WeightIndex:
         views = [self.view(weight, number, sources[name]) for number, name in enumerate(weight.names)]
         ops, dtype, device = self.table(weight), self.ctx.dtype, self.device(weight)
         if weight.role == "matrix":
-            parts = self._wrapped(weight, self._ahead(views, sources))
+            # What is rounded anew is read in a wider type than the model's.
+            parts = self._wrapped(weight, views)
+            parts = self._ahead(views, sources) if parts is views else parts
             if not weight.experts:
                 return ops.prepare_linear(parts, dtype, device)
             prepare = ops.prepare_experts if weight.fused else ops.stack_experts

@@ -44,6 +44,8 @@ class Method:
         configure: (a checkpoint's own words on its format, where to report) -> the method that reads it. Raises
             ModelLoadError for what it cannot read, with the remedy.
         report: what became of the matrices.
+        exact: `wrap` gives the same bits on every device: there is no sum in it, whose order devices choose, and no
+            function that they approximate.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Method:
     join: Callable[[str, Mapping[str, Source], tuple[int, ...]], Source] | None = None
     configure: Callable[[Mapping[str, Any], Report], Method] | None = None
     report: Report | None = None
+    exact: bool = False
 
 
 METHODS: Registry[Method] = Registry("phloem.quant", "quantisation method", "METHOD")
@@ -100,7 +103,7 @@ def method_for(name: str | None, stored: StoredFormat | None) -> Method | None:
     if asked is None or asked.wrap is None or asked.name == stored.file:
         return found
     report.anew = asked.name
-    return replace(found, wrap=asked.wrap)
+    return replace(found, wrap=asked.wrap, exact=asked.exact)
 
 
 def beside(name: str, parts: Mapping[str, str], *, weight: bool = False) -> dict[str, str]:

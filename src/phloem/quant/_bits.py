@@ -15,14 +15,16 @@ def unpack(words_RW: Tensor, bits: int, count: int) -> Tensor:
     """The first `count` numbers of each row, uint8 [R, C]: a stream of bits, lowest first, over words of any size."""
     if bits in (2, 4, 8):
         # Copied: a row of one word may claim to be contiguous with strides that no view of its bytes takes.
-        octets = torch.empty(words_RW.shape, dtype=words_RW.dtype).copy_(words_RW).view(torch.uint8)
+        octets = (
+            torch.empty(words_RW.shape, dtype=words_RW.dtype, device=words_RW.device).copy_(words_RW).view(torch.uint8)
+        )
         if bits < 8:
             places = range(0, 8, bits)
             octets = torch.stack([octets >> at & (1 << bits) - 1 for at in places], -1).flatten(1)
         return octets[:, :count]
     # A number may lie across two words: both are laid side by side, and shifted.
     stream = words_RW.to(torch.int64) & 0xFFFFFFFF
-    first = torch.arange(count) * bits
+    first = torch.arange(count, device=words_RW.device) * bits
     low = stream[:, first // 32]
     high = stream[:, (first // 32 + 1).clamp_max(stream.shape[1] - 1)]
     return ((low | high << 32) >> (first % 32) & (1 << bits) - 1).to(torch.uint8)
@@ -43,5 +45,5 @@ def fitting_bits(words: int, count: int, known: tuple[int, ...], name: str) -> i
 
 def twice_e2m1(packed_RB: Tensor) -> Tensor:
     """Twice the values of 4-bit floats, two a byte, the lower half first: int8 [R, 2 B]."""
-    table = torch.tensor(TWICE_E2M1, dtype=torch.int8)
+    table = torch.tensor(TWICE_E2M1, dtype=torch.int8, device=packed_RB.device)
     return table[torch.stack((packed_RB & 15, packed_RB >> 4), -1).flatten(1).int()]

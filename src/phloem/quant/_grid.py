@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BLOCK = 32  # columns of a block of the GGUF types below
+HOST = torch.device("cpu")
 _ELEMENTS_AT_ONCE = 1 << 18  # of a piece: its intermediates stay in a core's cache
+_ELEMENTS_ON_DEVICE = 1 << 24  # fewer are launches that do too little, more take memory that the model needs
 _ERROR = 2.0**-8  # of a scale in float16, beside the scale itself or, of small ones, beside the mean
 
 
@@ -107,12 +109,13 @@ class Grid(Source):
             raise ModelLoadError(f"{self.name}: {list(self.shape)} is a matrix, of which no single row is read")
         run = slice(rows.start, rows.stop, 1)
         opened = self.open(int(entry[0]) if entry and isinstance(entry[0], int) else 0, run, cols)  # type: ignore[arg-type]
-        out = torch.empty(rows.stop - rows.start, cols.stop - cols.start, dtype=dtype)
+        size = rows.stop - rows.start, cols.stop - cols.start
+        out = torch.empty(size, dtype=dtype, device=opened.scale_RG.device)
 
         def fill(piece: slice) -> None:
             out[piece] = opened.values(piece).to(dtype)
 
-        self._each(fill, *out.shape)
+        self._each(fill, *size, out.device)
         if self.report is not None:
             self.report.unpacked(self.name, self.why or VALUES)
         out = out[:: rows.step]
@@ -128,16 +131,17 @@ class Grid(Source):
         def fill(piece: slice) -> None:
             made[piece.start] = opened.blocks(piece, self.kind)
 
-        self._each(fill, rows.stop - rows.start, cols.stop - cols.start)
+        self._each(fill, rows.stop - rows.start, cols.stop - cols.start, opened.scale_RG.device)
         if self.report is not None:
             self.report.kept(self.name, self.kind)
         return torch.cat([made[start] for start in sorted(made)])[:: rows.step].contiguous().numpy()
 
-    def _each(self, work: Callable[[slice], None], rows: int, cols: int) -> None:
-        """`work` for some rows at a time, by the loader's workers if there are any."""
-        step = max(1, _ELEMENTS_AT_ONCE // max(1, cols))
+    def _each(self, work: Callable[[slice], None], rows: int, cols: int, device: torch.device) -> None:
+        """`work` for some rows at a time, on the host by the loader's workers if there are any."""
+        host = device == HOST
+        step = max(1, (_ELEMENTS_AT_ONCE if host else _ELEMENTS_ON_DEVICE) // max(1, cols))
         pieces = [slice(start, min(rows, start + step)) for start in range(0, rows, step)]
-        done: Iterable[None] = (self.workers.map if self.workers else map)(work, pieces)
+        done: Iterable[None] = (self.workers.map if self.workers and host else map)(work, pieces)
         list(done)
 
 

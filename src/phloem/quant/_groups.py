@@ -26,6 +26,8 @@ GROUP = 32
 FLOAT_KINDS = ("dense", "BF16", "F16", "F32")
 # Few enough that the intermediates stay in a core's cache, and that torch does not start threads of its own for them.
 _ELEMENTS_AT_ONCE = (1 << 15) - 1
+_ELEMENTS_ON_DEVICE = 1 << 22
+HOST = torch.device("cpu")
 # How much of a group's range four bits cover: cutting off its ends can make the steps fit the rest better.
 _SHRINK = (1.0, 0.93, 0.86)
 
@@ -102,8 +104,9 @@ class GroupQuantised:
             return give(method(pad(rows, (0, -self.shape[1] % GROUP)).unflatten(1, (-1, GROUP))))
 
         workers = getattr(self.source, "workers", None)
-        parts = values_MN.split(max(1, _ELEMENTS_AT_ONCE // self.shape[1]))
-        return torch.cat(list((workers.map if workers else map)(part, parts)))
+        host = values_MN.device == HOST
+        parts = values_MN.split(max(1, (_ELEMENTS_AT_ONCE if host else _ELEMENTS_ON_DEVICE) // self.shape[1]))
+        return torch.cat(list((workers.map if workers and host else map)(part, parts)))
 
 
 def _to_bytes(q_MGK: Tensor, scale: Tensor, minimum: Tensor, bits: int) -> Tensor:

@@ -114,7 +114,7 @@ def as_scale(stored: Tensor) -> Tensor:
     """float32; bytes are exponents of two."""
     if stored.dtype in (torch.uint8, torch.float8_e8m0fnu):
         exponent = stored.view(torch.uint8).to(torch.int32) - 127
-        return torch.ldexp(torch.ones(exponent.shape, dtype=torch.float64), exponent).float()
+        return torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent).float()
     return stored.float()
 
 

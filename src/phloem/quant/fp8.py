@@ -47,4 +47,4 @@ def configure(config: Mapping[str, Any], report: Report) -> Method:
     return Method("fp8", companions=lambda name: beside(name, _PARTS, weight=True), join=join, report=report)
 
 
-METHOD = Method("fp8", wrap=float8_rows, configure=configure)
+METHOD = Method("fp8", wrap=float8_rows, configure=configure, exact=True)

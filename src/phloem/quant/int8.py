@@ -15,4 +15,4 @@ def wrap(source: WeightSource) -> WeightSource:
     return quantised(source, 8)
 
 
-METHOD = Method("int8", wrap=wrap)
+METHOD = Method("int8", wrap=wrap, exact=True)

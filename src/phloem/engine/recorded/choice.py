@@ -50,10 +50,6 @@ class RecordedWay(Protocol):
         """As `forward.Way.run`."""
         ...
 
-    def leave_when(self, waiting: Callable[[], bool]) -> None:
-        """Leave recordings, where that is possible, when `waiting` says that a step waits."""
-        ...
-
     def drop(self) -> None:
         """Forget what is recorded, because weights moved in memory."""
         ...

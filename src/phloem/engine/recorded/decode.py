@@ -11,9 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from phloem.attention import begin
 from phloem.engine.forward import run_forward
 from phloem.engine.inputs import FixedInputs
 from phloem.engine.recorded.graphs import StepGraphs
+from phloem.engine.recorded.looks import Looks, Watched
 from phloem.kernels.graph import check_replay
 from phloem.kvcache.routes import noting
 
@@ -50,9 +52,13 @@ class DecodeStep:
     on_host: bool
     max_pages: int
     shared: bool = False
+    looks: Looks | None = None  # None: nobody looks, as a recording takes less time than a step
 
     def eager(self, fixed: FixedInputs) -> Tensor:
-        return run_forward(self.model, self.backend, self.pool, fixed.inputs, None)
+        memory = None
+        if self.looks is not None:
+            memory = Watched(begin(self.backend, fixed.inputs.rows(), self.pool), self.looks)
+        return run_forward(self.model, self.backend, self.pool, fixed.inputs, None, memory)
 
     def make(self, rows: int) -> tuple[FixedInputs, StepGraph, Tensor]:
         fixed = FixedInputs(self.pool, rows, rows, rows, self.max_pages, on_host=self.on_host, shared=self.shared)
@@ -82,7 +88,8 @@ class DecodeGraphs:
     ) -> None:
         self.decision = "shared_step_graphs" if shared else "step_graphs"
         self._shared = shared
-        self._step = DecodeStep(recorder, model, backend, pool, facts.on_host, max_pages, shared)
+        looks = Looks() if facts.records_idle else None
+        self._step = DecodeStep(recorder, model, backend, pool, facts.on_host, max_pages, shared, looks)
         self._max_pages = max_pages
         self._check = check
         patience = PATIENCE_WITH_CHECK if check else facts.patience
@@ -93,6 +100,8 @@ class DecodeGraphs:
             budget=budget,
             sizes=sharing_sizes(limit) if shared else None,
             inline=not facts.records_idle,
+            padded=limit,
+            looks=looks,
         )
 
     def run(self, step: Step, ready: Callable[[], None]) -> Tensor | None:
@@ -113,9 +122,6 @@ class DecodeGraphs:
         if self._step.pool.routes is not None:
             self._step.pool.routes.show(found.inputs.routes)
         return hidden_BN[: batch.num_rows]
-
-    def leave_when(self, waiting: Callable[[], bool]) -> None:
-        """Nothing: a whole step is recorded in less time than a step takes."""
 
     def drop(self) -> None:
         self.graphs.drop()

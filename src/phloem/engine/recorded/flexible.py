@@ -114,9 +114,6 @@ class FlexibleSteps:
             self._step.pool.routes.show(found.inputs.routes)
         return hidden_LN[:wanted]
 
-    def leave_when(self, waiting: Callable[[], bool]) -> None:
-        """Nothing: a whole step is recorded in less time than a step takes."""
-
     def drop(self) -> None:
         self.graphs.drop()
 

@@ -1,8 +1,9 @@
 """Recording while an engine serves: in pauses, and rarely between the steps of requests that only decode.
 
-Nobody waits for more than one recording. In a pause the queue is looked at between any two of them, and between the
-layers of one that is made in pieces. Under load without pauses only what steps have asked for again and again is
-recorded, if it takes at most `BUSY_SECONDS`, never in a step that begins requests, and for a `DUTY`-th of the time.
+Nobody waits for a recording. In a pause the queue is looked at between any two of them and between the layers of each
+(`looks`), and what would go on for longer than `BOUND_SECONDS` without a look is not begun: it has been recorded before
+the engine was ready, or never is. Under load without pauses only what steps have asked for again and again is recorded,
+if it takes at most `BUSY_SECONDS`, never in a step that begins requests, and for a `DUTY`-th of the time.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from phloem.core.batch import Batch
     from phloem.engine.recorded.graphs import StepGraphs
 
+BOUND_SECONDS = 0.1  # that a request which comes in a pause may wait
 BUSY_SECONDS = 0.1  # running requests may miss this many
 DUTY = 20
 
@@ -24,10 +26,6 @@ class Way(Protocol):
     """What is asked of a way of running steps by recordings."""
 
     graphs: StepGraphs[Any, Any]
-
-    def leave_when(self, waiting: Callable[[], bool]) -> None:
-        """Leave recordings, where that is possible, when `waiting` says so."""
-        ...
 
 
 class Gaps:
@@ -41,11 +39,15 @@ class Gaps:
     def leave_when(self, waiting: Callable[[], bool]) -> None:
         """`waiting`: tells whether a step is in the queue."""
         for way in self._ways:
-            way.leave_when(waiting)
+            way.graphs.looks.waiting = waiting
 
     def idle(self) -> bool:
         """Record one more step, whole decode steps first. False when there is nothing to record."""
-        return any(way.graphs.idle() for way in self._ways)
+        for way in self._ways:
+            stretch = way.graphs.looks.stretch
+            if stretch is not None and stretch <= BOUND_SECONDS and way.graphs.idle():
+                return True
+        return False
 
     def begun(self, batch: Batch) -> None:
         """A step has been given to the device: record what is due, if nobody has just come."""
@@ -53,9 +55,11 @@ class Gaps:
             return
         for way in self._ways:
             graphs = way.graphs
-            if 0 < graphs.longest <= BUSY_SECONDS and graphs.due():
+            seconds = graphs.looks.seconds
+            if seconds is not None and seconds <= BUSY_SECONDS and graphs.due():
                 start = self._clock()
-                graphs.idle()
+                with graphs.looks.for_at_most(BUSY_SECONDS):
+                    graphs.idle()
                 end = self._clock()
                 self._next = end + DUTY * (end - start)
                 return

@@ -2,8 +2,9 @@
 
 A graph holds a step of a fixed size (a bucket), of rows or of tokens; a smaller step is padded to it, unless the graph
 is one that runs smaller ones. Where recording is cheap, a bucket is recorded as soon as it has been wanted often enough
-(`inline`). On a device the likely ones are recorded before the engine is ready and the others in gaps (`gaps`), so that
-no step waits for a recording. Until then, and wherever recording fails, steps run eagerly.
+(`inline`). On a device the likely ones are recorded before the engine is ready and what steps ask for beside them in
+gaps (`gaps`), so that no step waits for a recording. Until then the next larger graph serves, if it is not twice as
+large; where there is none, and wherever recording fails, steps run eagerly.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from __future__ import annotations
 import bisect
 from collections import Counter
 from dataclasses import dataclass
-from time import perf_counter
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from phloem.engine.memory import is_out_of_memory
+from phloem.engine.recorded.looks import Looks
 from phloem.kernels.graph import Interrupted, RecordError
 from phloem.utils import log
 
@@ -73,6 +74,9 @@ class StepGraphs(Generic[I, O]):
         sizes: the buckets; default `bucket_sizes(limit)`.
         unit: what a bucket counts.
         inline: record a due bucket within the step that wants it.
+        padded: up to this size a step is served by a graph of up to twice its bucket, while that has none; not where
+            buckets are recorded `inline`.
+        looks: when a recording is left; default: never.
     """
 
     def __init__(
@@ -85,7 +89,10 @@ class StepGraphs(Generic[I, O]):
         sizes: list[int] | None = None,
         unit: str = "rows",
         inline: bool = True,
+        padded: int = 0,
+        looks: Looks | None = None,
     ) -> None:
+        self.looks = Looks() if looks is None else looks
         self.sizes = sizes if sizes is not None else bucket_sizes(limit)
         self.refused: str | None = None  # why nothing more is recorded
         self.given_up: dict[int, str] = {}  # sizes that could not be recorded, and why
@@ -96,6 +103,7 @@ class StepGraphs(Generic[I, O]):
         self._budget = budget
         self._unit = unit
         self._inline = inline
+        self._padded = 0 if inline else padded
         self._steps: dict[int, RecordedStep[I, O]] = {}
         self._wanted: Counter[int] = Counter()
 
@@ -105,8 +113,8 @@ class StepGraphs(Generic[I, O]):
         return self.sizes[place] if rows > 0 and place < len(self.sizes) else None
 
     def get(self, rows: int) -> RecordedStep[I, O] | None:
-        """The graph for a step of `rows` rows, recorded now if it is due and that is asked for; None: run the step
-        eagerly."""
+        """The graph for a step of `rows` rows, or a larger one, recorded now if it is due and that is asked for; None:
+        run the step eagerly."""
         size = self.bucket(rows)
         if size is None:
             return None
@@ -115,15 +123,24 @@ class StepGraphs(Generic[I, O]):
             self._wanted[size] += 1
             if self._inline and self._wanted[size] >= self._patience and size not in self.given_up:
                 found = self._record(size)
+            elif size <= self._padded:
+                found = self._larger(size)
         return found
+
+    def _larger(self, size: int) -> RecordedStep[I, O] | None:
+        """The least graph above this size, up to twice as large."""
+        first = bisect.bisect_right(self.sizes, size)
+        near = self.sizes[first : bisect.bisect_right(self.sizes, 2 * size)]
+        return next((self._steps[other] for other in near if other in self._steps), None)
 
     def due(self) -> bool:
         """Whether a bucket without a graph has been wanted often enough."""
         return any(self._wanted[size] >= self._patience for size in self._left())
 
     def idle(self) -> bool:
-        """Record the bucket that is most likely wanted next. False when there is nothing (more) to record."""
-        left = self._left()
+        """Record the bucket that is most likely wanted next, of those that steps have asked for or probably will.
+        False when there is nothing (more) to record."""
+        left = [size for size in self._left() if self._wanted[size] or self._likely(size)]
         if not left:
             return False
         # Those that steps have asked for come first, then small ones: most servers are lightly loaded most of the time.
@@ -140,15 +157,20 @@ class StepGraphs(Generic[I, O]):
                 progress(done, len(todo))
 
     def record_likely(self, until: float) -> None:
-        """Record until perf_counter is `until`: first powers of two and the largest size, then all; from large to
-        small, so that smaller ones fit into the buffers of larger ones."""
+        """Record until the clock of `looks` is `until`: first powers of two and the largest size, then all; from large
+        to small, so that smaller ones fit into the buffers of larger ones."""
         for likely in (True, False):
             for size in sorted(self._left(), reverse=True):
-                if likely and size & (size - 1) and size != self.sizes[-1]:
+                if likely and not self._likely(size):
                     continue
-                if self.refused is not None or perf_counter() + self.longest > until:
+                late = self.looks.clock() + (self.looks.seconds or 0.0) > until
+                # One is recorded in any case: nothing else tells how long a gap has to be.
+                if self.refused is not None or (late and self.looks.seconds is not None):
                     return
                 self._record(size)
+
+    def _likely(self, size: int) -> bool:
+        return size & (size - 1) == 0 or size == self.sizes[-1]
 
     def drop(self) -> None:
         """Forget all graphs, for example because weights moved in memory; what was wanted stays known."""
@@ -181,6 +203,7 @@ class StepGraphs(Generic[I, O]):
             "bytes": self.nbytes,
             "seconds": round(self.seconds, 3),
             "longest_seconds": round(self.longest, 3),
+            "longest_unseen_seconds": None if self.looks.stretch is None else round(self.looks.stretch, 3),
             "given_up": {str(size): reason for size, reason in list(self.given_up.items())},
             "refused": self.refused,
         }
@@ -197,10 +220,11 @@ class StepGraphs(Generic[I, O]):
             self.refused = f"their memory budget of {self._budget / 2**20:.0f} MiB is used up"
             _log.warning("step graphs: %s; such steps run eagerly", self.refused)
             return None
-        begun, reason = perf_counter(), ""
+        begun, reason = self.looks.clock(), ""
         for _ in range(ATTEMPTS):
             try:
-                made = self._make(size)
+                with self.looks.recording():
+                    made = self._make(size)
             except Interrupted:
                 return None
             except RecordError as error:
@@ -211,7 +235,7 @@ class StepGraphs(Generic[I, O]):
                     raise
                 reason = f"out of memory at {size} {self._unit}"
             else:
-                return self._keep(size, made, perf_counter() - begun)
+                return self._keep(size, made, self.looks.clock() - begun)
         self._give_up(size, reason)
         return None
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from phloem.attention import begin
 from phloem.engine.recorded.graphs import StepGraphs
-from phloem.kernels.graph import Interrupted, RecordError, check_replay
+from phloem.engine.recorded.looks import Looks
+from phloem.kernels.graph import RecordError, check_replay
 from phloem.layers.context import ForwardBatch
 
 if TYPE_CHECKING:
@@ -87,10 +88,18 @@ class PieceGraphs:
         self._model, self._backend, self._pool = model, backend, pool
         self._decodes = decodes
         self._check = check
-        self._attention = _Between(limit)
+        looks = Looks()
+        self._attention = _Between(limit, looks)
         self._trunk = Trunk(recorder, model, pool.device, self._attention)
         self.graphs: StepGraphs[TokenInputs, tuple[Tensor, Tensor]] = StepGraphs(
-            limit, self._trunk.make, budget=budget, sizes=token_buckets(limit), unit="tokens", inline=inline
+            limit,
+            self._trunk.make,
+            budget=budget,
+            sizes=token_buckets(limit),
+            unit="tokens",
+            inline=inline,
+            padded=DENSE,
+            looks=looks,
         )
 
     def run(self, step: Step, ready: Callable[[], None]) -> Tensor | None:
@@ -121,10 +130,6 @@ class PieceGraphs:
         self.graphs.drop()
         self._attention.drop()
 
-    def leave_when(self, waiting: Callable[[], bool]) -> None:
-        """A recording is left between two layers when `waiting` says that a step waits."""
-        self._attention.waiting = waiting
-
     @property
     def nbytes(self) -> int:
         """Memory that the pieces and the buffers between them take."""
@@ -148,11 +153,9 @@ class Trunk:
             self.attention.cut = cut
             return self.run(fixed)
 
-        self.attention.recording = True
         try:
             return fixed, *self.recorder.record_pieces(in_pieces)
         finally:
-            self.attention.recording = False
             self.attention.cut = _AtOnce()
 
     def run(self, inputs: TokenInputs) -> tuple[Tensor, Tensor]:
@@ -179,11 +182,10 @@ class _Between:
     The output is one buffer for all layers and buckets: a layer has used it up before the next one attends.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, looks: Looks) -> None:
         self.cut: Cut = _AtOnce()
         self.left = 0  # attention calls of the forward pass that have not come yet
-        self.recording = False
-        self.waiting: Callable[[], bool] = lambda: False
+        self._look = looks.look
         self._limit = limit
         self._step: StepMemory | None = None
         self._tokens = 0
@@ -221,8 +223,7 @@ class _Between:
         raise RecordError("attention to chosen positions does not run between pieces")
 
     def attend(self, spec: AttentionSpec, heads: Heads) -> Tensor:
-        if self.recording and self.waiting():
-            raise Interrupted
+        self._look()
         out_BHD = self._out(heads.q)
         hold = self.cut.hold
         held = replace(heads, q=hold(heads.q), k=hold(heads.k), v=hold(heads.v))

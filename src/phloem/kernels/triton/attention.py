@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 MAX_SPLITS = 32
 
 
-@triton.jit(do_not_specialize=["rows", "split_size", "stride_table", "stride_tree"])
+@triton.jit(do_not_specialize=["rows", "split_size", "parts", "stride_table", "stride_tree"])
 def _attention(
     q,
     k_cache,
@@ -58,6 +58,7 @@ def _attention(
     softcap,
     window,
     split_size,
+    parts,
     stride_qt,
     stride_qh,
     stride_kp,
@@ -86,7 +87,6 @@ def _attention(
     SINKS: tl.constexpr,
     TREE: tl.constexpr,
     SCALED: tl.constexpr,
-    PARTS: tl.constexpr,
     SHARED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -94,8 +94,9 @@ def _attention(
     BLOCK_DV: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """PARTS: results that are joined, of which the first SPLITS are this kernel's. With SHARED and without DECODE only
-    rows that share leave parts, at their tokens' `places`; those of the others are written to `whole`."""
+    """`parts`: results that are joined, of which the first SPLITS are this kernel's; with FIXED, whose number follows
+    from the texts' lengths, SPLITS says only whether they are several. With SHARED and without DECODE only rows that
+    share leave parts, at their tokens' `places`; those of the others are written to `whole`."""
     await_previous(PDL)
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -139,7 +140,7 @@ def _attention(
     part = packed
     if SHARED and not DECODE:
         part = tl.load(places + packed, mask=valid, other=0).to(tl.int64)
-    at_lse = (part * HEADS + head) * PARTS + split
+    at_lse = (part * HEADS + head) * parts + split
     if PARTIAL and low >= high:
         tl.store(lse + at_lse, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=valid)
         return
@@ -372,7 +373,7 @@ def _launch(
     _attention[(tiles, kv_heads, splits)](
         *(q_THD, k_cache, v_cache, batch.page_table, batch.query_start, batch.seq_lens, k_scale, v_scale),
         *(sinks_H if sinks_H is not None else q_THD, tree, target, lse, lens, places, out, rows),
-        *(call.scale, cap if cap else 1.0, window, split_size),
+        *(call.scale, cap if cap else 1.0, window, split_size, parts),
         *(*q_THD.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3]),
         *(batch.page_table.stride(0), tree.stride(0), *target.stride()[:3]),
         HEADS=heads,
@@ -382,12 +383,11 @@ def _launch(
         HEAD_V=size_v,
         PAGE=page_size,
         DECODE=decode,
-        SPLITS=splits,
+        SPLITS=min(splits, 2) if split_size else splits,
         FIXED=split_size > 0,
         PARTIAL=partial,
         **features,
         SCALED=0 if scales is None else (1 if scales[0].numel() == 1 else 2),
-        PARTS=parts,
         SHARED=pages is not None,
         BLOCK_M=block_m,
         BLOCK_N=block_n,

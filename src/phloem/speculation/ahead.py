@@ -1,0 +1,44 @@
+"""The process that compiles kernels beside the loading (`engine.ahead`), for an engine whose drafts may come from a
+model: that model's kernels are among them.
+
+    python -m phloem.speculation.ahead < plan.json
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from phloem.core.errors import ModelLoadError
+from phloem.core.speculation import Wanted
+from phloem.engine import ahead
+from phloem.speculation.capture import aux_layers
+from phloem.speculation.drafters import loader
+from phloem.speculation.drafters.eagle3 import Drafter as Eagle3
+
+if TYPE_CHECKING:
+    from phloem.checkpoint.describe import Checkpoint
+    from phloem.engine.drafting import Loaded
+    from phloem.layers.context import BuildContext
+    from phloem.models import Model
+
+
+def drafts(plan: ahead.Plan, checkpoint: Checkpoint, model: Model, ctx: BuildContext) -> Loaded | None:
+    """The model that drafts, by the headers of its files and without its values."""
+    if plan.drafting is None:
+        return None
+    wanted = Wanted(**plan.drafting)
+    whole = replace(checkpoint, config=plan.config, format="safetensors" if plan.files else "dummy")
+    made: Any = loader(wanted.algorithm)(wanted, whole)
+    made.draft = replace(made.draft, format="dummy", gguf=None, stored=None)
+    if isinstance(made, Eagle3):  # reads three layers of the model, which may have fewer here
+        try:
+            made.layers = aux_layers(int(checkpoint.config["num_hidden_layers"]))
+        except ValueError as error:
+            raise ModelLoadError(str(error)) from None
+    return made.load(model, ctx, plan.context)
+
+
+if __name__ == "__main__":
+    sys.exit(ahead.main(drafts))

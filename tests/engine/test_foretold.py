@@ -1,0 +1,196 @@
+"""Every kernel that steps launch is compiled beside the loading: for each way of serving a model, steps of random
+shapes launch none that the process was not told of."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import draft_support
+import msgspec
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+pytest.importorskip("triton")
+
+from steps_without_data import plan_of, small_plan, tiny_config, unforetold
+
+from phloem.attention import triton as triton_backend
+from phloem.checkpoint.describe import describe, described
+from phloem.core.config import Config
+from phloem.core.resolve import Decision
+from phloem.core.speculation import Wanted
+from phloem.engine import ahead, foretold, warm
+from phloem.engine.pooled import run_texts
+from phloem.kernels.ops import Ops
+from phloem.kernels.shapes_only import shapes_only
+from phloem.kernels.triton import ahead as kernels
+from phloem.kernels.triton import table
+from phloem.layers.context import BuildContext
+from phloem.models._pooled import load_pooled
+from phloem.platforms._compiled import Tally
+from phloem.speculation.ahead import drafts
+from phloem.testing.checkpoints import families, tiny_checkpoint
+
+MOE = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 32, "norm_topk_prob": True}
+SPARSE: dict[str, Any] = {"config": {"model_type": "qwen3_moe", **MOE}}
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "invariant": {"ops": "invariant"},
+    "invariant, experts": {"ops": "invariant", **SPARSE},
+    "flash": {"backend": "flash"},
+    "flashinfer": {"backend": "flashinfer"},
+    "reference attention": {"backend": "reference"},
+    "another page size": {"page": 64},
+    "float16": {"dtype": "float16", "kv_dtype": "float16"},
+    "float32": {"dtype": "float32", "kv_dtype": "float32"},
+    "float8 cache without scales": {"kv_dtype": "float8_e4m3fn"},
+    "float8 cache, scales of layers and of heads": {"kv_dtype": "float8_e4m3fn", "scales": {0: (1, 1), 1: (2, 2)}},
+    "float8 cache of flashinfer": {"kv_dtype": "float8_e4m3fn", "scales": {0: (1, 1)}, "backend": "flashinfer"},
+    "adapters of rank 8": {"adapters": (4, 8)},
+    "adapters of rank 16": {"adapters": (4, 16)},
+    "adapters of rank 40": {"adapters": (4, 40)},
+    "adapters beside experts": {"adapters": (2, 16), **SPARSE},
+    "a larger GPU, more rows": {"processors": 160, "running": 100, "chunk": 512},
+    "a small GPU": {"processors": 24, "target": ("cuda", 80, 32)},
+    "AMD": {"target": ("hip", "gfx942", 64), "processors": 304},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_step_needs_a_kernel_that_was_not_foretold(way: str) -> None:
+    assert not unforetold(small_plan(**WAYS[way]))
+
+
+# What is not foretold, and why: kernels of these are compiled when they are first needed.
+UNFORETOLD: dict[str, str] = {}
+
+
+@pytest.mark.slow
+@pytest.mark.some(16)
+@pytest.mark.parametrize("name", families())
+def test_no_step_of_any_family_does(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    found = unforetold(plan_of(tiny_config(name, tmp_path)), steps=10)
+    assert bool(found) == (name in UNFORETOLD), found
+
+
+HEADS: dict[str, Any] = {"eagle": draft_support.eagle, "eagle3": draft_support.eagle3}
+
+
+@pytest.mark.parametrize("kind", ["draft_model", "eagle", "eagle3"])
+def test_nor_does_what_drafts(kind: str, tmp_path: Path) -> None:
+    """Its passes, its choice, and the states that the model keeps for it, are launched by no other step."""
+    if kind == "draft_model":
+        pytest.importorskip("transformers")
+        path = tiny_checkpoint("qwen2", tmp_path)
+    else:
+        path = HEADS[kind](tmp_path / "head")
+    settings: dict[str, Any] = {"config": {"num_hidden_layers": 8}, "running": 8, "chunk": 128}
+    plan = small_plan(drafting=asdict(Wanted(kind, draft_model=str(path))), **settings)
+    assert not unforetold(plan, drafts)
+    without = small_plan(**settings)
+    assert set(ahead.trace(without)[0].found) < set(ahead.trace(plan, drafts)[0].found)
+
+
+@pytest.mark.slow
+def test_nor_does_the_layer_that_a_checkpoint_brings_for_drafts(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    found = tiny_config("deepseek_v3", tmp_path)
+    depth = found.config["num_hidden_layers"]
+    file = tmp_path / "model.safetensors"
+    save_file({f"model.layers.{depth}.enorm.weight": torch.ones(32)}, file)  # whose name alone is looked at
+    told = {"drafting": asdict(Wanted("mtp")), "path": str(tmp_path), "files": [str(file)]}
+    plan = plan_of(found, running=8, chunk=128, **told)
+    assert not unforetold(plan, drafts)
+    assert set(ahead.trace(plan)[0].found) < set(ahead.trace(plan, drafts)[0].found)
+
+
+class Pretended:
+    """A platform as a Hopper GPU's, as far as the plan asks."""
+
+    device = torch.device("cuda")
+    quantised_kv_dtype = None
+
+    def attention_backends(self) -> list[str]:
+        return ["triton", "flashinfer", "flash", "reference"]
+
+
+def told(path: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> tuple[ahead.Plan, str | None]:
+    """What an engine of these settings tells the process, as the process reads it."""
+    monkeypatch.setattr(triton_backend, "processors", lambda device: 132)
+    config = Config.from_flat({"model_path": str(path), **settings})
+    found = described(config.model)
+    platform: Any = Pretended()
+    plan, refusal = foretold.plan_of(config, found, platform, table.table(), torch.bfloat16, (8, 128), "")
+    whole = plan | {"target": ("cuda", 90, 32), "processors": 132, "cache": "none"}
+    return msgspec.json.decode(json.dumps(whole).encode(), type=ahead.Plan), refusal
+
+
+def test_what_is_told_follows_from_the_model_and_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    llama, head = tiny_checkpoint("llama", tmp_path / "llama"), draft_support.eagle(tmp_path / "head")
+    plan, refusal = told(llama, monkeypatch)
+    assert refusal is None and plan.backend == "triton" and plan.kv_dtype == "bfloat16" and plan.running == 8
+    assert plan.adapters is None and plan.drafting is None and not plan.scales
+    assert not unforetold(plan, drafts, steps=10)
+    lora, _ = told(llama, monkeypatch, enable_lora=True, max_lora_rank=24, max_loaded_loras=3)
+    assert lora.adapters == (3, 24) and lora.files == [str(llama / "model.safetensors")]
+    asked = {"speculative_algorithm": "EAGLE", "speculative_draft_model_path": str(head)}
+    eagle, _ = told(llama, monkeypatch, **asked)
+    assert eagle.drafting is not None and not unforetold(eagle, drafts, steps=10)
+    chunked, _ = told(tiny_checkpoint("llama4_text", tmp_path / "llama4"), monkeypatch)
+    assert chunked.backend == "reference"  # no other attends by chunks
+
+
+def test_scales_of_a_float8_cache_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    path = tiny_checkpoint("llama", tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    for name, scale in (("k", torch.tensor(0.5)), ("v", torch.tensor([0.5, 0.25]))):
+        tensors[f"model.layers.1.self_attn.{name}_scale"] = scale
+    save_file(tensors, path / "model.safetensors")
+    plan, _ = told(path, monkeypatch, kv_cache_dtype="fp8_e4m3")
+    assert plan.kv_dtype == "float8_e4m3fn" and set(plan.scales) == {1}
+    assert not told(path, monkeypatch)[0].scales
+
+
+def test_a_table_without_such_kernels_and_steps_of_others_are_refused() -> None:
+    nothing: Any = None
+    plan, why = foretold.plan_of(nothing, nothing, nothing, Ops(), torch.float32, (1, 1), "")
+    assert plan == {} and why is not None and "'reference'" in why
+    _, why = foretold.plan_of(nothing, nothing, nothing, table.table(), torch.float32, (1, 1), "ranks meet")
+    assert why == "ranks meet: which kernels it needs shows when it runs"
+
+
+@pytest.mark.parametrize("name", ["bert", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["triton", "invariant"])
+def test_no_text_of_a_model_that_does_not_generate_needs_one_after_it_is_ready(
+    name: str, kind: str, tmp_path: Path
+) -> None:
+    """Its kernels are launched once before, by texts of some lengths; no text of another length launches others."""
+    pytest.importorskip("transformers")
+    tiny_config(name, tmp_path)
+    found = describe(str(tmp_path / "config.json"), "dummy", task="embed")
+    ops = shapes_only(table.table() if kind == "triton" else table.invariant_table())
+    with torch.inference_mode(), kernels.Notes().taken():
+        model = load_pooled(found, BuildContext(ops, torch.bfloat16, torch.device("meta")))
+    compiled: Any = SimpleNamespace(tally=Tally(), directory=tmp_path)
+    warming, decisions = warm.Warming(compiled, None, "texts are read whole"), list[Decision]()
+    notes = kernels.Notes()
+    with notes.taken():
+        warming.finish_texts(partial(run_texts, model, ops), 1300, decisions)
+        before = set(notes.found)
+        random = np.random.default_rng(0)
+        for _ in range(40):
+            most = int(random.integers(1, 256))
+            run_texts(model, ops, [int(random.integers(1, most + 1)) for _ in range(int(random.integers(1, 6)))])
+    assert set(notes.found) == before and len(before) > 1 - (name == "bert" and kind == "triton")
+    assert "not compiled beside the loading: texts are read whole" in decisions[0].reason
+    assert warming.told()["steps"] > 10

@@ -77,6 +77,9 @@ def decide(wanted: Wanted, runner: ModelRunner, why: str = "", alone: bool = Tru
         return NONE, without(wanted, why)
     if asked == AUTO:
         return _unasked(wanted, runner, alone)
+    if runner.drafts is not None and (block := runner.drafts.block) is not None:
+        drafts = min(wanted.drafts, block.most)
+        return asked, Decision(NAME, asked, f"as asked, up to {drafts} drafts in one pass; {_how(wanted, runner)}")
     what = "drafts" if wanted.topk == 1 else f"drafts as a tree, {wanted.topk} wide and {wanted.steps} deep"
     return asked, Decision(NAME, asked, f"as asked, up to {wanted.drafts} {what}; {_how(wanted, runner)}")
 
@@ -130,9 +133,12 @@ def around(wanted: Wanted, runner: ModelRunner, name: str, inner: Runner | None 
     loaded = runner.drafts
     if loaded is not None:
         share = loaded.model.weight_bytes / max(1, runner.model.weight_bytes)
-        controller = Controller(wanted.drafts, most_rows(wanted, runner), wanted.adaptive, share)
+        drafts = wanted.drafts if loaded.block is None else min(wanted.drafts, loaded.block.most)
+        controller = Controller(drafts, most_rows(wanted, runner), wanted.adaptive, share)
         group = runner.pool.group_of[loaded.first]
-        return ModelledRunner(runner, name, loader(name).shift, group, controller, wanted.drafts, loaded.tree)
+        return ModelledRunner(
+            runner, name, loader(name).shift, group, controller, drafts, loaded.tree, once=loaded.block is not None
+        )
     drafter = of_texts(name)(wanted)
     controller = Controller(wanted.drafts, most_rows(wanted, runner), wanted.adaptive)
     return SpeculativeRunner(inner, drafter, controller, wanted.drafts)

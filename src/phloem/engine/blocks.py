@@ -57,8 +57,8 @@ class Asked:
 class BlockMemory(Memory):
     """Of a pass: `wide` attends to whole blocks, the usual steps to what stands before each place.
 
-    `ahead`: by pool, whether a layer's places see those behind them. `apart`: of each distance to its block's end but 0, which of the T tokens have it, and the step of those alone; empty
-    where no text is longer than the least window.
+    `ahead`: by pool, whether a layer's places see those behind them. `apart`: of each distance to its block's end but
+    0, which of the T tokens have it, and the step of those alone; empty where no text is longer than the least window.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class BlockWork(DraftWork):
         return Asked(each_C, known_C, each_B, offset_B, place_B, ids_B, end_B, np.flatnonzero(told_B))
 
     def _planned(self, table: NDArray[np.int32], asked: Asked) -> tuple[Memory, Tensor, Tensor, Tensor]:
-        """(What layers attend by, positions [T], the blocks' tokens [B], places that are wanted [L]); `table` [n, P]."""
+        """(What layers attend by, positions [T], the blocks' tokens [B], wanted places [L]); `table` [n, P]."""
         size, up = self._pool.page_size, self._last.up
         each_T = np.concatenate([asked.each_C, asked.each_B])
         positions_T = np.concatenate([asked.known_C, asked.place_B])

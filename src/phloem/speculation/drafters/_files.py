@@ -85,7 +85,7 @@ def check_layers(shapes: Shapes, draft: Checkpoint) -> None:
 
 
 def ids_of(draft: Checkpoint, own: int, vocab: int) -> Tensor:
-    """The token of each of a head's `own` ids, int64, by its d2t. Raises ConfigError for one that is none of `vocab`."""
+    """The token of each of a head's `own` ids, int64, by its d2t. Raises ConfigError for one that is none."""
     for path in draft.files:
         with safe_open(str(path), framework="pt") as file:
             name = next((key for key in file.keys() if key.removeprefix("model.") == "d2t"), None)  # noqa: SIM118

@@ -2,8 +2,8 @@
 
 Read are files of the original layout (`DFlashDraftModel`: `dflash_config` with `mask_token_id` and `target_layer_ids`,
 which name layers by their outputs, from 0) and of vLLM's speculators (`speculators_model_type: dflash`:
-`aux_hidden_state_layer_ids`, which count the layers before the state, so one more; perhaps a vocabulary of its own). The
-model's embedding and head serve.
+`aux_hidden_state_layer_ids`, which count the layers before a state, and so are one more; perhaps a vocabulary of its
+own). The model's embedding and head serve.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Drafter(Base):
         block = self.said.block
         if wanted.counted and wanted.drafts > block.most:
             raise ConfigError(
-                f"{where}: a block of {block.size} places gives {block.most} drafts, and {wanted.drafts} were asked for",
+                f"{where}: a block of {block.size} places gives {block.most} drafts; {wanted.drafts} were asked for",
                 param="speculative_num_steps",
             )
         if block.mask >= self.vocab or block.mask < 0:
@@ -194,10 +194,11 @@ class Drafter(Base):
             self.said.block,
             f"{facts.vocab} of {self.vocab} tokens" if facts.vocab else "the model's own head",
         )
-        why = (
-            f"{self.draft.name}: reads what enters layers {', '.join(map(str, self.said.layers))} ({self.said.named}); "
-            f"{block.size} places, mask {block.mask}{', each tells the token behind it' if block.from_anchor else ''}; {said}"
-        )
+        reads = f"reads what enters layers {', '.join(map(str, self.said.layers))} ({self.said.named})"
+        places = f"{block.size} places, mask {block.mask}"
+        if block.from_anchor:
+            places += ", each tells the token behind it"
+        why = f"{self.draft.name}: {reads}; {places}; {said}"
         return Loaded(drafter, first, None, Decision("speculative_draft", "dflash", why), block=block)
 
     def _name(self, name: str) -> str | None:

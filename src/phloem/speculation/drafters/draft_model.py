@@ -54,8 +54,8 @@ class Drafter(Base):
         self.draft = draft_of(wanted)
         if any("Eagle" in name or "DFlash" in name for name in self.draft.architectures):
             raise ConfigError(
-                f"{self.draft.path}: {self.draft.architectures[0]} is a head, not a model: speculative_algorithm EAGLE, "
-                "EAGLE3 or DFLASH runs it",
+                f"{self.draft.path}: {self.draft.architectures[0]} is a head, not a model: speculative_algorithm "
+                "EAGLE, EAGLE3 or DFLASH runs it",
                 param="speculative_algorithm",
             )
         if self.draft.chosen.impl != "phloem":

@@ -189,7 +189,7 @@ def test_its_file_is_of_the_original_layout(place: Path) -> None:
 
 @pytest.mark.slow
 def test_the_server_accepts_what_the_trainer_said(place: Path, tmp_path: Path) -> None:
-    """The same answers, with drafts of its file by the engine; and one whose layers are noise drafts next to nothing."""
+    """The same answers, with drafts of its file by the engine; one whose layers are noise drafts next to nothing."""
     rows = [json.loads(line) for line in (place / "trained" / "held_out.jsonl").read_text().splitlines()]
     folder = checkpoints.found_in(place / "trained")[-1]
     weights = load_file(folder / "model.safetensors")

@@ -180,8 +180,8 @@ def test_its_file_is_of_the_original_layout(place: Path) -> None:
     folder = checkpoints.found_in(place / "trained")[-1]
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["DFlashDraftModel"] and config["model_type"] == "qwen3"
-    assert config["block_size"] == 4 and config["dflash_config"]["target_layer_ids"] == [1, 3]
-    assert read(config, "d").layers == (2, 4)
+    assert config["block_size"] == 4 and config["dflash_config"]["target_layer_ids"] == [1, 2, 3]
+    assert read(config, "d").layers == (2, 3, 4)
     names = set(load_file(folder / "model.safetensors"))
     assert {"fc.weight", "hidden_norm.weight", "norm.weight", "layers.1.self_attn.k_norm.weight"} <= names
     assert not any("embed" in name or "lm_head" in name or "d2t" in name for name in names)

@@ -62,7 +62,7 @@ class Options:
     ttt_length: int = opt(7, "Rounds of training-time test: the head reads its own result in all but the first.")
     ttt_decay: float = opt(0.8, "Weight of each round's loss, beside that of the one before.")
     block_size: int = opt(16, "Of dflash: places of a block, the token before the drafts among them.")
-    draft_num_hidden_layers: int = opt(5, "Of dflash: layers, and so many states of the model are read.")
+    draft_num_hidden_layers: int = opt(5, "Of dflash: layers, and so many states of the model are read, 3 at least.")
     mask_token_id: int = opt(-1, "Of dflash: what stands for tokens to come. -1: the highest that no text has.")
     num_anchors: int = opt(512, "Of dflash: blocks of a text in one step, at places drawn anew each time.")
     loss_decay_gamma: float = opt(7.0, "Of dflash: a place weighs exp(-1 / gamma) of the one before. 0: all alike.")

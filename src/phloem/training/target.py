@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from phloem.training.options import Options
     from phloem.training.remote import Remote
 
+LEAST_STATES = 3  # that a drafter of blocks reads, however few layers it has
 CHUNK = 512  # tokens whose logits over the whole vocabulary are there at once
 _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 _SAME = ("head_dim", "num_key_value_heads", "rope_theta", "rope_scaling", "rope_parameters", "bos_token_id")
@@ -195,7 +196,7 @@ def drafter_config(checkpoint: Checkpoint, options: Options, given: dict[str, An
     left_out = ("draft_vocab_size", "eagle_config", "mlp_bias")
     said: dict[str, Any] = given.get("dflash_config") or {}
     count = int(checkpoint.config["num_hidden_layers"])
-    ids = said.get("target_layer_ids") or state_layers(count, min(layers, count - 3))
+    ids = said.get("target_layer_ids") or state_layers(count, min(max(layers, LEAST_STATES), count - 3))
     if not all(isinstance(one, int) and 0 <= one < count - 1 for one in ids):
         message = f"draft_model_config: target_layer_ids {ids}: expected some of 0 to {count - 2}"
         raise ConfigError(message, param="draft_model_config")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from dflash_support import MASK, block_states, dflash, speculator
+from dflash_support import MASK, block_states, dflash, dspark, speculator
 from draft_support import eagle, eagle3, said_by
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -80,7 +80,7 @@ class Reference:
     def __init__(self, target: Path, drafter: Path, inputs: Sequence[int], **options: Any) -> None:
         import transformers
 
-        self.drafter, self.inputs = drafter, inputs
+        self.drafter, self.inputs, self.weights = drafter, inputs, load_file(drafter / "model.safetensors")
         self.skips, self.size = 1 - options.pop("anchor", False), options.pop("size", 8)
         self.options = options
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
@@ -94,8 +94,21 @@ class Reference:
         features = torch.cat([found[number][0] for number in self.inputs], -1)
         size = min(self.size, room + self.skips)
         block = self.embed[[tokens[-1], *[MASK] * (size - 1)]]
-        states = block_states(self.drafter, features, block, **self.options)
-        return [self.say(one) for one in states[self.skips :]]
+        states = block_states(self.drafter, features, block, **self.options)[self.skips :]
+        if "markov_head.markov_w1.weight" not in self.weights:
+            return [self.say(one) for one in states]
+        # DSpark: each token changes the logits of the next.
+        table, term = (self.weights[f"markov_head.markov_{name}.weight"] for name in ("w1", "w2"))
+        own, found, plain = "d2t" in self.weights, [tokens[-1]], list[int]()
+        head = self.weights["lm_head.weight"] if own else self.model.get_output_embeddings().weight.detach()
+        for one in states:
+            logits = one @ head.T
+            bests = [int(some.argmax()) for some in (logits, logits + table[found[-1]] @ term.T)]
+            alone, best = (one + (int(self.weights["d2t"][one]) if own else 0) for one in bests)
+            found.append(best)
+            plain.append(alone)
+        assert found[1:] != plain
+        return found[1:]
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +171,17 @@ def test_speculators_files(target: Path, plainly: phloem.Engine, said: Said, tmp
     made, told = SPECULATORS[kind]
     drafter = speculator(tmp_path, **made)
     check(target, plainly, said, Reference(target, drafter, (1, 3, 5), **told))
+
+
+def test_dspark_tells_each_token_by_the_one_before(
+    target: Path, plainly: phloem.Engine, said: Said, tmp_path: Path
+) -> None:
+    reference = Reference(target, dspark(tmp_path / "own"), (1, 3, 5), size=5, anchor=True)
+    check(target, plainly, said, reference)
+    drafter = speculator(
+        tmp_path / "other", vocab=96, speculators_model_type="dspark", sample_from_anchor=False, markov_rank=16
+    )
+    check(target, plainly, said, Reference(target, drafter, (1, 3, 5)))
 
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 11, "layer_types": ["sliding_attention", "full_attention"]}
@@ -302,6 +326,7 @@ def reads(*ids: int, **more: Any) -> dict[str, Any]:
     return {"dflash_config": {"mask_token_id": MASK, "target_layer_ids": list(ids), **more}}
 
 
+SPARK = {"speculators_model_type": "dspark", "aux_hidden_state_layer_ids": [1]}
 BAD: dict[str, tuple[dict[str, Tensor | None], dict[str, Any], str]] = {
     "another hidden size": ({"fc.weight": torch.zeros(48, 144)}, {}, "hidden size is 32"),
     "another number of states": ({}, reads(0, 2), "2 states of it take 32 x 64"),
@@ -319,9 +344,12 @@ BAD: dict[str, tuple[dict[str, Tensor | None], dict[str, Any], str]] = {
     "a weight too few": ({"layers.1.mlp.up_proj.weight": None}, {}, "layers.1.mlp.up_proj.weight"),
     "a tensor too many": ({"extra.weight": torch.zeros(3)}, {}, "tensors that no such head has"),
     "DFlash 2": ({"candidate_selector.hidden_projection.weight": torch.zeros(4, 32)}, {}, "a drafter of DFlash 2"),
-    "DSpark": ({"markov_w1.weight": torch.zeros(4, 32)}, {}, "a drafter of DSpark"),
+    "Domino": ({"correction_head.weight": torch.zeros(4, 32)}, {}, "a drafter of Domino"),
+    "half of a term": ({"markov_head.markov_w1.weight": torch.zeros(384, 4)}, {"markov_rank": 4}, "markov_rank 4, and"),
+    "another term": ({}, {"markov_rank": 4, "markov_head_type": "gated"}, "markov_head_type 'gated'"),
+    "a speculator that does not say": ({}, SPARK, "it does not say sample_from_anchor"),
     "something new": ({}, reads(0, 2, 4, fc_layernorm=True), "fc_layernorm, which is not known"),
-    "another speculator": ({}, {"speculators_model_type": "peagle"}, "of kind peagle, not dflash"),
+    "another speculator": ({}, {"speculators_model_type": "peagle"}, "of kind peagle, not dflash or dspark"),
     "a map of another length": ({"lm_head.weight": torch.zeros(96, 32)}, {}, "no d2t of that length"),
     "rotation of pictures": ({}, {"rope_scaling": {"rope_type": "default", "mrope_section": [2, 3, 3]}}, "by height"),
 }  # fmt: skip
@@ -358,6 +386,8 @@ def test_settings() -> None:
     path = {"speculative_draft_model_path": "d"}
     sglang = {"speculative_algorithm": "DFLASH", "speculative_num_draft_tokens": 16, **path}
     vllm = {"speculative_config": '{"method": "dflash", "model": "d", "num_speculative_tokens": 15}'}
+    dspark = {"speculative_algorithm": "DSPARK", **path}
+    assert wanted(Config.from_flat({"model_path": "m", **dspark})).algorithm == "dflash"
     for said, counted in ((sglang, True), (vllm, True), ({"speculative_algorithm": "dflash", **path}, False)):
         found = wanted(Config.from_flat({"model_path": "m", **said}))
         assert (found.algorithm, found.drafts, found.draft_model, found.counted) == ("dflash", 15, "d", counted)

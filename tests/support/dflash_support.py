@@ -72,6 +72,7 @@ def speculator(
         tensors |= random_tensors({"lm_head.weight": (vocab, 32)}, seed + 1)
         own = torch.randperm(384, generator=torch.Generator().manual_seed(seed))[:vocab].sort().values
         tensors["d2t"] = own - torch.arange(vocab)
+        tensors |= term(vocab, seed) if "markov_rank" in more else {}
         tensors["t2d"] = torch.zeros(384, dtype=torch.bool).index_fill_(0, own, True)
     else:
         tensors |= random_tensors({"embed_tokens.weight": (384, 32)}, seed + 1)  # a copy that is not read
@@ -91,6 +92,34 @@ def speculator(
     }
     (path / "config.json").write_text(json.dumps(values))
     return path
+
+
+def dspark(path: Path, ids: Sequence[int] = (0, 2, 4), *, layers: int = 2, block: int = 5, seed: int = 5) -> Path:
+    """As the authors of DSpark publish them: with copies of the model's embedding and head, and what is not read."""
+    tensors = random_tensors(shapes(layers, len(ids)), seed)
+    tensors |= random_tensors({"embed_tokens.weight": (384, 32), "lm_head.weight": (384, 32)}, seed + 1)
+    tensors |= term(384, seed)
+    tensors |= random_tensors({"confidence_head.proj.weight": (1, 48), "confidence_head.proj.bias": (1,)}, seed)
+    values = {
+        "architectures": ["Qwen3DSparkModel"],
+        "model_type": "qwen3",
+        "num_hidden_layers": layers,
+        "block_size": block,
+        "mask_token_id": MASK,
+        "target_layer_ids": list(ids),
+        "num_target_layers": 6,
+        "markov_rank": 16,
+        "markov_head_type": "vanilla",
+        "enable_confidence_head": True,
+        "confidence_head_with_markov": True,
+    }
+    return write_head(path, tensors, **values)
+
+
+def term(vocab: int, seed: int) -> dict[str, Tensor]:
+    """Large enough that it changes what is said."""
+    names = {"markov_head.markov_w1.weight": (384, 16), "markov_head.markov_w2.weight": (vocab, 16)}
+    return {name: 6.0 * one for name, one in random_tensors(names, seed + 9).items()}
 
 
 def at(x_THD: Tensor, places: Tensor) -> Tensor:

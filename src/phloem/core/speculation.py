@@ -31,7 +31,7 @@ CAPACITY = 1 << 17  # tokens of past answers that drafts may come from
 # Other engines' names of a drafter -> ours. Whatever is not here is looked up as it is.
 _NAMES = {
     "standalone": "draft_model", "prompt_lookup": "ngram", "nextn": "mtp", "deepseek_mtp": "mtp", "glm4_moe_mtp": "mtp",
-    "mimo_mtp": "mtp", "qwen3_next_mtp": "mtp", "qwen3_5_mtp": "mtp",
+    "mimo_mtp": "mtp", "qwen3_next_mtp": "mtp", "qwen3_5_mtp": "mtp", "dspark": "dflash",
 }  # fmt: skip
 # Methods of vLLM's JSON and the keys that we read there -> the flag that means the same.
 _KEYS = {

@@ -107,7 +107,7 @@ def prepare(loaded: Loaded | None, place: Place, decisions: list[Decision]) -> P
 
     def make(slots: Slots, last: LastTokens) -> DraftWork:
         if isinstance(model, DFlash):
-            return BlockWork(loaded, forward, backend, pool, slots, last, model.ahead)
+            return BlockWork(loaded, forward, backend, pool, slots, last, model)
         if loaded.tree is None:
             return DraftWork(loaded, forward, backend.ops, pool, slots, last)
         return TreeWork(loaded, forward, backend.ops, pool, slots, last, given)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from phloem.engine.transfer import LastTokens
     from phloem.kvcache.pool import KVPool
     from phloem.layers.context import AttentionSpec, AttentionStep
+    from phloem.models._dflash import DFlash
 
 
 @dataclass(slots=True)
@@ -52,6 +53,7 @@ class Asked:
     ids_B: NDArray[np.int64]
     end_B: NDArray[np.int32]  # the position behind their block
     index_L: NDArray[np.int64]  # which places' tokens are wanted, row by row
+    last_n: NDArray[np.int64]  # the last known token
 
 
 class BlockMemory(Memory):
@@ -103,12 +105,12 @@ class BlockWork(DraftWork):
         pool: KVPool,
         slots: Slots,
         last: LastTokens,
-        ahead: Mapping[int, bool],
+        drafter: DFlash,
     ) -> None:
         super().__init__(loaded, forward, backend.ops, pool, slots, last)
         assert loaded.block is not None
-        self._block, self._backend, self._ahead = loaded.block, backend, ahead
-        windows = [spec.window for spec in loaded.model.attention_specs if spec.window and ahead[spec.pool]]
+        self._block, self._backend, self._drafter = loaded.block, backend, drafter
+        windows = [spec.window for spec in drafter.attention_specs if spec.window and drafter.ahead[spec.pool]]
         self._window = min(windows, default=0)
 
     def run(self, batch: Batch) -> tuple[Batch, float]:
@@ -119,7 +121,7 @@ class BlockWork(DraftWork):
         if len(rows):
             asked = self._asked(batch, plan, rows)
             memory, positions_T, ids_B, index_L = self._planned(batch.tables[self._group][rows], asked)
-            hidden_LN = self._model.forward(ForwardBatch(ids_B, positions_T, memory, index_L))
+            hidden_LN = self._drafter.forward(ForwardBatch(ids_B, positions_T, memory, index_L))
             if len(asked.index_L):
                 tokens = self._told(batch, rows, asked, hidden_LN).tolist()
                 for row, token in zip(rows[asked.each_B[asked.index_L]].tolist(), tokens, strict=True):
@@ -138,10 +140,11 @@ class BlockWork(DraftWork):
         offset_B = place_B - anchors[each_B]
         ids_B = np.full(len(each_B), block.mask, np.int64)
         # What is read behind the last known position is the last known token.
-        ids_B[offset_B == 0] = plan.ids[np.cumsum(plan.lens)[rows] - 1][widths > 0]
+        last_n = plan.ids[np.cumsum(plan.lens)[rows] - 1].astype(np.int64)
+        ids_B[offset_B == 0] = last_n[widths > 0]
         told_B = (offset_B >= block.skips) & (offset_B < block.skips + wants[each_B])
         end_B = (anchors + widths)[each_B]
-        return Asked(each_C, known_C, each_B, offset_B, place_B, ids_B, end_B, np.flatnonzero(told_B))
+        return Asked(each_C, known_C, each_B, offset_B, place_B, ids_B, end_B, np.flatnonzero(told_B), last_n)
 
     def _planned(self, table: NDArray[np.int32], asked: Asked) -> tuple[Memory, Tensor, Tensor, Tensor]:
         """(What layers attend by, positions [T], the blocks' tokens [B], wanted places [L]); `table` [n, P]."""
@@ -165,7 +168,7 @@ class BlockWork(DraftWork):
         step = self._backend.begin(rows, self._pool)
         inner = Memory(self._pool, [step] * groups, self._backend.ops, [rows] * groups)
         apart = self._apart(asked, wide) if self._window and farthest > self._window else {}
-        memory = BlockMemory(inner, self._backend.begin(wide, self._pool), self._ahead, apart)
+        memory = BlockMemory(inner, self._backend.begin(wide, self._pool), self._drafter.ahead, apart)
         return memory, positions, ids, index
 
     def _apart(self, asked: Asked, wide: PagedBatch) -> dict[int, tuple[Tensor, AttentionStep]]:
@@ -183,13 +186,31 @@ class BlockWork(DraftWork):
     def _told(self, batch: Batch, rows: NDArray[np.intp], asked: Asked, hidden_LN: Tensor) -> NDArray[np.int64]:
         """The token of each wanted place, drawn as the model's own will be."""
         each = rows[asked.each_B[asked.index_L]]
-        slots = batch.slots[each]
-        if self._slots.columns.greedy[slots].all():
-            tokens_L = self._model.greedy(hidden_LN)
-        else:
-            before = (batch.prefix_lens + batch.query_lens)[each] + asked.offset_B[asked.index_L] - self._block.skips
+        depth = asked.offset_B[asked.index_L] - self._block.skips
+        slots, before = batch.slots[each], (batch.prefix_lens + batch.query_lens)[each] + depth
+        if self._drafter.term is None:
+            return self._chosen(hidden_LN, slots, before, None)
+        found = np.zeros(len(each), np.int64)
+        anchors = asked.last_n[asked.each_B[asked.index_L]]
+        for place in range(int(depth.max()) + 1):
+            at = np.flatnonzero(depth == place)
+            told = anchors[at] if not place else found[at - 1]
+            index, told_n = self._last.up([at, told])
+            found[at] = self._chosen(hidden_LN[index], slots[at], before[at], told_n)
+        return found
+
+    def _chosen(
+        self, hidden_LN: Tensor, slots: NDArray[np.int32], before: NDArray[np.int32], told_L: Tensor | None
+    ) -> NDArray[np.int64]:
+        """Tokens of places, each behind so many tokens of its text. `told_L`: the tokens before them, where those
+        change what is said."""
+        if not self._slots.columns.greedy[slots].all():
             settings = self._slots.columns.rows(slots, before.astype(np.int32))
-            tokens_L = sample(self._model.head(hidden_LN), settings, self._ops, self._last.up)
+            tokens_L = sample(self._drafter.head(hidden_LN, told_L), settings, self._ops, self._last.up)
+        elif told_L is None:
+            tokens_L = self._drafter.greedy(hidden_LN)
+        else:
+            tokens_L = self._ops.argmax(self._drafter.head(hidden_LN, told_L))
         return tokens_L.long().cpu().numpy().copy()
 
 

@@ -6,6 +6,9 @@ of all that came before; it asks with the block: the token that is known last, a
 are rotated to the positions of their tokens. The result at a mask's place tells the token of that very position, or, of
 drafters that sample from the anchor, each place tells the one behind it.
 
+DSpark adds to a place's logits a term of the token before it, of low rank: what is told first counts for what follows,
+behind one pass.
+
 Legend: C tokens whose features a pass takes in, B places of its blocks, N hidden size, L places whose token is wanted.
 """
 
@@ -17,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from phloem.core.memory import Paged
-from phloem.layers.embed import Head
+from phloem.layers.embed import Embedding, Head
 from phloem.models._common import usual_attention, usual_mlp
 from phloem.models._draft import DraftHead, Fuse, Shared
 from phloem.models._layer import LayerKind, MixerAlone, Place
@@ -48,6 +51,7 @@ class DFlashFacts:
     vocab: int = 0  # its own vocabulary; 0: the model's head is used
     norms: bool = True  # of each head of q and k
     embed_scale: float = 1.0  # of the embeddings as the table has them
+    rank: int = 0  # of what the token before a place adds to its logits; 0: nothing does
 
 
 class DFlash(DraftHead):
@@ -74,12 +78,25 @@ class DFlash(DraftHead):
             self.layers.append(layer)
         if facts.vocab:
             self.own_head = Head(ctx.child("lm_head"), facts.vocab, size, None)
+        self.term: tuple[Embedding, Head] | None = None
+        if facts.rank:
+            both = ctx.child("markov_head")
+            before = Embedding(both.child("markov_w1"), self.vocab_size, facts.rank)
+            self.term = before, Head(both.child("markov_w2"), facts.vocab or self.vocab_size, facts.rank, None)
         own = shared.target.embed.scale
         self.embed_scale = facts.embed_scale / own  # of what the model's embedding gives
 
     def feature(self, states: Sequence[Tensor]) -> Tensor:
         """What is kept of each token: [T, N] of the model's states, [T, N] each."""
         return self.hidden_norm(self.fuse(states))
+
+    def head(self, hidden_LN: Tensor, before_L: Tensor | None = None) -> Tensor:
+        """As of any head; `before_L` int64: the tokens before the places, of a drafter whose logits they change."""
+        if self.term is None or before_L is None:
+            return super().head(hidden_LN)
+        table, weights = self.term
+        logits_LD = (self.own_head or self.shared.target.head)(hidden_LN) + weights(table(before_L).to(hidden_LN.dtype))
+        return self.spread(logits_LD)
 
     def forward(self, step: ForwardBatch) -> Tensor:
         """Of the places `step.logit_index` [L] of the blocks: [L, N].

@@ -106,7 +106,10 @@ class DraftHead(Layer):
         """float32 logits [L, V], -inf for tokens that it cannot say."""
         if self.own_head is None:
             return self.shared.target.head(hidden_LN)
-        logits_LD = self.own_head(hidden_LN)
+        return self.spread(self.own_head(hidden_LN))
+
+    def spread(self, logits_LD: Tensor) -> Tensor:
+        """Logits of its own tokens over the model's [L, V]."""
         if self.ids_D is None:
             return logits_LD
         logits_LV = logits_LD.new_full((len(logits_LD), self.vocab_size), float("-inf"))

@@ -32,7 +32,7 @@ def draft_of(wanted: Wanted) -> Checkpoint:
     """The checkpoint that drafts. Raises ModelLoadError, or ConfigError for one that does not generate."""
     assert wanted.draft_model is not None
     found = describe(wanted.draft_model)
-    if any(name.startswith("DFlash") for name in found.architectures):
+    if any("DFlash" in name or "DSpark" in name for name in found.architectures):
         found = describe(wanted.draft_model, task="generate")  # else `...Model` says that it gives vectors
     if found.pooling is not None or found.pictures is not None:
         raise ConfigError(f"{found.path}: it does not generate, so it drafts nothing", param=PARAM)

@@ -4,6 +4,9 @@ Read are files of the original layout (`DFlashDraftModel`: `dflash_config` with 
 which name layers by their outputs, from 0) and of vLLM's speculators (`speculators_model_type: dflash`:
 `aux_hidden_state_layer_ids`, which count the layers before a state, and so are one more; perhaps a vocabulary of its
 own). The model's embedding and head serve.
+
+DSpark's files are read too (`Qwen3DSparkModel`, speculators' kind `dspark`): `markov_head.*` with a term of the token
+before. Their `confidence_head`, which tells how many drafts to verify, is left out: measured acceptance tells that.
 """
 
 from __future__ import annotations
@@ -32,8 +35,6 @@ BLOCK = 16  # places where a file of the original layout says nothing
 _OTHERS = {
     "candidate_selector.": "DFlash 2",
     "attention_conv.": "DFlash 2",
-    "markov": "DSpark",
-    "confidence_head": "DSpark",
     "correction_head": "Domino",
     "fusion_weights": "DFlare",
     "pre_fc_norms": "norms of each state",
@@ -42,6 +43,7 @@ _OTHERS = {
 _KNOWN = ("mask_token_id", "target_layer_ids", "block_size", "input_embedding_scale")
 _KEEPS_ORDER = ("output_multiplier", "final_logit_softcapping")
 _PLAIN = {"projector_type": "dflash", "shift_label": False}
+_TERM = ("markov_head.markov_w1.weight", "markov_head.markov_w2.weight")
 _COPIES = ("embed_tokens.weight", "verifier_lm_head.weight", "verifier_norm.weight", "d2t", "t2d")
 
 
@@ -59,8 +61,8 @@ class Said:
 def read(config: dict[str, Any], where: str) -> Said:
     """Raises ConfigError for what no DFlash drafter is, or what is not run here."""
     kind = config.get("speculators_model_type")
-    if kind not in (None, "dflash"):
-        raise ConfigError(f"{where}: a speculator of kind {kind}, not dflash", param=PARAM)
+    if kind not in (None, "dflash", "dspark"):
+        raise ConfigError(f"{where}: a speculator of kind {kind}, not dflash or dspark", param=PARAM)
     said: dict[str, Any] = config.get("dflash_config") or {}
     _check_known(config, said, where)
     found = {**{name: config[name] for name in _KNOWN if name in config}, **said}
@@ -79,7 +81,12 @@ def read(config: dict[str, Any], where: str) -> Said:
     mask, size = found.get("mask_token_id"), found.get("block_size", BLOCK)
     if not isinstance(mask, int) or isinstance(mask, bool):
         raise ConfigError(f"{where}: mask_token_id is {mask!r}, expected a token", param=PARAM)
-    anchor = bool(config.get("sample_from_anchor", False))
+    anchor = config.get("sample_from_anchor", kind is None and bool(config.get("markov_rank")))
+    if kind == "dspark" and "sample_from_anchor" not in config:
+        raise ConfigError(f"{where}: it does not say sample_from_anchor", param=PARAM)
+    if config.get("markov_head_type", "vanilla") != "vanilla":
+        raise ConfigError(f"{where}: markov_head_type {config['markov_head_type']!r}: vanilla is run", param=PARAM)
+    anchor = bool(anchor)
     if not isinstance(size, int) or not 2 - anchor <= size <= MOST_DRAFTS + 1 - anchor:
         limits = f"{2 - anchor} to {MOST_DRAFTS + 1 - anchor}"
         raise ConfigError(f"{where}: block_size is {size!r}, expected {limits}", param=PARAM)
@@ -174,13 +181,17 @@ class Drafter(Base):
                 f"{path}: {own} tokens of its own for the {self.vocab} of the model, and no d2t of that length",
                 param=PARAM,
             )
-        norms = "layers.0.self_attn.q_norm.weight" in shapes
-        return DFlashFacts(
-            len(self.said.layers), self.said.sights, own if own != self.vocab else 0, norms, self.said.embed_scale
-        )
+        rank = shapes[_TERM[0]][1] if _TERM[0] in shapes else 0
+        if rank != int(config.get("markov_rank") or 0) or (rank and _TERM[1] not in shapes):
+            raise ConfigError(f"{path}: markov_rank {config.get('markov_rank')}, and tensors of {rank}", param=PARAM)
+        norms, states = "layers.0.self_attn.q_norm.weight" in shapes, len(self.said.layers)
+        vocab = own if own != self.vocab else 0
+        return DFlashFacts(states, self.said.sights, vocab, norms, self.said.embed_scale, rank)
 
     def load(self, model: Model, ctx: BuildContext, positions: int) -> Loaded:
         target, facts = decoder_of(model), self.facts
+        if facts.rank and (target.head.scale != 1.0 or target.head.softcap):
+            raise ConfigError(f"{self.draft.path}: its term adds to logits that this model scales or caps", param=PARAM)
         own = head_context(ctx, self.target)
         # Masks stand behind a text's last position too.
         shared = Shared(target, positions + self.said.block.size)
@@ -198,11 +209,15 @@ class Drafter(Base):
         places = f"{block.size} places, mask {block.mask}"
         if block.from_anchor:
             places += ", each tells the token behind it"
+        if facts.rank:
+            places += f", a term of rank {facts.rank} of the token before"
         why = f"{self.draft.name}: {reads}; {places}; {said}"
         return Loaded(drafter, first, None, Decision("speculative_draft", "dflash", why), block=block)
 
     def _name(self, name: str) -> str | None:
         bare = name.removeprefix("model.")
+        if bare.startswith("confidence_head."):
+            return None
         # With the model's whole vocabulary a head in the file is a copy of the model's.
         return None if bare in _COPIES or (bare == "lm_head.weight" and not self.facts.vocab) else bare
 

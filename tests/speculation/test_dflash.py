@@ -295,7 +295,7 @@ def test_answers_are_those_of_plain_decoding(
         assert [one["output_ids"] for one in got] == [one["output_ids"] for one in answers[0]]
 
 
-def each_answer(engine: phloem.Engine, ids: list[list[int]], params: dict[str, Any]) -> list[Any]:
+def each_answer(engine: phloem.Engine, ids: list[list[int]], params: Any) -> list[Any]:
     found: Any = engine.generate(input_ids=ids, sampling_params=params)
     return found
 
@@ -311,6 +311,26 @@ def test_some_of_those_drafts_count_and_some_do_not(engines: list[phloem.Engine]
         metas = [one["meta_info"] for one in got]
         right = sum(meta["spec_num_correct_drafts"] for meta in metas)
         assert 0 < right < sum(meta["spec_num_proposed_drafts"] for meta in metas)
+
+
+@pytest.mark.slow
+def test_dspark_draws_by_the_requests_own_settings(engines: list[phloem.Engine], pair: tuple[Path, Path]) -> None:
+    """Requests that draw and that do not, of one step, with a term that favours what was said last."""
+    drafter, made = dspark(pair[0].parent / "dspark", layers=1), load_file(pair[1] / "model.safetensors")
+    made |= {f"markov_head.markov_{name}.weight": torch.zeros(384, 32) for name in ("w1", "w2")}
+    table = load_file(pair[0] / "model.safetensors")["model.embed_tokens.weight"]
+    made["markov_head.markov_w1.weight"], made["markov_head.markov_w2.weight"] = table, table.clone()
+    path = changed(drafter.parent / "followed", drafter, {}, markov_rank=32)
+    save_file(made, Path(path) / "model.safetensors")
+    head = {"speculative_algorithm": "DSPARK", "speculative_draft_model_path": path}
+    params = [{"max_new_tokens": 40, "temperature": heat, "sampling_seed": 1} for heat in (0.0, 1.0, 0.5)]
+    ids = [[50] * 20, [50] * 20, [9, 50] * 9]
+    with phloem.Engine(model_path=str(pair[0]), disable_speculative_adaptive=True, **TIGHT, **head) as engine:
+        want, got = (each_answer(one, ids, params) for one in (engines[0], engine))
+    assert [one["output_ids"] for one in got] == [one["output_ids"] for one in want]
+    metas = [one["meta_info"] for one in got]
+    right = sum(meta["spec_num_correct_drafts"] for meta in metas)
+    assert 0 < right < sum(meta["spec_num_proposed_drafts"] for meta in metas)
 
 
 def changed(path: Path, drafter: Path, tensors: dict[str, Tensor | None], **config: Any) -> str:

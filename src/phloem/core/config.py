@@ -315,7 +315,7 @@ class SpeculativeConfig:
     speculative_algorithm: str | None = opt(
         None,
         "Whence drafts come: auto (default: suffix on a CPU), none, suffix, ngram, standalone, eagle, eagle3, nextn, "
-        "dflash.",
+        "dflash (also dspark).",
     )
     speculative_num_steps: int | None = opt(
         None, "Drafts behind a token, at most; default 23, of models 5, of dflash 15, else 7."

@@ -82,6 +82,7 @@ class Reference:
 
         self.drafter, self.inputs, self.weights = drafter, inputs, load_file(drafter / "model.safetensors")
         self.skips, self.size = 1 - options.pop("anchor", False), options.pop("size", 8)
+        self.scale = options.pop("scale", 1.0)
         self.options = options
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
         self.embed = self.model.get_input_embeddings().weight.detach()
@@ -93,7 +94,7 @@ class Reference:
             found = self.model(torch.tensor([tokens[:-1]]), output_hidden_states=True).hidden_states
         features = torch.cat([found[number][0] for number in self.inputs], -1)
         size = min(self.size, room + self.skips)
-        block = self.embed[[tokens[-1], *[MASK] * (size - 1)]]
+        block = self.scale * self.embed[[tokens[-1], *[MASK] * (size - 1)]]
         states = block_states(self.drafter, features, block, **self.options)[self.skips :]
         if "markov_head.markov_w1.weight" not in self.weights:
             return [self.say(one) for one in states]
@@ -149,13 +150,17 @@ def test_fewer_drafts_are_fewer_masks(target: Path, plainly: phloem.Engine, said
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
-def test_other_models(family: str, said: Said, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "scale"), [("qwen3", 1.0), ("qwen3_moe", 1.0), ("gemma3_text", 1.5)])
+def test_other_models(family: str, scale: float, said: Said, tmp_path: Path) -> None:
+    """Gemma multiplies its embeddings; a drafter's factor counts from the table itself."""
     target = tiny_checkpoint(family, tmp_path / "target", num_hidden_layers=LAYERS)
     config = json.loads((target / "config.json").read_text())
     assert config["hidden_size"] == 32 and config["vocab_size"] == 384
     drafter = dflash(tmp_path / "drafter", ids=(1, 2, 3, 4), block=5)
-    check(target, None, said, Reference(target, drafter, (2, 3, 4, 5), size=5))
+    told = json.loads((drafter / "config.json").read_text())
+    told["dflash_config"]["input_embedding_scale"] = scale
+    (drafter / "config.json").write_text(json.dumps(told))
+    check(target, None, said, Reference(target, drafter, (2, 3, 4, 5), size=5, scale=scale))
 
 
 SPECULATORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -370,6 +375,8 @@ BAD: dict[str, tuple[dict[str, Tensor | None], dict[str, Any], str]] = {
     "a speculator that does not say": ({}, SPARK, "it does not say sample_from_anchor"),
     "something new": ({}, reads(0, 2, 4, fc_layernorm=True), "fc_layernorm, which is not known"),
     "another speculator": ({}, {"speculators_model_type": "peagle"}, "of kind peagle, not dflash or dspark"),
+    "a list of settings": ({}, {"dflash_config": [1]}, "dflash_config is [1], expected an object"),
+    "a scale of nothing": ({}, reads(0, 2, 4, input_embedding_scale=0), "input_embedding_scale is 0, expected"),
     "a map of another length": ({"lm_head.weight": torch.zeros(96, 32)}, {}, "no d2t of that length"),
     "rotation of pictures": ({}, {"rope_scaling": {"rope_type": "default", "mrope_section": [2, 3, 3]}}, "by height"),
 }  # fmt: skip

@@ -11,6 +11,7 @@ before. Their `confidence_head`, which tells how many drafts to verify, is left 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,9 @@ def read(config: dict[str, Any], where: str) -> Said:
     kind = config.get("speculators_model_type")
     if kind not in (None, "dflash", "dspark"):
         raise ConfigError(f"{where}: a speculator of kind {kind}, not dflash or dspark", param=PARAM)
-    said: dict[str, Any] = config.get("dflash_config") or {}
+    said: Any = config.get("dflash_config") or {}
+    if not isinstance(said, dict):
+        raise ConfigError(f"{where}: dflash_config is {said!r:.60}, expected an object", param=PARAM)
     _check_known(config, said, where)
     found = {**{name: config[name] for name in _KNOWN if name in config}, **said}
     if kind is None:
@@ -90,9 +93,11 @@ def read(config: dict[str, Any], where: str) -> Said:
     if not isinstance(size, int) or not 2 - anchor <= size <= MOST_DRAFTS + 1 - anchor:
         limits = f"{2 - anchor} to {MOST_DRAFTS + 1 - anchor}"
         raise ConfigError(f"{where}: block_size is {size!r}, expected {limits}", param=PARAM)
-    scale = float(found.get("input_embedding_scale", 1.0))
+    scale = found.get("input_embedding_scale", 1.0)
+    if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 < scale < math.inf:
+        raise ConfigError(f"{where}: input_embedding_scale is {scale!r}, expected a number above 0", param=PARAM)
     layers = tuple(one + before for one in ids)
-    return Said(layers, f"{named} {ids}", Block(size, mask, anchor), sights(config, kind is not None), scale)
+    return Said(layers, f"{named} {ids}", Block(size, mask, anchor), sights(config, kind is not None), float(scale))
 
 
 def _check_known(config: dict[str, Any], said: dict[str, Any], where: str) -> None:
@@ -100,6 +105,8 @@ def _check_known(config: dict[str, Any], said: dict[str, Any], where: str) -> No
     unknown = [name for name in unknown if said[name] not in (None, False)]
     if unknown:
         raise ConfigError(f"{where}: dflash_config says {', '.join(unknown)}, which is not known here", param=PARAM)
+    if config.get("markov_rank") and (changes := [name for name in _KEEPS_ORDER if said.get(name)]):
+        raise ConfigError(f"{where}: {changes[0]} beside a term of the token before is not known here", param=PARAM)
     for name, plain in _PLAIN.items():
         value = said.get(name, config.get(name))
         if value not in (None, plain):

@@ -107,7 +107,8 @@ def test_a_tree_is_as_deep_as_its_steps_and_as_large_as_its_tokens() -> None:
     [
         (
             {"speculative_algorithm": "MEDUSA"},
-            "unknown speculative algorithm 'medusa'; known: auto, none, draft_model, eagle, eagle3, mtp, ngram, suffix",
+            "unknown speculative algorithm 'medusa'; known: auto, none, dflash, draft_model, eagle, eagle3, mtp, "
+            "ngram, suffix",
         ),
         ({"speculative_algorithm": "EAGLE3"}, "EAGLE3 needs speculative_draft_model_path"),
         ({"speculative_config": '{"method": "eagle"}'}, "eagle needs speculative_draft_model_path"),

@@ -28,7 +28,7 @@ from phloem.checkpoint.mistral_format import PARAMS, as_config
 from phloem.checkpoint.pictures import Pictures, pictures_of
 from phloem.checkpoint.pooling import Pooling, pooling_of
 from phloem.checkpoint.quant_config import StoredFormat, quantization_said, stored_format
-from phloem.checkpoint.spelling import one_spelling, text_part
+from phloem.checkpoint.spelling import one_spelling, text_part, with_layers
 from phloem.core.config import ModelConfig
 from phloem.core.errors import ConfigError, ModelLoadError
 from phloem.utils import log
@@ -289,7 +289,7 @@ def _describe_directory(path: Path, name: str, load_format: str, model_impl: str
     if path.is_dir() and not config_path.exists():
         raise ModelLoadError(f"{config_path}: missing; a model directory has a config.json and safetensors files")
     whole = _read_json(config_path)
-    whole = as_config(whole, config_path) if consolidated else _thinking(whole)
+    whole = as_config(whole, config_path) if consolidated else with_layers(_thinking(whole))
     model_type, seen = _model_type(whole, config_path), None
     if model_impl != "transformers":
         model_type, seen = _language(whole, model_type)

@@ -41,6 +41,16 @@ def text_part(whole: dict[str, Any]) -> dict[str, Any]:
     return {**outer, **text}
 
 
+def with_layers(whole: dict[str, Any]) -> dict[str, Any]:
+    """A config.json of vLLM's speculators, which keeps what its layers are in `transformer_layer_config`, as one."""
+    inner = whole.get("transformer_layer_config")
+    if "speculators_model_type" not in whole or not isinstance(inner, dict):
+        return whole
+    layers = {key: value for key, value in cast("dict[str, Any]", inner).items() if value is not None}
+    layers.pop("architectures", None)
+    return {**whole, **layers}
+
+
 def one_spelling(
     config: dict[str, Any], defaults: dict[str, Any], path: Path, names: Mapping[str, str] | None = None
 ) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Train a head that drafts for a model (EAGLE-3): phloem train-draft MODEL --train-data-path FILE."""
+"""Train a head (EAGLE-3) or a drafter (DFlash) for a model: phloem train-draft MODEL --train-data-path FILE."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from phloem.training.run import train
 from phloem.utils import log
 
 DESCRIPTION = (
-    "Train an EAGLE-3 head for a model, on text that it reads or writes itself, and write checkpoints that servers "
-    "load with --speculative-algorithm EAGLE3 --speculative-draft-model-path. The model may stand first without its "
-    "name; --config FILE reads YAML, and flags win over it."
+    "Train an EAGLE-3 head or a DFlash drafter (--method) for a model, on text that it reads or writes itself, and "
+    "write checkpoints that servers load with --speculative-algorithm EAGLE3 or DFLASH and "
+    "--speculative-draft-model-path. The model may stand first without its name; --config FILE reads YAML, and flags "
+    "win over it."
 )
 
 

@@ -314,10 +314,13 @@ class SpeculativeConfig:
 
     speculative_algorithm: str | None = opt(
         None,
-        "Whence drafts come: auto (default: suffix on a CPU), none, suffix, ngram, draft_model, eagle, eagle3, mtp. "
-        "Other engines' names: standalone (draft_model), prompt_lookup (ngram), nextn and deepseek_mtp (mtp).",
+        "Whence drafts come: auto (default: suffix on a CPU), none, suffix, ngram, draft_model, eagle, eagle3, mtp, "
+        "dflash (also dspark). Other engines' names: standalone (draft_model), prompt_lookup (ngram), nextn and "
+        "deepseek_mtp (mtp).",
     )
-    speculative_num_steps: int | None = opt(None, "Drafts behind a token, at most; default 23, of models 5, else 7.")
+    speculative_num_steps: int | None = opt(
+        None, "Drafts behind a token, at most; default 23, of models 5, of dflash 15, else 7."
+    )
     speculative_num_draft_tokens: int | None = opt(None, "The same with the token before them: one more.")
     speculative_eagle_topk: int | None = opt(None, "Drafts of a model that may follow one token: above 1, trees.")
     speculative_draft_model_path: str | None = opt(

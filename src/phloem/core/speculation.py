@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from phloem.core.config import Config, SpeculativeConfig
 
 AUTO, NONE = "auto", "none"
-MODELS = ("draft_model", "eagle", "eagle3", "mtp")  # drafters that are models
+MODELS = ("draft_model", "eagle", "eagle3", "mtp", "dflash")  # drafters that are models
+BLOCKS = "dflash"  # of them the one whose drafts come all at once
 USUAL_CHAIN = 5  # drafts of a model, each of which takes a pass of it
+USUAL_BLOCK = 15  # drafts that come all at once: of the published blocks
 USUAL_DRAFTS = 7  # with the token before them eight rows: about as many as a step reads weights for at one cost
 LONG_DRAFTS = 23  # of texts, where measured times decide how many of them are verified: as many as keep a row's bits
 MOST_DRAFTS = 31
@@ -29,7 +31,7 @@ CAPACITY = 1 << 17  # tokens of past answers that drafts may come from
 # Other engines' names of a drafter -> ours. Whatever is not here is looked up as it is.
 _NAMES = {
     "standalone": "draft_model", "prompt_lookup": "ngram", "nextn": "mtp", "deepseek_mtp": "mtp", "glm4_moe_mtp": "mtp",
-    "mimo_mtp": "mtp", "qwen3_next_mtp": "mtp", "qwen3_5_mtp": "mtp",
+    "mimo_mtp": "mtp", "qwen3_next_mtp": "mtp", "qwen3_5_mtp": "mtp", "dspark": "dflash",
 }  # fmt: skip
 # Methods of vLLM's JSON and the keys that we read there -> the flag that means the same.
 _KEYS = {
@@ -45,7 +47,8 @@ _KEYS = {
 @dataclass(frozen=True)
 class Wanted:
     """What is asked for. `drafts`: in one step behind one token, at most; `capacity`: tokens of past answers. `topk`:
-    drafts that may follow the same token, above 1 a tree of up to `steps` behind one another (0: of a chain)."""
+    drafts that may follow the same token, above 1 a tree of up to `steps` behind one another (0: of a chain).
+    `counted`: somebody said how many drafts."""
 
     algorithm: str = AUTO
     drafts: int = USUAL_DRAFTS
@@ -57,6 +60,7 @@ class Wanted:
     topk: int = 1
     steps: int = 0
     adaptive: bool = True
+    counted: bool = False
 
     @property
     def rows(self) -> int:
@@ -98,6 +102,7 @@ def wanted(config: Config) -> Wanted:
     if topk is not None and topk != 1:
         values |= _tree(flags, values["algorithm"], topk, found.get("drafts", USUAL_CHAIN))
     adaptive = not flags.disable_speculative_adaptive
+    values["counted"] = "drafts" in values
     values.setdefault("drafts", _usual(values["algorithm"], adaptive))
     return _checked(Wanted(**values, adaptive=adaptive))
 
@@ -129,7 +134,7 @@ def check_capture(flags: SpeculativeConfig, why: str) -> bool:
 def _usual(algorithm: str, adaptive: bool) -> int:
     """Drafts where nobody says how many."""
     if algorithm in MODELS:
-        return USUAL_CHAIN
+        return USUAL_BLOCK if algorithm == BLOCKS else USUAL_CHAIN
     return LONG_DRAFTS if adaptive and algorithm != NONE else USUAL_DRAFTS
 
 
@@ -166,6 +171,8 @@ def _tree(flags: SpeculativeConfig, algorithm: str, topk: int, usual: int) -> di
             f"{name}: a tree of drafts comes from a model ({', '.join(MODELS)}), not from {algorithm}; leave it out",
             param=name,
         )
+    if algorithm == BLOCKS:
+        raise ConfigError(f"{name}: {algorithm} drafts one token for each place of a block; leave it out", param=name)
     steps, tokens = flags.speculative_num_steps, flags.speculative_num_draft_tokens
     steps = usual if steps is None else steps
     if not 2 <= topk <= MOST_WIDTH:

@@ -11,11 +11,13 @@ from phloem import attention
 from phloem.attention import AttentionNeed
 from phloem.core.errors import ConfigError
 from phloem.core.resolve import Decision
+from phloem.engine.blocks import BlockWork
 from phloem.engine.drafting import DraftWork
 from phloem.engine.forward import Eager, Forward
 from phloem.engine.growing import TreeWork
 from phloem.engine.recorded import choice
 from phloem.models._common import Decoder
+from phloem.models._dflash import DFlash
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -117,6 +119,8 @@ def prepare(loaded: Loaded | None, place: Place, decisions: list[Decision]) -> P
     forward = Forward(ways, Eager(model, backend, pool))  # pyright: ignore[reportArgumentType] - as much as it calls
 
     def make(slots: Slots, last: LastTokens) -> DraftWork:
+        if isinstance(model, DFlash):
+            return BlockWork(loaded, forward, backend, pool, slots, last, model)
         if loaded.tree is None:
             return DraftWork(loaded, forward, backend.ops, pool, slots, last)
         return TreeWork(loaded, forward, backend.ops, pool, slots, last, given)

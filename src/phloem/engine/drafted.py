@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.config import Config
     from phloem.core.speculation import Wanted
+    from phloem.engine.drafting import Loaded
     from phloem.kernels.ops import Ops
     from phloem.models import Model
     from phloem.platforms import Platform
@@ -38,6 +39,7 @@ class Place:
     row_bits: a token's row has the same bits in steps of 1 to `MOST_ROWS` rows.
     alone: the engine has one rank, and prefills and decodes.
     why: what else is served makes it impossible; "": nothing.
+    block: drafts that a model which drafts makes in one pass; 0: one after another.
     """
 
     on_host: bool = True
@@ -45,6 +47,7 @@ class Place:
     row_bits: bool = True
     alone: bool = True
     why: str = ""
+    block: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,11 @@ class Drafted:
 
 
 def place(
-    config: Config, checkpoint: Checkpoint, platform: Platform, ops: Ops, model: Model, *, several: bool, fills: bool
-) -> Place:
-    """Of a model that generates. `several`: it is shared out among ranks. `fills`: it writes by diffusion."""
+    config: Config, checkpoint: Checkpoint, platform: Platform, ops: Ops, model: Model, helper: Loaded | None = None,
+    *, several: bool, fills: bool,
+) -> Place:  # fmt: skip
+    """Of a model that generates. `helper`: the one that drafts for it. `several`: it is shared out among ranks.
+    `fills`: it writes by diffusion."""
     on_host, groups = platform.facts.on_host, groups_of(model.memory)
     recurrent = any(group.kind == "state" for group in groups)
     return Place(
@@ -68,6 +73,7 @@ def place(
         row_bits=ops.row_bits and stands_apart(model, groups, on_host=on_host),
         alone=not several and config.disagg.disaggregation_mode == "null",
         why=undrafted(config, checkpoint, several=several, recurrent=recurrent, fills=fills),
+        block=0 if helper is None or helper.block is None else helper.block.most,
     )
 
 
@@ -88,6 +94,9 @@ def _decide(asked: Wanted, where: Place) -> tuple[str, Decision]:
         return NONE, without(asked, why)
     if asked.algorithm == AUTO:
         return _unasked(asked, where)
+    if where.block:
+        what = f"as asked, up to {min(asked.drafts, where.block)} drafts in one pass; {_how(asked, where.row_bits)}"
+        return asked.algorithm, Decision(NAME, asked.algorithm, what)
     what = "drafts" if asked.topk == 1 else f"drafts as a tree, {asked.topk} wide and {asked.steps} deep"
     name = asked.algorithm
     return name, Decision(NAME, name, f"as asked, up to {asked.drafts} {what}; {_how(asked, where.row_bits)}")

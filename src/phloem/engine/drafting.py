@@ -64,6 +64,25 @@ class DraftModel(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Block:
+    """How a model drafts blocks in one pass."""
+
+    size: int  # places, that of the last known token among them
+    mask: int  # the token that stands at the others
+    from_anchor: bool = False  # each place tells the token behind it, the first too; else each mask its own
+
+    @property
+    def skips(self) -> int:
+        """Places before the first that tells."""
+        return 0 if self.from_anchor else 1
+
+    @property
+    def most(self) -> int:
+        """Drafts of a block."""
+        return self.size - self.skips
+
+
 @dataclass
 class Loaded:
     """What was loaded beside a model to draft for it."""
@@ -74,6 +93,7 @@ class Loaded:
     carries: Callable[[], Tensor | None] | None
     decision: Decision
     tree: TreeShape | None = None  # it drafts trees of this shape; None: chains
+    block: Block | None = None  # it drafts all at once; None: token by token
 
 
 # Loads it, told the model, how that was built, and the most positions of a text.

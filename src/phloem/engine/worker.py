@@ -227,7 +227,7 @@ def _build(
     balancer = balancing.settle(config, machine.spread, model, checkpoint, team, decisions)
     mover = balancer if machine.hosted is None else experts.settle(config, machine.hosted, model, decisions)
     several = team is not None
-    where = drafted.place(config, checkpoint, platform, ops, model, several=several, fills=fills)
+    where = drafted.place(config, checkpoint, platform, ops, model, helper, several=several, fills=fills)
     drafter = drafted.decide(config, where)
     decisions.append(drafter.decision)
     phase.end("weights")

@@ -106,7 +106,10 @@ class DraftHead(Layer):
         """float32 logits [L, V], -inf for tokens that it cannot say."""
         if self.own_head is None:
             return self.shared.target.head(hidden_LN)
-        logits_LD = self.own_head(hidden_LN)
+        return self.spread(self.own_head(hidden_LN))
+
+    def spread(self, logits_LD: Tensor) -> Tensor:
+        """Logits of its own tokens over the model's [L, V]."""
         if self.ids_D is None:
             return logits_LD
         logits_LV = logits_LD.new_full((len(logits_LD), self.vocab_size), float("-inf"))
@@ -155,7 +158,7 @@ class LastTap:
 
 
 class AuxTap:
-    """A `layers.context.Tap`: keeps what an EAGLE-3 head makes of three layers' inputs."""
+    """A `layers.context.Tap`: keeps what a head makes of several layers' inputs."""
 
     last = False
 
@@ -194,21 +197,22 @@ class Eagle(DraftHead):
 
 
 class Fuse(Layer):
-    """fc([low, middle, high]) [T, 3 N] -> [T, N], each third by itself; perhaps behind a norm of each."""
+    """fc([low, ..., high]) [T, m N] -> [T, N], each of the m states by itself; perhaps behind a norm of each."""
 
-    def __init__(self, ctx: BuildContext, size: int, eps: float, *, norms: bool, bias: bool) -> None:
+    def __init__(self, ctx: BuildContext, size: int, eps: float, *, norms: bool, bias: bool, count: int = 3) -> None:
         self.ops = ctx.ops
-        self.thirds = [
-            Weight(("fc.weight",), ((size, 3 * size),), "matrix", cuts=((Cut(1, third, 3),),)) for third in range(3)
+        self.parts = [
+            Weight(("fc.weight",), ((size, count * size),), "matrix", cuts=((Cut(1, part, count),),))
+            for part in range(count)
         ]
         self.bias = Weight(("fc.bias",), ((size,),), "bias") if bias else None
-        self.norms = [RMSNorm(ctx.child(f"fc_norm.{third}"), size, eps) for third in range(3 if norms else 0)]
+        self.norms = [RMSNorm(ctx.child(f"fc_norm.{part}"), size, eps) for part in range(count if norms else 0)]
 
     def __call__(self, states: Sequence[Tensor]) -> Tensor:
         if self.norms:
             states = [norm(x_TN) for norm, x_TN in zip(self.norms, states, strict=True)]
         total_TN = None
-        for weight, x_TN in zip(self.thirds, states, strict=True):
+        for weight, x_TN in zip(self.parts, states, strict=True):
             bias = self.bias.value if self.bias is not None and total_TN is None else None
             out_TN, rest_TN = self.ops.linear(x_TN, weight.value, bias, add=total_TN)
             total_TN = out_TN if rest_TN is None else self.ops.add(out_TN, rest_TN)

@@ -64,9 +64,12 @@ def around(wanted: Wanted, runner: ModelRunner, name: str, inner: Runner | None 
     loaded = runner.drafts
     if loaded is not None:
         share = loaded.model.weight_bytes / max(1, runner.model.weight_bytes)
-        controller = Controller(wanted.drafts, most_rows(wanted, runner.row_bits), wanted.adaptive, share)
+        drafts = wanted.drafts if loaded.block is None else min(wanted.drafts, loaded.block.most)
+        controller = Controller(drafts, most_rows(wanted, runner.row_bits), wanted.adaptive, share)
         group = runner.pool.group_of[loaded.first]
-        return ModelledRunner(runner, name, loader(name).shift, group, controller, wanted.drafts, loaded.tree)
+        return ModelledRunner(
+            runner, name, loader(name).shift, group, controller, drafts, loaded.tree, once=loaded.block is not None
+        )
     drafter = of_texts(name)(wanted)
     controller = Controller(wanted.drafts, most_rows(wanted, runner.row_bits), wanted.adaptive)
     return SpeculativeRunner(inner, drafter, controller, wanted.drafts)

@@ -174,7 +174,7 @@ class Acceptance:
 class Chain:
     """Drafts of a row as the controller sees them (see `drafters.Draft`), and its request's record. `modelled`: a model
     will make them, so that each place of the longest chain takes a pass of it. `deep`: as a tree, in the order of how
-    likely they are to it, at most so many behind one another; 0: as a chain."""
+    likely they are to it, at most so many behind one another; 0: as a chain. `once`: in one pass, however many."""
 
     length: int
     source: str
@@ -183,9 +183,12 @@ class Chain:
     tally: Tally
     modelled: bool = False
     deep: int = 0
+    once: bool = False
 
     def passes(self, drafts: int) -> int:
         """Of the model, for so many of them."""
+        if self.once:
+            return min(drafts, 1)
         return min(drafts, self.deep) if self.deep else drafts
 
     def match(self, depth: int) -> int:

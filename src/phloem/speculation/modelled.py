@@ -64,6 +64,7 @@ class ModelledRunner(SpeculativeRunner):
         shift: 1 where it reads, at a position, the token behind it.
         group: of the memory that it keeps.
         tree: of what shape its drafts are; None: chains.
+        once: all drafts come of one pass.
     """
 
     def __init__(
@@ -76,9 +77,11 @@ class ModelledRunner(SpeculativeRunner):
         room: int,
         tree: TreeShape | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        *,
+        once: bool = False,
     ) -> None:
         super().__init__(inner, Unasked(), controller, room, clock)
-        self._source, self._shift, self._group, self._tree = source, shift, group, tree
+        self._source, self._shift, self._group, self._tree, self._once = source, shift, group, tree, once
         self.marks = Marks(inner.num_pages[group], inner.page_size)
         self._steps = self._tokens = 0  # rows that verified drafts, and what they gave
 
@@ -93,7 +96,7 @@ class ModelledRunner(SpeculativeRunner):
 
     def _chain(self, text: Text, room: int) -> Chain:
         deep = 0 if self._tree is None else self._tree.depth
-        return Chain(room, self._source, 0, True, text.tally, modelled=True, deep=deep)
+        return Chain(room, self._source, 0, True, text.tally, modelled=True, deep=deep, once=self._once)
 
     def prepared_for(
         self, batch: Batch, texts: Sequence[Text]

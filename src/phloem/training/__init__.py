@@ -1,1 +1,1 @@
-"""Training of heads that draft (EAGLE-3), for models that are served here: `phloem train-draft`."""
+"""Training of what drafts (EAGLE-3 heads, DFlash drafters), for models that are served here: `phloem train-draft`."""

@@ -16,6 +16,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from phloem.training.block import BlockDrafter
     from phloem.training.head import Eagle3, Packed
 
 
@@ -70,6 +71,39 @@ def accepted(
         alive_n = alive_n & inside_n & (draft_n == packed.ids_T[told_n.clamp(max=len(packed.ids_T) - 1)])
         agrees_T[at_n[alive_n]] += 1
     return _walked(agrees_T.tolist(), packed.lengths, prompts)
+
+
+@torch.no_grad()
+def accepted_blocks(
+    drafter: BlockDrafter,
+    packed: Packed,
+    bounds: tuple[int, int],
+    model: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]],
+    width: int,
+) -> Accepted:
+    """Of one text, a prompt and the model's answer, by blocks.
+
+    Args:
+        bounds: (tokens of the prompt, at least one; tokens at which the server would have ended the text).
+        model: (token ids to embeddings; states that the model's head reads to its logits).
+        width: places of a block, where that many tokens may still come.
+    """
+    prompt, limit = bounds
+    length, (embed, says) = len(packed.ids_T), model
+    agrees = [0] * length
+    anchors_A = torch.arange(prompt, length - 1, device=packed.ids_T.device)
+    # As the server has it: no mask stands where no token may come.
+    widths_A = (limit - 1 - anchors_A).clamp(max=width)
+    for size in sorted(set(widths_A.tolist())):
+        some_A = anchors_A[widths_A == size]
+        if size < 2:
+            continue
+        drafts = says(drafter(packed, some_A, size, embed)[:, 1:].flatten(0, 1)).argmax(-1).view(-1, size - 1)
+        at = some_A[:, None] + torch.arange(1, size, device=some_A.device)
+        right = (at < length) & (drafts == packed.ids_T[at.clamp(max=length - 1)])
+        for anchor, count in zip(some_A.tolist(), right.cumprod(1).sum(1).tolist(), strict=True):
+            agrees[anchor - 1] = int(count)
+    return _walked(agrees, packed.lengths, [prompt])
 
 
 def _walked(agrees: list[int], lengths: Sequence[int], prompts: Sequence[int]) -> Accepted:

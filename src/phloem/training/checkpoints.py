@@ -18,9 +18,7 @@ from phloem.training.low_rank import whole_weights
 from phloem.training.states import NoSpace, check_space
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from phloem.training.head import Eagle3
+    from torch import Tensor, nn
 
 STATE = "training_state.pt"
 WEIGHTS = "model.safetensors"
@@ -39,17 +37,24 @@ class Map:
         return self.d2t_D + torch.arange(len(self.d2t_D), device=self.d2t_D.device)
 
 
-def write_head(folder: Path, head: Eagle3, config: dict[str, Any], words: Map, dtype: str) -> None:
-    """config.json and model.safetensors, as SGLang and Phloem read them."""
+def write_head(folder: Path, head: nn.Module, config: dict[str, Any], words: Map | None, dtype: str) -> None:
+    """config.json and model.safetensors, as SGLang and Phloem read them. `words` None: the model's vocabulary."""
     kind: torch.dtype = getattr(torch, dtype)
     tensors = {name: value.detach().to("cpu", kind).contiguous() for name, value in whole_weights(head).items()}
-    tensors |= {"d2t": words.d2t_D.cpu().contiguous(), "t2d": words.t2d_V.cpu().contiguous()}
+    if words is not None:
+        tensors |= {"d2t": words.d2t_D.cpu().contiguous(), "t2d": words.t2d_V.cpu().contiguous()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": dtype}, indent=2) + "\n")
 
 
 def save(
-    output: Path, name: str, head: Eagle3, config: dict[str, Any], words: Map, dtype: str, state: dict[str, Any]
+    output: Path,
+    name: str,
+    head: nn.Module,
+    config: dict[str, Any],
+    words: Map | None,
+    dtype: str,
+    state: dict[str, Any],
 ) -> Path:
     """A checkpoint, all of it or nothing.
 
@@ -97,7 +102,7 @@ def load_state(folder: Path) -> dict[str, Any]:
         raise ModelLoadError(f"{folder / STATE} cannot be read: {error}") from None
 
 
-def begin_from(head: Eagle3, folder: Path) -> None:
+def begin_from(head: nn.Module, folder: Path) -> None:
     """Weights of a head's file. Raises ModelLoadError where they are not this head's."""
     try:
         found = {name.removeprefix("model."): one for name, one in load_file(folder / WEIGHTS).items()}

@@ -48,7 +48,7 @@ def add_low_rank(head: Eagle3, rank: int, alpha: float) -> None:
 
 
 @torch.no_grad()
-def whole_weights(head: Eagle3) -> dict[str, Tensor]:
+def whole_weights(head: nn.Module) -> dict[str, Tensor]:
     """The head's tensors as files have them, additions included."""
     found = {name: one.detach() for name, one in head.state_dict().items() if not name.endswith(PARTS)}
     sums = {f"{name}.weight": one.total for name, one in head.named_modules() if isinstance(one, Added)}

@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 from phloem.core.config import opt
 from phloem.core.errors import ConfigError
 from phloem.core.ranges import parse_bytes
+from phloem.core.speculation import MOST_DRAFTS
 
 LONGEST = 1 << 20  # tokens of a text: tables of positions and masks grow with them
 
@@ -24,6 +25,7 @@ class Options:
     train_data_path: str = opt("", "JSONL with 'messages', 'conversations' or 'text' in each line.")
     eval_data_path: str = opt("", "Held-out rows of the same kinds; default: taken from the end of the training rows.")
     output_dir: str = opt("draft_head", "Where checkpoints, metrics and the plot go.")
+    method: Literal["eagle3", "dflash"] = opt("eagle3", "What is trained: an EAGLE-3 head, or a DFlash drafter.")
     draft_model_config: str = opt("", "A head's config.json, whose sizes are taken; default: those of the model.")
     draft_vocab_size: int = opt(8192, "Tokens that the head can say: the most frequent ones of the training text.")
     init: Literal["target", "random"] = opt(
@@ -59,6 +61,11 @@ class Options:
     adam_beta2: float = opt(0.95, "AdamW's second decay.")
     ttt_length: int = opt(7, "Rounds of training-time test: the head reads its own result in all but the first.")
     ttt_decay: float = opt(0.8, "Weight of each round's loss, beside that of the one before.")
+    block_size: int = opt(16, "Of dflash: places of a block, the token before the drafts among them.")
+    draft_num_hidden_layers: int = opt(5, "Of dflash: layers, and so many states of the model are read, 3 at least.")
+    mask_token_id: int = opt(-1, "Of dflash: what stands for tokens to come. -1: the highest that no text has.")
+    num_anchors: int = opt(512, "Of dflash: blocks of a text in one step, at places drawn anew each time.")
+    loss_decay_gamma: float = opt(7.0, "Of dflash: a place weighs exp(-1 / gamma) of the one before. 0: all alike.")
     dtype: Literal["auto", "float32", "bfloat16"] = opt(
         "auto", "Of products; weights and their sums are float32. auto: bfloat16 where the device multiplies it fast."
     )
@@ -70,12 +77,19 @@ class Options:
     eval_prompts: int = opt(16, "Held-out prompts; on each the head drafts for the model's own greedy answer.")
     eval_tokens: int = opt(128, "The longest such answer, in tokens.")
     eval_interval: int = opt(200, "Steps between two such looks; also before the first step and at the end.")
-    num_draft_tokens: int = opt(3, "Drafts of a step in these looks (--speculative-num-steps of the server).")
+    num_draft_tokens: int = opt(
+        0, "Drafts of a step in these looks (--speculative-num-steps of the server); default: 3, of dflash a block's."
+    )
     log_interval: int = opt(10, "Steps between two lines of metrics.jsonl.")
     save_interval: int = opt(500, "Steps between two checkpoints; also at the end.")
     keep_checkpoints: int = opt(2, "Older ones are removed.")
     save_dtype: Literal["float32", "bfloat16", "float16"] = opt("float32", "Of the weights in the head's file.")
     resume: bool = opt(False, "Go on from the last checkpoint in output_dir.")
+
+    @property
+    def looked_drafts(self) -> int:
+        """Drafts of a step in looks, at most."""
+        return self.num_draft_tokens or (3 if self.method == "eagle3" else MOST_DRAFTS)
 
     @property
     def state_bytes(self) -> int:
@@ -87,7 +101,9 @@ class Options:
             if not str(dataclasses.asdict(self)[name]):
                 raise ConfigError(f"{name} is needed (--{name.replace('_', '-')})", param=name)
         least = {
-            **dict.fromkeys(("draft_vocab_size", "batch_size", "ttt_length", "num_epochs", "num_draft_tokens"), 1),
+            **dict.fromkeys(("draft_vocab_size", "batch_size", "ttt_length", "num_epochs"), 1),
+            **dict.fromkeys(("num_anchors", "draft_num_hidden_layers"), 1),
+            **dict.fromkeys(("num_draft_tokens", "loss_decay_gamma"), 0),
             **dict.fromkeys(("eval_interval", "log_interval", "save_interval", "keep_checkpoints"), 1),
             **dict.fromkeys(("generate_tokens", "eval_tokens"), 2),
             **dict.fromkeys(("generate", "max_num_steps", "max_minutes", "eval_prompts", "generate_temperature"), 0),
@@ -121,8 +137,13 @@ class Options:
             raise ConfigError(f"hidden_states_bytes is {self.hidden_states_bytes}: expected 0 or more")
 
     def _check_pairs(self) -> None:
-        pairs = (("capture_url", "capture_dir"), ("capture_dir", "capture_url"), ("lora_rank", "draft_model_path"))
         values = dataclasses.asdict(self)
+        if self.method == "dflash":
+            given = [name for name in ("capture_url", "lora_rank", "vocab_mapping_path") if values[name]]
+            given += ["attention"] if self.attention != "dense" else []
+            if given:
+                raise ConfigError(f"{given[0]}: not with method dflash, of EAGLE-3 heads alone", param=given[0])
+        pairs = (("capture_url", "capture_dir"), ("capture_dir", "capture_url"), ("lora_rank", "draft_model_path"))
         for name, other in (*pairs, ("lora_alpha", "lora_rank")):
             if values[name] and not values[other]:
                 raise ConfigError(f"{name} needs {other}", param=other)
@@ -135,6 +156,10 @@ NAMES = {field.name: field for field in dataclasses.fields(Options)}
 SECTIONS = ("model", "data", "training", "tracking", "runtime")
 # How the same settings are called elsewhere.
 ALIASES = {
+    "strategy": "method",
+    "algorithm": "method",
+    "num_hidden_layers": "draft_num_hidden_layers",
+    "num_draft_layers": "draft_num_hidden_layers",
     "speculative_token_map": "vocab_mapping_path",
     "draft_checkpoint_path": "draft_model_path",
     "draft_config": "draft_model_config",
@@ -191,6 +216,7 @@ def _value(key: str, value: Any, path: Path) -> Any:
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "method": ("eagle3", "dflash"),
     "init": ("target", "random"),
     "hidden_states_dtype": ("bfloat16", "float32"),
     "dtype": ("auto", "float32", "bfloat16"),

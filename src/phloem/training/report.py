@@ -64,10 +64,10 @@ def plot(folder: Path) -> Path | None:
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4.5))
     at = [one["step"] for one in steps]
     left.plot(at, [one["loss"] for one in steps], color="#2b6cb0")
-    left.set(title="loss", xlabel="step", ylabel="weighted sum of the rounds")
+    left.set(title="loss", xlabel="step", ylabel="weighted, of all rounds or places")
     for depth in range(len(steps[-1]["accuracy"])):
-        middle.plot(at, [one["accuracy"][depth] for one in steps], label=f"round {depth}", alpha=0.8)
-    middle.set(title="accuracy of each round", xlabel="step", ylabel="share of the model's best tokens")
+        middle.plot(at, [one["accuracy"][depth] for one in steps], label=f"{depth}", alpha=0.8)
+    middle.set(title="accuracy by round, or by place of a block", xlabel="step", ylabel="share of right tokens")
     middle.legend(fontsize=8)
     right.plot([one["step"] for one in looks], [one["accept_length"] for one in looks], marker="o", color="#d9822b")
     right.set(title="held-out prompts", xlabel="step", ylabel="accept length: tokens a step")

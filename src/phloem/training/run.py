@@ -24,7 +24,7 @@ from phloem.training.remote import Remote
 from phloem.training.report import Metrics, plot
 from phloem.training.seeing import Eyes, has_pictures, reader_of
 from phloem.training.states import Library, batches_of
-from phloem.training.target import Target, described, head_config
+from phloem.training.target import Target, described, drafter_config, free_token, head_config
 from phloem.training.trainer import HeldOut, Trainer
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from phloem.training.options import Options
     from phloem.training.report import Bars
 
+LONGEST = 1 << 10  # drafts of a step: no bound
 GENERATED, HELD_OUT, SETTINGS = "generated.jsonl", "held_out.jsonl", "settings.json"
 
 
@@ -56,8 +57,9 @@ def train(options: Options, bars: Bars) -> int:
     last = _last(options, output)
     asked = options.draft_model_config or options.draft_model_path
     given = checkpoints.read_config(asked) if asked else {}
-    sizes = head_config(described(options.target_model_path), options.draft_vocab_size, given)
-    words = _words(options, sizes)
+    blocks, model = options.method == "dflash", described(options.target_model_path)
+    sizes = drafter_config(model, options, given) if blocks else head_config(model, options.draft_vocab_size, given)
+    words = None if blocks else _words(options, sizes)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -65,16 +67,13 @@ def train(options: Options, bars: Bars) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     texts = _texts(options, output, bars)
-    if words is None:
-        words = Map(*draft_vocabulary(texts.samples, sizes["draft_vocab_size"], sizes["vocab_size"]))
-    covered = coverage(texts.samples, words.t2d_V)
-    said = sum(sum(one.mask) for one in texts.samples)
-    tokens = sum(len(one.ids) for one in texts.samples)
-    bars.say(
-        f"{len(texts.samples)} texts, {tokens} tokens, {said} of them to learn from; "
-        f"the draft vocabulary of {len(words.d2t_D)} has {covered:.1%} of those"
-    )
-    target = Target(options.target_model_path, options.device, options.threads)
+    if blocks:
+        layers = _with_mask(sizes, texts.samples)
+    else:
+        layers = ()
+        words = words or Map(*draft_vocabulary(texts.samples, sizes["draft_vocab_size"], sizes["vocab_size"]))
+    bars.say(_told(texts.samples, words, sizes))
+    target = Target(options.target_model_path, options.device, options.threads, layers)
     if options.capture_url:
         target.remote = Remote(options.capture_url, Path(options.capture_dir), target.layers, target.model.hidden_size)
     folder = Path(options.hidden_states_dir) if options.hidden_states_dir else None
@@ -93,6 +92,26 @@ def train(options: Options, bars: Bars) -> int:
         bars.say(f"goes on from {last}")
     (output / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
     return _Run(trainer, _held_out(target, texts), output, settings, bars).go()
+
+
+def _with_mask(sizes: dict[str, Any], samples: list[Sample]) -> tuple[int, ...]:
+    """The layers whose inputs a drafter of blocks reads; its masks' token goes into `sizes`. Raises ConfigError."""
+    said = sizes["dflash_config"]
+    if said["mask_token_id"] is None:
+        said["mask_token_id"] = free_token(samples, sizes["vocab_size"])
+    return tuple(one + 1 for one in said["target_layer_ids"])
+
+
+def _told(samples: list[Sample], words: Map | None, sizes: dict[str, Any]) -> str:
+    """What is learned, for people."""
+    tokens, said = sum(len(one.ids) for one in samples), sum(sum(one.mask) for one in samples)
+    found = f"{len(samples)} texts, {tokens} tokens, {said} of them to learn from; "
+    if words is None:
+        said_of = sizes["dflash_config"]
+        read = f"outputs of layers {said_of['target_layer_ids']}, mask {said_of['mask_token_id']}"
+        return f"{found}blocks of {sizes['block_size']}, {read}"
+    covered = coverage(samples, words.t2d_V)
+    return f"{found}the draft vocabulary of {len(words.d2t_D)} has {covered:.1%} of those"
 
 
 def _words(options: Options, sizes: dict[str, Any]) -> Map | None:
@@ -258,7 +277,7 @@ class _Run:
             return
         trainer = self._trainer
         found = trainer.look(self._held_out)
-        survival = found.survival(self._options.num_draft_tokens)
+        survival = found.survival(min(self._options.looked_drafts, trainer.config.get("block_size", LONGEST) - 1))
         self._metrics.add(
             {
                 "step": trainer.step,

@@ -12,7 +12,9 @@ from phloem import platforms
 from phloem.checkpoint.describe import describe
 from phloem.core import resolve
 from phloem.core.errors import ConfigError
+from phloem.core.speculation import MOST_DRAFTS
 from phloem.speculation.capture import aux_layers, capture, open_target
+from phloem.training.block import RANGE
 from phloem.utils.cores import available_cores
 
 if TYPE_CHECKING:
@@ -21,8 +23,10 @@ if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
     from phloem.models._common import Decoder
     from phloem.training.data import Sample
+    from phloem.training.options import Options
     from phloem.training.remote import Remote
 
+LEAST_STATES = 3  # that a drafter of blocks reads, however few layers it has
 CHUNK = 512  # tokens whose logits over the whole vocabulary are there at once
 _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 _SAME = ("head_dim", "num_key_value_heads", "rope_theta", "rope_scaling", "rope_parameters", "bos_token_id")
@@ -47,14 +51,15 @@ class States:
 class Target:
     """Raises ConfigError for a model that gives no states, ModelLoadError for a broken one."""
 
-    def __init__(self, path: str, device: str, threads: int | None) -> None:
+    def __init__(self, path: str, device: str, threads: int | None, layers: tuple[int, ...] = ()) -> None:
+        """`layers`: whose input is read; (): those of an EAGLE-3 head."""
         self.path, self.checkpoint = path, described(path)
         self.model: Decoder = open_target(path, device=device, threads=threads)
         self.device = self.model.index.ctx.device
         platform, _ = platforms.choose(device, resolve.threads(threads, available_cores()).value)
         kind, _ = platform.dtype("bfloat16")
         self.fast = kind if kind == torch.bfloat16 else torch.float32  # of a head's products
-        self.layers = aux_layers(len(self.model.layers))
+        self.layers = layers or aux_layers(len(self.model.layers))
         names = self.model.embed.weight.names[0], self.model.head.weight.names[0]
         self._embed_VN = self.model.get_weight(names[0])
         self._head_VN = self._embed_VN if names[0] == names[1] else self.model.get_weight(names[1])
@@ -93,7 +98,7 @@ class Target:
             texts = [one.ids for one in samples]
             media = [one.media for one in samples]
             if self.remote is None:
-                captured = capture(self.model, texts, media=media)
+                captured = capture(self.model, texts, self.layers, media=media)
             elif any(media):
                 raise ConfigError("capture_url: states of pictures are computed here alone: leave it out")
             else:
@@ -169,6 +174,66 @@ def head_config(checkpoint: Checkpoint, draft_vocab_size: int, given: dict[str, 
             "use_aux_hidden_state": True,
         },
     }
+
+
+def state_layers(count: int, states: int) -> list[int]:
+    """The layers whose outputs a DFlash drafter reads of a model of `count`, from 0: evenly from the second one on, the
+    last two left out."""
+    if states == 1:
+        return [count // 2]
+    return [round(1 + at * (count - 4) / (states - 1)) for at in range(states)]
+
+
+def drafter_config(checkpoint: Checkpoint, options: Options, given: dict[str, Any]) -> dict[str, Any]:
+    """A DFlash drafter's config.json for this model, in the original layout; `mask_token_id` may be None as yet.
+    `given`: as `head_config` has it; what it says counts more than options.
+
+    Raises:
+        ConfigError: as `head_config`, or layers that are not there.
+    """
+    layers = given.get("num_hidden_layers", options.draft_num_hidden_layers)
+    head = head_config(checkpoint, checkpoint.vocab_size, {**given, "num_hidden_layers": 1})
+    left_out = ("draft_vocab_size", "eagle_config", "mlp_bias")
+    said: dict[str, Any] = given.get("dflash_config") or {}
+    count = int(checkpoint.config["num_hidden_layers"])
+    ids = said.get("target_layer_ids") or state_layers(count, min(max(layers, LEAST_STATES), count - 3))
+    if not all(isinstance(one, int) and 0 <= one < count - 1 for one in ids):
+        message = f"draft_model_config: target_layer_ids {ids}: expected some of 0 to {count - 2}"
+        raise ConfigError(message, param="draft_model_config")
+    mask = said.get("mask_token_id")
+    mask = mask if mask is not None or options.mask_token_id < 0 else options.mask_token_id
+    if mask is not None and not 0 <= mask < checkpoint.vocab_size:
+        raise ConfigError(f"mask_token_id {mask} is none of {checkpoint.vocab_size} tokens", param="mask_token_id")
+    size = int(given.get("block_size", said.get("block_size", options.block_size)))
+    if not 2 <= size <= MOST_DRAFTS + 1:
+        raise ConfigError(f"block_size is {size}: expected 2 to {MOST_DRAFTS + 1}", param="block_size")
+    heads, kv_heads = head["num_attention_heads"], head.get("num_key_value_heads")
+    return {
+        **{key: value for key, value in head.items() if key not in left_out},
+        "architectures": ["DFlashDraftModel"],
+        "model_type": "qwen3",
+        "num_hidden_layers": layers,
+        "num_key_value_heads": kv_heads or heads,
+        "head_dim": head.get("head_dim") or head["hidden_size"] // heads,
+        "num_target_layers": count,
+        "block_size": size,
+        "dflash_config": {"mask_token_id": mask, "target_layer_ids": list(ids)},
+        "layer_types": ["full_attention"] * layers,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "max_window_layers": layers,
+        "initializer_range": RANGE,
+        **{key: given[key] for key in ("layer_types", "is_causal") if given.get(key)},
+    }
+
+
+def free_token(samples: Sequence[Sample], vocab_size: int) -> int:
+    """The highest token that none of the texts has, for masks. Raises ConfigError where all are used."""
+    used = {token for one in samples for token in one.ids}
+    found = next((token for token in reversed(range(vocab_size)) if token not in used), None)
+    if found is None:
+        raise ConfigError("mask_token_id is needed: the text has all tokens of the model", param="mask_token_id")
+    return found
 
 
 def _unturned(rope: Any) -> Any:

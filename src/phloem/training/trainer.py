@@ -10,7 +10,6 @@ import dataclasses
 import math
 import random
 from dataclasses import dataclass
-from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -21,17 +20,18 @@ from torch.nn.utils import clip_grad_norm_
 from phloem.core.errors import ConfigError
 from phloem.platforms._facts import mixed
 from phloem.training import checkpoints
-from phloem.training.accept import Accepted, accepted
-from phloem.training.flex import chosen
-from phloem.training.head import Eagle3, Packed
-from phloem.training.loss import Lesson, Told, tell
-from phloem.training.low_rank import add_low_rank
+from phloem.training.accept import Accepted
+from phloem.training.courses import course_of
+from phloem.training.head import Packed
+from phloem.training.loss import Lesson
 from phloem.training.options import Options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from phloem.training.checkpoints import Map
+    from phloem.training.loss import Told
     from phloem.training.states import Library
     from phloem.training.target import States, Target
 
@@ -52,29 +52,21 @@ class HeldOut:
 
 
 class Trainer:
-    """One head, its optimiser, and where it stands (`step`: steps that are done)."""
+    """One head or drafter, its optimiser, and where it stands (`step`: steps that are done)."""
 
-    def __init__(self, options: Options, target: Target, library: Library, count: int, words: Map, sizes: Any) -> None:
-        """`count`: texts. `sizes`: the head's config.json."""
+    def __init__(
+        self, options: Options, target: Target, library: Library, count: int, words: Map | None, sizes: Any
+    ) -> None:
+        """`count`: texts. `words`: an EAGLE-3 head's vocabulary. `sizes`: config.json of what is trained."""
         self.options, self.target, self.library = options, target, library
         self.device, self.config = target.device, sizes
-        self.words = checkpoints.Map(words.d2t_D.to(self.device), words.t2d_V.to(self.device))
         self.steps_per_epoch = -(-count // options.batch_size)
         whole = self.steps_per_epoch * options.num_epochs
         self.total = min(whole, options.max_num_steps) if options.max_num_steps else whole
         self._count = count
         self._orders: tuple[int, list[int]] = (-1, [])
-        torch.manual_seed(options.seed)
-        positions = max(options.max_length, options.eval_tokens) * 2 + options.ttt_length + options.num_draft_tokens
-        self.head = Eagle3(sizes, positions).to(self.device)
-        self.head.attends = chosen(options.attention, self.device)
-        rows_DN = target.choose(self.words.ids_D)
-        if options.draft_model_path:
-            checkpoints.begin_from(self.head, Path(options.draft_model_path))
-        elif options.init == "target":
-            begin_with(self.head, rows_DN, target.norm())
-        if options.lora_rank:
-            add_low_rank(self.head, options.lora_rank, options.lora_alpha)
+        self._course = course_of(options, target, words, sizes)
+        self.head, self.words = self._course.head, self._course.words
         learned = [one for one in self.head.parameters() if one.requires_grad]
         self.optimiser = torch.optim.AdamW(
             learned, lr=options.learning_rate, betas=(0.9, options.adam_beta2),
@@ -117,10 +109,7 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = self.rate(self.step)
         with mixed(self.device, self._type):
-            told = tell(
-                self.head, lesson, self.target.embed, self.target.says, (self.words.ids_D, self.words.t2d_V),
-                options.ttt_length, options.ttt_decay,
-            )  # fmt: skip
+            told = self._course.tell(lesson, self.step)
         self.optimiser.zero_grad(set_to_none=True)
         norm = 0.0
         if told.loss.requires_grad:
@@ -137,16 +126,20 @@ class Trainer:
     def look(self, held_out: Sequence[HeldOut]) -> Accepted:
         """Drafts for held-out answers."""
         found = Accepted()
-        embed, most = self.target.embed, self.options.num_draft_tokens
         for one in held_out:
             packed = self.lesson([one.states]).packed
             with mixed(self.device, self._type):
-                got = accepted(self.head, packed, [one.prompt], embed, self.words.ids_D, most)
+                got = self._course.look(packed, one.prompt)
             found.steps, found.tokens = found.steps + got.steps, found.tokens + got.tokens
             found.drafts.update(got.drafts)
         return found
 
     # checkpoints
+
+    @property
+    def _d2t(self) -> Tensor:
+        """Of what says all of the model's tokens: empty."""
+        return torch.zeros(0, dtype=torch.int64) if self.words is None else self.words.d2t_D.cpu()
 
     def save(self, output: Path, options: dict[str, Any]) -> Path:
         """Raises NoSpace."""
@@ -158,7 +151,7 @@ class Trainer:
             "seen": self.seen,
             "options": options,
             "texts": self._count,
-            "d2t": self.words.d2t_D.cpu(),
+            "d2t": self._d2t,
         }
         name = f"epoch_{epoch}_step_{self.step}"
         save_dtype = self.options.save_dtype
@@ -179,19 +172,8 @@ class Trainer:
         if differs:
             told = ", ".join(f"{name} was {before.get(name)!r}" for name in differs)
             raise ConfigError(f"{folder} is of a training with other settings: {told}", param="resume")
-        if state["texts"] != self._count or not torch.equal(state["d2t"], self.words.d2t_D.cpu()):
+        if state["texts"] != self._count or not torch.equal(state["d2t"], self._d2t):
             raise ConfigError(f"{folder} is of a training on other text", param="resume")
         self.head.load_state_dict(state["head"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.step, self.seconds, self.seen = state["step"], state["seconds"], state["seen"]
-
-
-def begin_with(head: Eagle3, rows_DN: Tensor, norm_N: Tensor | None) -> None:
-    """The model's own head and last norm, and its highest auxiliary state as what the layer adds to."""
-    size = head.sizes.hidden
-    with torch.no_grad():
-        head.lm_head.weight.copy_(rows_DN)
-        if norm_N is not None:
-            head.norm.weight.copy_(norm_N)
-        head.fc.weight.mul_(0.1)
-        head.fc.weight[:, 2 * size :] += torch.eye(size, device=rows_DN.device)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
+from safetensors import safe_open
+
 from phloem.checkpoint.describe import describe
 from phloem.core.errors import ConfigError
 from phloem.models._common import Decoder
@@ -14,6 +17,8 @@ from phloem.quant import method_for
 from phloem.speculation.capture import untapped
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.speculation import Wanted
     from phloem.layers.context import BuildContext
@@ -27,6 +32,8 @@ def draft_of(wanted: Wanted) -> Checkpoint:
     """The checkpoint that drafts. Raises ModelLoadError, or ConfigError for one that does not generate."""
     assert wanted.draft_model is not None
     found = describe(wanted.draft_model)
+    if any("DFlash" in name or "DSpark" in name for name in found.architectures):
+        found = describe(wanted.draft_model, task="generate")  # else `...Model` says that it gives vectors
     if found.pooling is not None or found.pictures is not None:
         raise ConfigError(f"{found.path}: it does not generate, so it drafts nothing", param=PARAM)
     return found
@@ -37,6 +44,15 @@ def shapes_of(checkpoint: Checkpoint) -> Shapes:
     if checkpoint.format != "safetensors":
         raise ConfigError(f"{checkpoint.path}: heads that draft are read from safetensors", param=PARAM)
     return {name.removeprefix("model."): shape for path in checkpoint.files for name, shape in shapes_in(path).items()}
+
+
+def check_no_block(shapes: Shapes, draft: Checkpoint) -> None:
+    """That it is not a drafter of blocks. Raises ConfigError."""
+    if "hidden_norm.weight" in shapes and "fc.weight" in shapes:
+        raise ConfigError(
+            f"{draft.path}: this is a DFlash drafter, no EAGLE head: speculative_algorithm DFLASH runs it",
+            param="speculative_algorithm",
+        )
 
 
 def check_head(shapes: Shapes, draft: Checkpoint, target: Checkpoint, wide: int, kind: str) -> None:
@@ -66,6 +82,20 @@ def check_layers(shapes: Shapes, draft: Checkpoint) -> None:
     layers = {name.split(".")[1] for name in shapes if name.startswith("layers.")}
     if len(layers) > 1 or int(draft.config.get("num_hidden_layers", 1)) > 1:
         raise ConfigError(f"{draft.path}: heads of more than one layer are not run", param=PARAM)
+
+
+def ids_of(draft: Checkpoint, own: int, vocab: int) -> Tensor:
+    """The token of each of a head's `own` ids, int64, by its d2t. Raises ConfigError for one that is none."""
+    for path in draft.files:
+        with safe_open(str(path), framework="pt") as file:
+            name = next((key for key in file.keys() if key.removeprefix("model.") == "d2t"), None)  # noqa: SIM118
+            if name is None:
+                continue
+            ids_D = torch.arange(own) + file.get_tensor(name).long()
+            if int(ids_D.min()) < 0 or int(ids_D.max()) >= vocab or len(ids_D.unique()) < len(ids_D):
+                raise ConfigError(f"{path}: d2t leads to tokens that are not there, or to one twice", param=PARAM)
+            return ids_D
+    raise AssertionError("the header named it")
 
 
 def head_context(ctx: BuildContext, target: Checkpoint) -> BuildContext:

@@ -52,10 +52,10 @@ class Drafter(Base):
 
     def __init__(self, wanted: Wanted, target: Checkpoint) -> None:
         self.draft = draft_of(wanted)
-        if any("Eagle" in name for name in self.draft.architectures):
+        if any(part in name for part in ("Eagle", "DFlash", "DSpark") for name in self.draft.architectures):
             raise ConfigError(
-                f"{self.draft.path}: {self.draft.architectures[0]} is a head, not a model: speculative_algorithm EAGLE "
-                "or EAGLE3 runs it",
+                f"{self.draft.path}: {self.draft.architectures[0]} is a head, not a model: speculative_algorithm "
+                "EAGLE, EAGLE3 or DFLASH runs it",
                 param="speculative_algorithm",
             )
         if self.draft.chosen.impl != "phloem":

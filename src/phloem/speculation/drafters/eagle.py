@@ -15,7 +15,15 @@ from phloem.core.resolve import Decision
 from phloem.engine.drafting import Loaded, extend
 from phloem.models._draft import Eagle, LastTap, Shared
 from phloem.speculation.drafters._base import Loader as Base
-from phloem.speculation.drafters._files import check_head, check_layers, decoder_of, draft_of, head_context, shapes_of
+from phloem.speculation.drafters._files import (
+    check_head,
+    check_layers,
+    check_no_block,
+    decoder_of,
+    draft_of,
+    head_context,
+    shapes_of,
+)
 from phloem.speculation.token_map import read_token_map
 
 if TYPE_CHECKING:
@@ -38,6 +46,7 @@ class Drafter(Base):
     def __init__(self, wanted: Wanted, target: Checkpoint) -> None:
         self.draft, self.target = draft_of(wanted), target
         self.shapes = shapes_of(self.draft)
+        check_no_block(self.shapes, self.draft)
         check_head(self.shapes, self.draft, target, 2, "EAGLE")
         check_layers(self.shapes, self.draft)
         given = wanted.token_map

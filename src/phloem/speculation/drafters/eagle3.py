@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from phloem.core.errors import ConfigError
 from phloem.core.resolve import Decision
 from phloem.engine.drafting import Loaded, extend
@@ -20,15 +18,15 @@ from phloem.speculation.drafters._files import (
     PARAM,
     check_head,
     check_layers,
+    check_no_block,
     decoder_of,
     draft_of,
     head_context,
+    ids_of,
     shapes_of,
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.speculation import Wanted
     from phloem.layers.context import BuildContext
@@ -60,6 +58,7 @@ class Drafter(Base):
     def __init__(self, wanted: Wanted, target: Checkpoint) -> None:
         self.draft, self.target, self.vocab = draft_of(wanted), target, target.vocab_size
         self.shapes = {_OLD_NORMS.get(name, name): shape for name, shape in shapes_of(self.draft).items()}
+        check_no_block(self.shapes, self.draft)
         check_head(self.shapes, self.draft, target, 3, "EAGLE-3")
         check_layers(self.shapes, self.draft)
         self.layers, self.why = layers_read(self.draft.config, int(target.config["num_hidden_layers"]))
@@ -96,27 +95,12 @@ class Drafter(Base):
         head = Eagle3(own, Shared(target, positions), self.draft.config, self.facts)
         head.load(self.draft, own, _name)
         if "d2t" in self.shapes and self.facts.vocab:
-            head.ids_D = self._ids().to(ctx.device)
+            head.ids_D = ids_of(self.draft, self.facts.vocab, self.vocab).to(ctx.device)
         first = extend(target.memory, head.memory)
         target.tap = AuxTap(first, self.layers, head.fuse)
         said = f"{self.facts.vocab} of {self.vocab} tokens" if self.facts.vocab else "the model's own head"
         why = f"{self.draft.name}: reads what enters layers {', '.join(map(str, self.layers))} ({self.why}); {said}"
         return Loaded(head, first, lambda: head.carried, Decision("speculative_draft", "eagle3", why))
-
-    def _ids(self) -> Tensor:
-        """The token of each of the head's own ids, int64. Raises ConfigError for one that is none."""
-        from safetensors import safe_open
-
-        for path in self.draft.files:
-            with safe_open(str(path), framework="pt") as file:
-                name = next((key for key in file.keys() if key.removeprefix("model.") == "d2t"), None)  # noqa: SIM118
-                if name is None:
-                    continue
-                ids_D = torch.arange(self.facts.vocab) + file.get_tensor(name).long()
-                if int(ids_D.min()) < 0 or int(ids_D.max()) >= self.vocab or len(ids_D.unique()) < len(ids_D):
-                    raise ConfigError(f"{path}: d2t leads to tokens that are not there, or to one twice", param=PARAM)
-                return ids_D
-        raise AssertionError("the header named it")
 
 
 def _name(name: str) -> str | None:

@@ -14,7 +14,19 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-FILES = ["attention", "elementwise", "engine", "gemm", "linear", "many", "moe", "recurrent", "sample", "shared"]
+FILES = [
+    "attention",
+    "elementwise",
+    "engine",
+    "gemm",
+    "linear",
+    "many",
+    "moe",
+    "narrow",
+    "recurrent",
+    "sample",
+    "shared",
+]
 
 
 @pytest.mark.slow

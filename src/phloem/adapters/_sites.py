@@ -384,7 +384,8 @@ def block_key(block: str) -> str:
 
 
 def _device(value: Any) -> torch.device:
-    return value.device if isinstance(value, torch.Tensor) else HOST
+    found = getattr(value, "device", None)
+    return found if isinstance(found, torch.device) else HOST
 
 
 def _together(sites: list[Site]) -> Tensor | None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from phloem.core.errors import ModelLoadError
+from phloem.quant._narrow import FLOAT8_BLOCK, Codes, Narrow, group_width
 from phloem.quant._report import VALUES, Report
 from phloem.quant._source import Index, Source, everything
 
@@ -81,6 +82,13 @@ class Opened:
         return _rows(self.zero_RG, piece)[:, groups].unsqueeze(-1)
 
 
+def kept_as(form: Narrow) -> str:
+    """How a report calls it."""
+    if form.kind == "int4":
+        return "4-bit integers"
+    return "float8 with scales of rows" if form.high == 1 else "float8 with scales of blocks"
+
+
 def _rows(table: Tensor, piece: slice) -> Tensor:
     return table if table.shape[0] == 1 else table[piece]
 
@@ -90,13 +98,16 @@ class Grid(Source):
     """One such matrix, or a stack of them. `kind` is the GGUF type that its rows can be had as.
 
     `open`: (entry of a stack, rows, columns), slices of step 1 -> what is read of it.
+    `form`: of the whole matrix, what kernels for narrow weights can be given of it; None: nothing.
     `turned`: as a layer counts, the stored shape is [..., in_features, out_features]; rows are out_features.
     """
 
     open: Callable[[int, slice, slice], Opened] = field(kw_only=True)
     report: Report | None = None
     why: str = ""  # why no table can keep it as it is
+    form: Narrow | None = None
     turned: bool = False
+    _refused: str = field(default="", init=False)  # by the table that is served
 
     def take(self, index: Index | None, dtype: torch.dtype) -> Tensor:
         *entry, first, second = everything(self.shape) if index is None else index
@@ -117,7 +128,7 @@ class Grid(Source):
 
         self._each(fill, *size, out.device)
         if self.report is not None:
-            self.report.unpacked(self.name, self.why or VALUES)
+            self.report.unpacked(self.name, self._refused or self.why or VALUES)
         out = out[:: rows.step]
         return (out.T if self.turned else out).contiguous()
 
@@ -135,6 +146,44 @@ class Grid(Source):
         if self.report is not None:
             self.report.kept(self.name, self.kind)
         return torch.cat([made[start] for start in sorted(made)])[:: rows.step].contiguous().numpy()
+
+    def narrow(self, rows: slice, cols: slice) -> Narrow | str:
+        form = self.form
+        if form is None or len(self.shape) != 2 or self.turned:
+            return self.why or VALUES
+        if form.kind == "int4":
+            width = group_width(form.wide, cols)
+            if cols.step == 1 and width:
+                return Narrow("int4", 1, width, form.zeros)
+            return f"no power of two from 32 up divides groups of {form.wide} columns, or a rank's share of them"
+        if form.high == 1:
+            return Narrow("float8", 1, cols.stop - cols.start)
+        whole = all(span.step == 1 and not span.start % FLOAT8_BLOCK for span in (rows, cols))
+        return Narrow("float8", FLOAT8_BLOCK, FLOAT8_BLOCK) if whole else "a share of it begins inside a block"
+
+    def codes(self, rows: slice, cols: slice) -> Codes:
+        found = self.narrow(rows, cols)
+        assert isinstance(found, Narrow)
+        opened = self.open(0, slice(rows.start, rows.stop, 1), cols)
+        size = rows.stop - rows.start, cols.stop - cols.start
+        eight = found.kind == "float8"
+        scale, zero = opened.scale_RG, opened.zero_RG
+        values = torch.empty(size, dtype=torch.float8_e4m3fn if eight else torch.uint8, device=scale.device)
+
+        def fill(piece: slice) -> None:
+            read = opened.codes(piece)
+            values[piece] = read if eight or zero is not None else (read + 8).to(torch.uint8)
+
+        self._each(fill, *size, values.device)
+        groups = opened.group_C[:: found.wide]
+        scale = scale[:, groups].expand(size[0], -1)[:: rows.step * found.high]
+        zero = None if zero is None else zero[:, groups].expand(size[0], -1)[:: rows.step]
+        if self.report is not None:
+            self.report.kept(self.name, kept_as(found))
+        return Codes(values[:: rows.step], scale, zero)
+
+    def refused(self, why: str) -> None:
+        self._refused = why
 
     def _each(self, work: Callable[[slice], None], rows: int, cols: int, device: torch.device) -> None:
         """`work` for some rows at a time, on the host by the loader's workers if there are any."""

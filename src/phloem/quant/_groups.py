@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
+from phloem.quant._narrow import Codes, Narrow
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -30,6 +32,7 @@ _ELEMENTS_ON_DEVICE = 1 << 22
 HOST = torch.device("cpu")
 # How much of a group's range four bits cover: cutting off its ends can make the steps fit the rest better.
 _SHRINK = (1.0, 0.93, 0.86)
+_FLAT = 60000.0  # steps between zero and the minimum, from which on float16 holds no zero point
 
 
 def int8_groups(x_MGK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,6 +98,21 @@ class GroupQuantised:
 
         return self._of_rows(values)[:, : self.shape[1]].contiguous()
 
+    def narrow(self) -> Narrow | str:
+        """What kernels for narrow weights can be given; "": nothing, and nobody asked."""
+        return Narrow("int4", 1, GROUP, True) if self.bits == 4 and self.shape[1] % GROUP == 0 else ""
+
+    def codes(self) -> Codes:
+        """Numbers 0 to 15 whose zero point is what the group's minimum is in steps."""
+
+        def flat(groups: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+            q, *numbers = _with_zero(*groups)
+            return torch.cat((q.to(torch.uint8), *(n.contiguous().view(torch.uint8) for n in numbers)), -1)
+
+        q, *numbers = self._of_rows(flat).split((GROUP, 4, 4), -1)
+        scale, zero = (n.contiguous().view(torch.float32).squeeze(-1) for n in numbers)
+        return Codes(q.flatten(1), scale, zero)
+
     def _of_rows(self, give: Callable[[tuple[Tensor, Tensor, Tensor]], Tensor]) -> Tensor:
         """What `give` makes of the groups of some rows, for all rows, made by the loader's workers if there are any."""
         values_MN = self.source.dense(torch.float32)
@@ -107,6 +125,16 @@ class GroupQuantised:
         host = values_MN.device == HOST
         parts = values_MN.split(max(1, (_ELEMENTS_AT_ONCE if host else _ELEMENTS_ON_DEVICE) // self.shape[1]))
         return torch.cat(list((workers.map if workers and host else map)(part, parts)))
+
+
+def _with_zero(q_MGK: Tensor, scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(integers, scale, zero point), float32, of integers with a scale and a minimum: (q - zero) * scale. Where all of
+    a group are as good as one number, the scale is that number, and the zero point 1."""
+    wide, low = scale.float(), minimum.float()
+    one = low.abs() > _FLAT * wide.abs()
+    scale = torch.where(one, -low, torch.where(wide == 0, 1.0, wide))
+    zero = torch.where(one, 1.0, torch.where(wide == 0, 0.0, -low / scale))
+    return torch.where(one, 0.0, q_MGK), scale, zero
 
 
 def _to_bytes(q_MGK: Tensor, scale: Tensor, minimum: Tensor, bits: int) -> Tensor:

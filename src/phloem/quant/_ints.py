@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from phloem.quant._grid import Grid, Opened, groups_of, kind_of
+from phloem.quant._narrow import Narrow
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,7 +42,9 @@ class Ints:
         else:
             whole = slice(0, rows, 1), slice(0, columns // (self.width or columns), 1)
             kind, why = kind_of(self.bits, self.zeros is None, [self.scales(*whole)], self.width, columns)
-        return Grid(name, shape, kind, open=self._opener(columns), report=report, why=why)
+        narrow = kind != "dense" and self.bits <= 4
+        form = Narrow("int4", 1, self.width or columns, self.zeros is not None) if narrow else None
+        return Grid(name, shape, kind, open=self._opener(columns), report=report, why=why, form=form)
 
     def _opener(self, columns: int) -> Callable[[int, slice, slice], Opened]:
         def open_(entry: int, rows: slice, cols: slice) -> Opened:

@@ -10,6 +10,7 @@ import torch
 from phloem.quant._bits import TWICE_E2M1
 from phloem.quant._grid import BLOCK, Opened
 from phloem.quant._groups import FLOAT_KINDS, GroupQuantised
+from phloem.quant._narrow import Codes, Narrow
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,10 +48,31 @@ class Rounded:
             raise TypeError(f"{self.name} is dense: it has no quantised bytes")
         return self._of_rows(lambda opened: opened.blocks(_EVERYTHING, self.kind)).numpy()
 
+    def narrow(self) -> Narrow | str:
+        """What kernels for narrow weights can be given; "": nothing, and nobody asked."""
+        return ""
+
     def _of_rows(self, give: Callable[[Opened], Tensor]) -> Tensor:
         """What `give` makes of some rows at a time, for all of them: intermediates are several times their size."""
         parts = self.source.dense(torch.float32).split(max(1, _ELEMENTS_AT_ONCE // self.shape[1]))
         return torch.cat([give(self.opened(part)) for part in parts])
+
+
+class Float8Rounded(Rounded):
+    """e4m3 with a scale per output."""
+
+    def __init__(self, source: WeightSource) -> None:
+        super().__init__(source, "dense", _as_float8)
+
+    def narrow(self) -> Narrow | str:
+        return Narrow("float8", 1, self.shape[1])
+
+    def codes(self) -> Codes:
+        parts = self.source.dense(torch.float32).split(max(1, _ELEMENTS_AT_ONCE // self.shape[1]))
+        found = [float8_codes(part) for part in parts]
+        # As bytes: not every device joins float8.
+        values = torch.cat([codes.view(torch.uint8) for codes, _ in found]).view(torch.float8_e4m3fn)
+        return Codes(values, torch.cat([scale for _, scale in found]))
 
 
 def _stays(source: WeightSource) -> bool:
@@ -63,7 +85,7 @@ def _outer(source: WeightSource) -> bool:
 
 def float8_rows(source: WeightSource) -> WeightSource:
     """float8 (e4m3) with a scale per output. Embedding and head stay as they are."""
-    return source if _stays(source) or _outer(source) else Rounded(source, "dense", _as_float8)
+    return source if _stays(source) or _outer(source) else Float8Rounded(source)
 
 
 def _as_float8(values_MN: Tensor) -> Opened:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from phloem.quant._narrow import Codes, Narrow
+
 LARGEST = 1e18  # of a weight: no training gives it, and the norm behind it could not square it in float32
 Index = tuple[int | slice, ...]  # one entry per axis of the stored tensor; slices have start, stop and step
 
@@ -71,6 +73,18 @@ class Source:
         """Whether these columns begin and end with blocks of the stored format."""
         return False
 
+    def narrow(self, rows: slice, cols: slice) -> Narrow | str:
+        """What kernels for narrow weights can be given of these rows and columns, or why not; "": it is plain."""
+        del rows, cols
+        return ""
+
+    def codes(self, rows: slice, cols: slice) -> Codes:
+        """What `narrow` has promised."""
+        raise TypeError(f"{self.name} is plain: it has no codes")
+
+    def refused(self, why: str) -> None:
+        """The op table takes it unpacked all the same."""
+
     def done(self) -> None:
         """What was kept for the next read may go."""
 
@@ -111,15 +125,34 @@ class View:
             raise TypeError(f"{self.name} is dense: it has no quantised bytes")
         return self.source.take_raw(*matrix)
 
+    def narrow(self) -> Narrow | str:
+        """What kernels for narrow weights can be given, or why not; "": it is plain."""
+        span = self._span()
+        return "" if span is None else self.source.narrow(*span)
+
+    def codes(self) -> Codes:
+        """What `narrow` has promised."""
+        span = self._span()
+        if span is None:
+            raise TypeError(f"{self.name} is plain: it has no codes")
+        return self.source.codes(*span)
+
+    def refused(self, why: str) -> None:
+        """The op table takes it unpacked all the same."""
+        self.source.refused(why)
+
     def _matrix(self) -> tuple[slice, slice] | None:
         """Rows and columns, where they can be had as stored bytes."""
+        span = None if self.source.kind == "dense" else self._span()
+        return span if span is not None and self.source.has_raw(span[1]) else None
+
+    def _span(self) -> tuple[slice, slice] | None:
+        """Rows and columns; None: it is no matrix, or stored transposed."""
         index = everything(self.source.shape) if self.index is None else self.index
-        if self.source.kind == "dense" or self.transposed or len(index) != 2:
+        if self.transposed or len(index) != 2:
             return None
         rows, cols = index
-        if not isinstance(rows, slice) or not isinstance(cols, slice) or not self.source.has_raw(cols):
-            return None
-        return rows, cols
+        return (rows, cols) if isinstance(rows, slice) and isinstance(cols, slice) else None
 
 
 def indexed(values: Tensor, index: Index | None) -> Tensor:

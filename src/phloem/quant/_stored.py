@@ -9,6 +9,7 @@ import torch
 from phloem.core.errors import ModelLoadError
 from phloem.quant._bits import twice_e2m1
 from phloem.quant._grid import Grid, Opened, groups_of
+from phloem.quant._narrow import FLOAT8_BLOCK, Narrow
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 WHOLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-NO_FLOAT8 = "no op table here keeps float8 that a file brings (--quantization int8 keeps 8 bits)"
+NO_FLOAT8 = "this op table keeps no float8 that a file brings (--quantization int8 keeps 8 bits)"
 
 
 def read(source: Source, *span: slice) -> Tensor:
@@ -107,7 +108,12 @@ def float_matrix(
         group, span = groups_of(cols, wide, columns)
         return Opened(lambda piece: values[piece], scales[torch.arange(rows.start, rows.stop) // high, span], group)
 
-    return Grid(name, shape, open=open_, report=report, why=NO_FLOAT8)
+    form: Narrow | None = None
+    if weight.dtype == torch.float8_e4m3fn and wide == columns and high in (1, rows):
+        form = Narrow("float8", 1, columns)
+    elif weight.dtype == torch.float8_e4m3fn and (high, wide) == (FLOAT8_BLOCK, FLOAT8_BLOCK):
+        form = Narrow("float8", FLOAT8_BLOCK, FLOAT8_BLOCK)
+    return Grid(name, shape, open=open_, report=report, why=NO_FLOAT8, form=form)
 
 
 def as_scale(stored: Tensor) -> Tensor:

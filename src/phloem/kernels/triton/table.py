@@ -19,6 +19,7 @@ from phloem.kernels.triton import (
     lora,
     mla,
     moe,
+    narrow,
     pages,
     recurrent,
     rope,
@@ -71,8 +72,9 @@ def table() -> Ops:
     """The fast table."""
     return Ops(
         name="triton",
+        prepare_linear=narrow.prepare_linear,
         linear=_with_float8(_linear(weights.product)),
-        embedding=pages.embedding,
+        embedding=narrow.embedding,
         rms_norm=norms.rms_norm,
         add_rms_norm=norms.add_rms_norm,
         add=activation.add,
@@ -85,6 +87,8 @@ def table() -> Ops:
         rope_write_kv=rope.rope_write_kv,
         paged_attention=attention.paged_attention,
         latent_attention=mla.latent_attention,
+        prepare_experts=narrow.stack_experts,
+        stack_experts=narrow.stack_experts,
         moe=moe.moe,
         chosen_experts=moe.chosen_experts,
         chooses_apart=True,
@@ -98,10 +102,14 @@ def table() -> Ops:
         sample=sample.sample,
         late_tokens_=tokens.late_tokens_,
         keep_tokens_=tokens.keep_tokens_,
+        refill=narrow.refill,
+        rewriting=narrow.rewriting,
+        memory=narrow.memory,
     )
 
 
 def invariant_table() -> Ops:
     """The batch-invariant table: the same bits for a token whatever else is in the batch."""
     dense = _linear(invariant.product)
-    return replace(table(), name="invariant", linear=dense, paged_attention=invariant.paged_attention)
+    own = {"prepare_linear": narrow.prepare_plain, "prepare_experts": narrow.stack_experts}
+    return replace(table(), name="invariant", linear=dense, paged_attention=invariant.paged_attention, **own)

@@ -1,7 +1,8 @@
 """Matrix products by the kind of the weight: a dense tensor, or one of the narrow forms below.
 
-Whoever loads a checkpoint makes the form (a quantisation method, from what the checkpoint stores); the table's `linear`
-then takes it as it takes a tensor. Legend: N input features, M output features, G groups of input features.
+`narrow.py` makes the forms of what a checkpoint stores, or `--quantization` rounds; the table's `linear` then takes
+them as it takes a tensor. `dtype` is the model's, in which rows of a form are read. Stacks of experts are forms too,
+one expert behind the other. Legend: N input features, M output features, G groups of input features.
 """
 
 from __future__ import annotations
@@ -14,44 +15,114 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from phloem.kernels.triton import vendor
-from phloem.kernels.triton.gemm_fp8 import FEW_ROWS, block_scaled_gemm, few_rows_gemm
+from phloem.kernels.triton.gemm_fp8 import FEW_ROWS, GROUP, block_scaled_gemm, few_rows_gemm
 from phloem.kernels.triton.gemm_int import int4_gemm, int8_gemm
 from phloem.kernels.triton.quantise import per_group_fp8, per_token_fp8
 
 
+class Form:
+    """What all forms have. Subclasses list the tensors that they are made of."""
+
+    __slots__ = ()
+    dtype: torch.dtype
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that it is made of."""
+        raise NotImplementedError
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """float32 [T, N]: some rows of the matrix, dequantised."""
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs."""
+        first = self.tensors()[0]
+        return first.shape[0], first.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors()[0].device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class Int8Weight:
+class Int8Weight(Form):
     """Weights of 8 bits with a scale per output; activations keep their type."""
 
     values: Tensor  # int8 [M, N]
     scale: Tensor  # [M]
+    dtype: torch.dtype = torch.bfloat16
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.values, self.scale
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return self.values[ids].float() * self.scale[ids].float()[:, None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Int4Weight:
+class Int4Weight(Form):
     """Weights of 4 bits with a scale, and perhaps a zero point, per output and group."""
 
     packed: Tensor  # uint8 [M, N / 2], in the order of `gemm_int.pack_int4`
     scale: Tensor  # [M, G]
     zero: Tensor | None = None  # [M, G]; None: 8
+    dtype: torch.dtype = torch.bfloat16
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.packed, self.scale) if self.zero is None else (self.packed, self.scale, self.zero)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        halves = self.packed[ids].unflatten(1, (self.scale.shape[1], -1))
+        codes = torch.cat((halves & 15, halves >> 4), -1).float()
+        zero = 8.0 if self.zero is None else self.zero[ids].float()[..., None]
+        return ((codes - zero) * self.scale[ids].float()[..., None]).flatten(1)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.packed.shape[0], 2 * self.packed.shape[1]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Float8Rows:
+class Float8Rows(Form):
     """float8 weights with a scale per output; activations become float8 with one per token, for the vendor's product;
     those of up to `gemm_fp8.FEW_ROWS` tokens keep their type."""
 
     values: Tensor  # float8 [M, N]
     scale: Tensor  # float32 [M]
+    dtype: torch.dtype = torch.bfloat16
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.values, self.scale
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return _floats(self.values, ids) * self.scale[ids][:, None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Float8Blocks:
+class Float8Blocks(Form):
     """float8 weights with a scale per 128 x 128 block; activations get one per token and 128 features, but for those of
     up to `gemm_fp8.FEW_ROWS` tokens, which keep their type."""
 
     values: Tensor  # float8 [M, N]
     scale: Tensor  # float32 [M / 128, N / 128], rounded up
+    dtype: torch.dtype = torch.bfloat16
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.values, self.scale
+
+    def rows(self, ids: Tensor) -> Tensor:
+        scale = self.scale[ids // GROUP].repeat_interleave(GROUP, 1)[:, : self.values.shape[1]]
+        return _floats(self.values, ids) * scale
+
+
+def _floats(values: Tensor, ids: Tensor) -> Tensor:
+    """Rows of float8, whose bytes alone every device picks."""
+    return values.view(torch.uint8)[ids].view(values.dtype).float()
 
 
 Weight = Tensor | Int8Weight | Int4Weight | Float8Rows | Float8Blocks

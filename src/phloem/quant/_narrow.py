@@ -1,0 +1,53 @@
+"""Numbers of few bits and their scales, as a source gives them to op tables whose kernels multiply them as they are.
+
+A source says what it has (`Narrow`) before anything is read, so that a table chooses without values too. Legend: M
+outputs, N inputs; a scale stands for a tile of `high` rows and `wide` columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FLOAT8_BLOCK = 128  # rows and columns of a block of float8 that shares a scale
+LEAST_GROUP, MOST_GROUP = 32, 128  # columns of a group of 4-bit numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Narrow:
+    """What a source can give of a matrix: e4m3 float8 with a scale per row (`high` 1, `wide` all columns) or per block
+    of 128 x 128, or numbers 0 to 15 with a scale, and perhaps a zero point, per row and group of columns."""
+
+    kind: Literal["float8", "int4"]
+    high: int
+    wide: int
+    zeros: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Codes:
+    """(value - zero) * scale, where a missing zero is 0 of float8 and 8 of 4-bit numbers."""
+
+    values: Tensor  # float8_e4m3fn, or uint8 0 to 15: [M, N]
+    scale: Tensor  # float32 [M / high, N / wide], rounded up
+    zero: Tensor | None = None  # float32, as the scale
+
+
+def narrow_of(part: Any) -> Narrow | str:
+    """What a source (`WeightSource`) can give, or why not; "": it is stored plainly."""
+    found = getattr(part, "narrow", None)
+    return "" if found is None else found()
+
+
+def group_width(width: int, cols: slice) -> int:
+    """The largest power of two, from 32 to 128, that cuts groups of `width` columns and these columns evenly; 0: none
+    does."""
+    found = MOST_GROUP
+    while found >= LEAST_GROUP:
+        if not (width % found or cols.start % found or cols.stop % found):
+            return found
+        found //= 2
+    return 0

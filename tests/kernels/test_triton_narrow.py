@@ -1,0 +1,165 @@
+"""Quantised checkpoints on the Triton table stay as narrow as they come, and compute what their values stand for."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import packers
+import pytest
+import torch
+from pools import pool_of
+from triton_support import need_interpreter
+
+from phloem.attention import Memory, begin
+from phloem.attention.reference import TableStep
+from phloem.checkpoint.describe import describe
+from phloem.kernels.ops import Ops, PagedBatch
+from phloem.layers.context import BuildContext, ForwardBatch
+from phloem.models import load_model
+from phloem.quant import method_for
+from phloem.testing.checkpoints import tiny_checkpoint
+
+need_interpreter()
+from phloem.attention import triton as backend_file  # noqa: E402
+from phloem.kernels.triton import narrow, table  # noqa: E402
+from phloem.kernels.triton.weights import Float8Blocks, Float8Rows, Int4Weight  # noqa: E402
+
+CPU = torch.device("cpu")
+SIZES: dict[str, Any] = {
+    **{"hidden_size": 256, "intermediate_size": 256, "head_dim": 32, "num_hidden_layers": 1},
+    **{"num_attention_heads": 4, "num_key_value_heads": 4},
+}
+BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+TENSORS = {"quant_method": "compressed-tensors", "config_groups": {}}
+INTS = {**TENSORS, "format": "pack-quantized"}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+# What packs, what config.json says, and the form that comes of it.
+KEPT: dict[str, tuple[Any, dict[str, Any], type]] = {
+    "blocks": (partial(packers.float8, by="block", scale_name="weight_scale_inv"), BLOCKS, Float8Blocks),
+    "matrices": (partial(packers.float8, by="tensor"), {"quant_method": "modelopt", "quant_algo": "FP8"}, Float8Rows),
+    "rows": (partial(packers.float8, by="row"), {**TENSORS, "format": "float-quantized"}, Float8Rows),
+    "rows of fbgemm": (partial(packers.float8, by="row"), {"quant_method": "fbgemm_fp8"}, Float8Rows),
+    "awq": (packers.awq, {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}, Int4Weight),
+    "gptq": (packers.gptq, GPTQ, Int4Weight),
+    "gptq with zero points": (partial(packers.gptq, symmetric=False, group=64), {**GPTQ, "sym": False}, Int4Weight),
+    "packed": (partial(packers.packed_ints, group=128), INTS, Int4Weight),
+    "packed, 3 bits": (partial(packers.packed_ints, bits=3), INTS, Int4Weight),
+    "packed, zero points, rows": (partial(packers.packed_ints, symmetric=False, group=0), INTS, Int4Weight),
+}
+FLOAT8 = (Float8Rows, Float8Blocks)
+
+
+def loaded(path: Path, ops: Ops, quantization: str | None = None, device: torch.device = CPU) -> Any:
+    found = describe(str(path))
+    method = method_for(quantization, found.stored)
+    return load_model(found, BuildContext(ops, torch.float32, device, quant=method))
+
+
+def matrices(model: Any) -> dict[str, Any]:
+    """Values of the linear layers by the name of the first of their tensors."""
+    found = {weight.names[0]: weight.value for weight in model.weights() if weight.role == "matrix"}
+    return {name: value for name, value in found.items() if name.endswith("_proj.weight")}
+
+
+def steps(vocab: int) -> list[tuple[PagedBatch, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """A prefill of more tokens than widen their weights (two rows), and a decode step."""
+    pages, done, made = torch.tensor([[1, 2, 3], [4, 5, 6]]).int(), [0, 0], []
+    generator = torch.Generator().manual_seed(1)
+    for new in ([7, 15], [1, 1]):
+        positions = torch.cat([torch.arange(done[row], done[row] + new[row]) for row in range(2)])
+        rows = torch.repeat_interleave(torch.arange(2), torch.tensor(new))
+        done = [done[row] + new[row] for row in range(2)]
+        start = torch.tensor([0, *new]).cumsum(0).int()
+        slots = pages[rows, positions // 8] * 8 + positions % 8
+        batch = PagedBatch(start, torch.tensor(done).int(), pages, slots.int(), max(new), max(done))
+        made.append((batch, torch.randint(0, vocab, (sum(new),), generator=generator), positions, start[1:].long() - 1))
+    return made
+
+
+def check_logits(ours: Any, theirs: Any, *off: float) -> None:
+    """Both models through both steps, each within its part of the logits' norm."""
+    specs = theirs.attention_specs
+    want_pool, got_pool = (pool_of(specs, 8, 8, torch.float32, CPU) for _ in range(2))
+    backend = backend_file.Backend(table.table(), specs, CPU, torch.float32)
+    vocab = theirs.index.slots["model.embed_tokens.weight"][0][0].shapes[0][0]
+    for (batch, ids, positions, last), most in zip(steps(vocab), off, strict=True):
+        want_step = ForwardBatch(ids, positions, Memory(want_pool, [TableStep(Ops(), batch, want_pool)]), last)
+        got_step = ForwardBatch(ids, positions, begin(backend, [batch], got_pool), last)
+        want = theirs.head(theirs.forward(want_step))
+        got = ours.head(ours.forward(got_step))
+        assert (got - want).norm() <= most * want.norm()
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("transformers")
+    return tiny_checkpoint("llama", tmp_path_factory.mktemp("llama"), **SIZES)
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_checkpoints_stay_narrow(case: str, llama: Path, tmp_path: Path) -> None:
+    pack, config, form = KEPT[case]
+    packed, plain = packers.quantised(llama, tmp_path, pack, config)
+    ours, theirs = loaded(packed, table.table()), loaded(plain, Ops())
+    found = matrices(ours)
+    assert len(found) == 4 and all(type(value) is form for value in found.values())
+    assert ours.weight_bytes < theirs.weight_bytes / 2
+    wide = loaded(packed, Ops())
+    for name in theirs.weight_names():
+        torch.testing.assert_close(ours.get_weight(name), wide.get_weight(name), rtol=1e-6, atol=1e-9)
+    # Of more than 16 tokens activations become float8 too, which the interpreter rounds wrongly.
+    check_logits(ours, theirs, *((0.2, 0.2) if form in FLOAT8 else (1e-3, 1e-3)))
+
+
+@pytest.mark.parametrize("method,form", [("fp8", Float8Rows), ("int4", Int4Weight)])
+def test_plain_checkpoints_become_narrow(method: str, form: type, llama: Path) -> None:
+    ours, theirs = loaded(llama, table.table(), method), loaded(llama, Ops(), method)
+    assert all(type(value) is form for value in matrices(ours).values())
+    for name in theirs.weight_names():
+        torch.testing.assert_close(ours.get_weight(name), theirs.get_weight(name), rtol=2e-3, atol=3e-4)
+    check_logits(ours, theirs, *((0.2, 0.2) if form is Float8Rows else (1e-2, 1e-2)))
+
+
+def decision(path: Path, ops: Ops) -> tuple[Any, str]:
+    found = describe(str(path))
+    method = method_for(None, found.stored)
+    assert method is not None and method.report is not None
+    model = load_model(found, BuildContext(ops, torch.float32, CPU, quant=method))
+    return model, method.report.decision("float32")[1]
+
+
+ODD = {"hidden_size": 160, "intermediate_size": 160, "num_attention_heads": 5, "num_key_value_heads": 5}
+# What packs, what config.json says, changes of the model's sizes, and a word of the reason.
+UNPACKED: dict[str, tuple[Any, dict[str, Any], dict[str, Any], str]] = {
+    "act-order": (partial(packers.gptq, act=True), {**GPTQ, "desc_act": True}, {}, "act-order"),
+    "odd groups": (partial(packers.packed_ints, group=40), INTS, ODD, "40"),
+    "groups of powers of two": (packers.mxfp8_matrix, {**TENSORS, "format": "mxfp8"}, {}, "float8"),
+    "5 bits": (partial(packers.packed_ints, bits=5), INTS, {}, "packed rows"),
+    "blocks in the middle": (KEPT["blocks"][0], BLOCKS, {"num_key_value_heads": 2}, "end with their blocks"),
+    "odd sizes": (KEPT["rows"][0], KEPT["rows"][1], {"intermediate_size": 200}, "multiples of 16"),
+}
+
+
+@pytest.mark.parametrize("case", UNPACKED)
+def test_what_no_kernel_takes_is_unpacked_and_says_why(case: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pack, config, sizes, why = UNPACKED[case]
+    made = tiny_checkpoint("llama", tmp_path / "made", **SIZES | sizes)
+    packed, plain = packers.quantised(made, tmp_path, pack, config)
+    ours, told = decision(packed, table.table())
+    theirs = loaded(plain, Ops())
+    assert why in told and "unpacked to float32" in told
+    dense = {name for name, value in matrices(ours).items() if isinstance(value, torch.Tensor)}
+    assert dense if case in ("blocks in the middle", "odd sizes") else dense == set(matrices(ours))
+    for name in dense:
+        torch.testing.assert_close(ours.get_weight(name), theirs.get_weight(name), rtol=1e-6, atol=1e-7)
+
+
+def test_what_is_kept_is_told(llama: Path, tmp_path: Path) -> None:
+    packed, _ = packers.quantised(llama, tmp_path, *KEPT["blocks"][:2])
+    assert decision(packed, table.table())[1] == "7 matrices keep their bits as float8 with scales of blocks"
+    _, told = decision(packed, table.invariant_table())
+    assert told == "7 are unpacked to float32: the batch-invariant kernels multiply plain weights alone"
+    assert "this op table keeps no float8" in decision(packed, Ops())[1]

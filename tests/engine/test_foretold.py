@@ -13,6 +13,7 @@ from typing import Any
 import draft_support
 import msgspec
 import numpy as np
+import packers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -32,6 +33,7 @@ from phloem.kernels.ops import Ops
 from phloem.kernels.shapes_only import shapes_only
 from phloem.kernels.triton import ahead as kernels
 from phloem.kernels.triton import table
+from phloem.kernels.triton._device import AHEAD
 from phloem.layers.context import BuildContext
 from phloem.models._pooled import load_pooled
 from phloem.platforms._compiled import Tally
@@ -147,6 +149,45 @@ def test_what_is_told_follows_from_the_model_and_the_settings(tmp_path: Path, mo
     assert eagle.drafting is not None and not unforetold(eagle, drafts, steps=10)
     chunked, _ = told(tiny_checkpoint("llama4_text", tmp_path / "llama4"), monkeypatch)
     assert chunked.backend == "reference"  # no other attends by chunks
+
+
+SIZES: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 32, "num_key_value_heads": 4}
+NARROW: dict[str, tuple[Any, dict[str, Any], str, str]] = {
+    "blocks": (
+        partial(packers.float8, by="block", scale_name="weight_scale_inv"),
+        {"quant_method": "fp8", "weight_block_size": [128, 128]}, "_gemm_few", "_gemm_fp8",
+    ),
+    "rows": (partial(packers.float8, by="row"), {"quant_method": "fbgemm_fp8"}, "_gemm_few", "_quantise_row"),
+    "awq": (packers.awq, {"quant_method": "awq", "bits": 4}, "_gemm_int4", "_gemm_int4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NARROW)
+def test_kernels_of_narrow_weights_are_foretold(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the headers and scales of the files, of a model of fewer layers than they have."""
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(AHEAD, "capability", 90)
+    pack, config, *wanted = NARROW[case]
+    path = tiny_checkpoint("llama", tmp_path / "made", num_hidden_layers=3, **SIZES)
+    plan, refusal = told(packers.quantised(path, tmp_path, pack, config)[0], monkeypatch)
+    assert refusal is None and plan.stored is not None
+    found = {note.name for note in ahead.trace(plan)[0].found.values()}
+    assert {*wanted} <= found and not unforetold(plan, steps=10)
+    monkeypatch.setattr(AHEAD, "capability", 80)  # has no products of float8, and integers as ever
+    found = {note.name for note in ahead.trace(plan)[0].found.values()}
+    assert ({*wanted} <= found) == (case == "awq")
+
+
+@pytest.mark.parametrize("method,kernel", [("fp8", "_gemm_few"), ("int4", "_gemm_int4")])
+def test_so_are_those_of_weights_that_are_rounded(
+    method: str, kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(AHEAD, "capability", 90)
+    plan, refusal = told(tiny_checkpoint("llama", tmp_path, **SIZES), monkeypatch, quantization=method)
+    assert refusal is None and plan.quantization == method
+    assert kernel in {note.name for note in ahead.trace(plan)[0].found.values()}
+    assert not unforetold(plan, steps=10)
 
 
 def test_scales_of_a_float8_cache_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -24,6 +25,7 @@ import torch
 from phloem.adapters._sites import Sites
 from phloem.attention._elsewhere import backend_without_data
 from phloem.checkpoint.describe import Checkpoint
+from phloem.checkpoint.quant_config import StoredFormat
 from phloem.core.errors import PhloemError
 from phloem.engine.shapes import Shape, run_shape, step_shapes
 from phloem.engine.sizing import Need
@@ -32,6 +34,9 @@ from phloem.kernels.triton import ahead, table
 from phloem.kvcache.pool import KVPool, fewest_pages
 from phloem.layers.context import BuildContext
 from phloem.models import build_model
+from phloem.models._common import Decoder
+from phloem.models._narrowed import load_forms
+from phloem.quant import method_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,6 +70,9 @@ class Plan(msgspec.Struct, frozen=True):
     drafting: dict[str, Any] | None = None  # as `core.speculation.Wanted`, of a model that drafts; None: none does
     path: str = "none"  # of the checkpoint, and its files: what drafts may lie in it
     files: list[str] = []
+    quantization: str | None = None  # of `--quantization`
+    stored: dict[str, Any] | None = None  # as `checkpoint.quant_config.StoredFormat`; None: plain matrices
+    consolidated: bool = False  # the files are in Mistral's own format
 
 
 class Done(msgspec.Struct, frozen=True):
@@ -108,8 +116,7 @@ def need_of(plan: Plan, layers: int | None = LAYERS[-1], drafts: Drafts | None =
     ops = shapes_only(table.invariant_table() if plan.ops == "invariant" else table.table())
     dtype, kv_dtype = getattr(torch, plan.dtype), getattr(torch, plan.kv_dtype)
     ctx = BuildContext(ops, dtype, device)
-    model = build_model(plan.model_type, config, ctx, plan.context)
-    model.load(checkpoint, None)
+    model = _loaded(plan, checkpoint, ctx)
     if plan.adapters is not None:
         Sites(model, ops, dtype, *plan.adapters)
     helper = None if drafts is None or plan.drafting is None else drafts(plan, checkpoint, model, ctx)
@@ -121,6 +128,18 @@ def need_of(plan: Plan, layers: int | None = LAYERS[-1], drafts: Drafts | None =
     sizes = page, plan.context, plan.running, plan.chunk
     adapts = plan.adapters is not None
     return Need(model, backend, ops, kv_dtype, *sizes, True, scales, (), adapts, helper, attends)
+
+
+def _loaded(plan: Plan, checkpoint: Checkpoint, ctx: BuildContext) -> Model:
+    """The model, whose weights have the forms in which the table keeps them."""
+    stored = None if plan.stored is None else StoredFormat(**plan.stored)
+    ctx = replace(ctx, quant=method_for(plan.quantization, stored))
+    model = build_model(plan.model_type, checkpoint.config, ctx, plan.context)
+    if stored is None or not isinstance(model, Decoder):
+        model.load(checkpoint, None)
+    else:
+        load_forms(model, replace(checkpoint, format="safetensors", stored=stored, consolidated=plan.consolidated))
+    return model
 
 
 def _attends(name: str, ops: Any, device: torch.device, kv_dtype: torch.dtype, specs: Any) -> Any:

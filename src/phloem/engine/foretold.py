@@ -80,6 +80,9 @@ def _told(
         "drafting": asdict(drafts) if drafts.algorithm in speculation.MODELS else None,
         "path": str(checkpoint.path),
         "files": [str(file) for file in checkpoint.files],
+        "quantization": config.model.quantization,
+        "stored": None if checkpoint.stored is None else asdict(checkpoint.stored),
+        "consolidated": checkpoint.consolidated,
     }
 
 

@@ -1,0 +1,34 @@
+"""A quantised checkpoint's model without data, in the forms that its files will be given by an op table.
+
+Of the files the headers are read, and the small tensors (scales, zero points) by which a format chooses its form.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from phloem.models._index import open_sources
+from phloem.models._sources import DummySource
+from phloem.quant._grid import Grid
+
+if TYPE_CHECKING:
+    from phloem.checkpoint.describe import Checkpoint
+    from phloem.models._common import Decoder
+
+
+def load_forms(model: Decoder, checkpoint: Checkpoint) -> None:
+    """Fill a model whose device is `meta`; it may have fewer layers than the checkpoint.
+
+    Raises:
+        ModelLoadError: as loading does.
+    """
+    index = model.index
+    stored, _ = open_sources(checkpoint, index, model.checkpoint_name, whole=False)
+    index.join(stored)
+    sources = {
+        name: source
+        if isinstance(source := stored.get(name), Grid)
+        else DummySource(name, index.stored_shape(name), shifted=True, role=places[0][0].role, device=index.ctx.device)
+        for name, places in index.slots.items()
+    }
+    index.pull(sources, str(checkpoint.path), None)

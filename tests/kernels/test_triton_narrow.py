@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from triton_support import need_interpreter
 from phloem.attention import Memory, begin
 from phloem.attention.reference import TableStep
 from phloem.checkpoint.describe import describe
+from phloem.kernels import reference_formats as formats
 from phloem.kernels.ops import Ops, PagedBatch
+from phloem.kernels.specs import ExpertSpec
 from phloem.layers.context import BuildContext, ForwardBatch
 from phloem.models import load_model
 from phloem.quant import method_for
@@ -166,3 +169,83 @@ def test_what_is_kept_is_told(llama: Path, tmp_path: Path) -> None:
     _, told = decision(packed, table.invariant_table())
     assert told == "7 are unpacked to float32: the batch-invariant kernels multiply plain weights alone"
     assert "this op table keeps no float8" in decision(packed, Ops())[1]
+
+
+# Of experts: what packs, what config.json says, the form.
+EXPERTS: dict[str, tuple[Any, dict[str, Any], type]] = {
+    "blocks": KEPT["blocks"],
+    "rows": KEPT["rows"],
+    "int4": (KEPT["packed"][0], INTS, torch.Tensor),
+}
+MOE = {"moe_intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 2}
+
+
+def stacks(model: Any) -> list[Any]:
+    return [weight.value for weight in model.weights() if weight.experts]
+
+
+@pytest.mark.parametrize("case", EXPERTS)
+def test_experts_stay_narrow(case: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pack, config, form = EXPERTS[case]
+    made = tiny_checkpoint("qwen3_moe", tmp_path / "made", **SIZES | MOE)
+    packed, plain = packers.quantised(made, tmp_path, pack, config)
+    (ours, told), theirs = decision(packed, table.table()), loaded(plain, Ops())
+    assert len(stacks(ours)) == 2 and all(isinstance(value, form) for value in stacks(ours))
+    assert ("experts of 4 bits have no kernel" in told) == (case == "int4")
+    for name in theirs.weight_names():
+        torch.testing.assert_close(ours.get_weight(name), theirs.get_weight(name), rtol=1e-6, atol=1e-7)
+    if case != "int4":
+        check_experts(ours, theirs)
+
+
+def check_experts(ours: Any, theirs: Any) -> None:
+    """The block alone, of few tokens and of more: routing to other experts would not be an error of a product."""
+    (got,), (want,) = ([layer.mlp for layer in model.layers] for model in (ours, theirs))
+    for tokens, most in ((3, 1e-4), (40, 0.15)):
+        x = torch.randn(tokens, 256, generator=torch.Generator().manual_seed(tokens))
+        out, expected = got(None, x, None, add=False)[0], want(None, x, None, add=False)[0]
+        assert (out - expected).norm() <= most * expected.norm()
+
+
+def test_experts_of_another_rank_may_be_narrow() -> None:
+    """Those of the ids 2 and 3, of which some tokens choose none."""
+    generator = torch.Generator().manual_seed(1)
+    wide = [torch.randn(2 * rows, 128, generator=generator) / 11 for rows in (256, 128)]
+    pair = [Float8Blocks(*formats.quantise_blocks(one, torch.float8_e4m3fn), torch.float32) for one in wide]
+    ids = torch.tensor([[0, 2], [3, 2], [1, 0]])
+    x, weights, spec = torch.randn(3, 128, generator=generator), torch.rand(3, 2), ExpertSpec(2, first=2)
+    got = table.table().experts(x, ids, weights, *pair, spec, None)
+    want = Ops().experts(x, ids, weights, *(one.rows(torch.arange(len(one.values))) for one in pair), spec, None)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    other = replace(spec, activation="relu2", gated=False)  # which plain torch computes, of plain matrices
+    got = table.table().experts(x, ids, weights, pair[1], pair[1], other, None)
+    half = pair[1].rows(torch.arange(256))
+    torch.testing.assert_close(got, Ops().experts(x, ids, weights, half, half, other, None))
+
+
+@pytest.mark.parametrize("case", ["blocks", "rows", "fp8", "int4"])
+def test_new_values_are_put_into_narrow_memory(case: str, llama: Path, tmp_path: Path) -> None:
+    packed = packers.quantised(llama, tmp_path, *KEPT[case][:2])[0] if case in KEPT else llama
+    model = loaded(packed, table.table(), None if case in KEPT else case)
+    name, beside = (f"model.layers.0.self_attn.{each}_proj.weight" for each in "kv")
+    before, places = model.get_weight(beside), [t.data_ptr() for t in matrices(model)[q_of(name)].tensors()]
+    new = torch.randn(model.get_weight(name).shape, generator=torch.Generator().manual_seed(3)) / 16
+    assert not model.update_weights([(name, new)])
+    assert [t.data_ptr() for t in matrices(model)[q_of(name)].tensors()] == places
+    off = 0.15 if case == "int4" else 0.04
+    assert 0 < (model.get_weight(name) - new).norm() < off * new.norm()
+    assert (model.get_weight(beside) - before).norm() < off / 2 * before.norm()
+    found = matrices(model)[q_of(name)]
+    assert sum(piece.numel() for piece in table.table().memory(found)) == found.nbytes  # type: ignore[misc]
+
+
+def q_of(name: str) -> str:
+    return name.replace("k_proj", "q_proj")
+
+
+def test_other_values_of_stored_integers_take_another_form(llama: Path, tmp_path: Path) -> None:
+    model = loaded(packers.quantised(llama, tmp_path, *KEPT["gptq"][:2])[0], table.table())
+    name = "model.layers.0.self_attn.o_proj.weight"
+    new = torch.randn(model.get_weight(name).shape)
+    assert model.update_weights([(name, new)]) and torch.equal(model.get_weight(name), new)

@@ -169,6 +169,8 @@ class Ops:
     chosen_experts: Callable[[Tensor, Tensor, Tensor, Any, Any], Tensor] = experts.chosen_experts
     # Whether that serves plain experts of any router better than `experts` below.
     chooses_apart: bool = False
+    # Whether `experts` takes of such experts what `prepare_experts` makes.
+    stacks_alike: bool = False
 
     # Sampling helpers: logits[L, V] float -> int32/float32.
     argmax: Callable[[Tensor], Tensor] = ref.argmax  # [L]

@@ -137,7 +137,8 @@ class SparseMLP(Layer):
             bias = config.latent_bias
             self.narrow = Linear(ctx, hidden_size, {names.latent_in: config.latent}, bias=bias)
             self.widen = Linear(ctx, config.latent, {names.latent_out: hidden_size}, bias=bias)
-        self._stack = _Stack(ctx, config, prepared or self.apart, placed)
+        alike = not placed and ctx.ops.stacks_alike and fits_plain(replace(self.spec, first=0), biased=biased)
+        self._stack = _Stack(ctx, config, prepared or self.apart or alike, placed)
         self.gate_up, self.down, self.biases = self.slots(own)
         self.placed: PlacedExperts | None = None
         if placed and ctx.aside is not None:

@@ -34,6 +34,7 @@ from phloem.kernels.triton.early import await_previous, early
 from phloem.kernels.triton.many import BLOCKS, ROWS, UNSCALED
 from phloem.kernels.triton.quantise import per_group_fp8, per_token_fp8
 from phloem.kernels.triton.route import route, route_and_sort, sort_by_expert
+from phloem.kernels.triton.weights import Float8Blocks, Float8Rows, Form, widened
 
 if TYPE_CHECKING:
     from phloem.kernels.specs import ExpertSpec
@@ -529,23 +530,38 @@ def experts(
     return out
 
 
-def moe(x_TN: Tensor, logits_TE: Tensor, gate_up: Tensor, down: Tensor, top_k: int, renormalise: bool) -> Tensor:
-    """The op table's entry: softmax routing over dense experts, stacked as gate_up [E * 2F, N] and down [E * N, F]."""
+Stacks = tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]
+
+
+def _stacks(gate_up: Tensor | Form, down: Tensor | Form, count: int) -> Stacks:
+    """Matrices of each expert, and their scales, of stacks with one behind the other."""
+    if isinstance(gate_up, Float8Rows | Float8Blocks) and type(gate_up) is type(down):
+        pairs = [tuple(t.unflatten(0, (count, -1)) for t in form.tensors()) for form in (gate_up, down)]
+        return pairs[0][0], pairs[1][0], (pairs[0][1], pairs[1][1])
+    return widened(gate_up).unflatten(0, (count, -1)), widened(down).unflatten(0, (count, -1)), None
+
+
+def moe(
+    x_TN: Tensor, logits_TE: Tensor, gate_up: Tensor | Form, down: Tensor | Form, top_k: int, renormalise: bool
+) -> Tensor:
+    """The op table's entry: softmax routing over experts, stacked as gate_up [E * 2F, N] and down [E * N, F]."""
     tokens, count = logits_TE.shape
-    stacks = gate_up.unflatten(0, (count, -1)), down.unflatten(0, (count, -1))
+    *stacks, scales = _stacks(gate_up, down, count)
     if 0 < tokens <= FEW_TOKENS and count <= CHOSEN_EXPERTS:
         weights_Tk = torch.empty((tokens, top_k), dtype=torch.float32, device=x_TN.device)
         ids_Tk = torch.empty((tokens, top_k), dtype=torch.int32, device=x_TN.device)
         out_TN = torch.empty(x_TN.shape, dtype=x_TN.dtype, device=x_TN.device)
-        return _few(x_TN, weights_Tk, ids_Tk, *stacks, SILU, None, out_TN, logits_TE, renormalise)
+        return _few(x_TN, weights_Tk, ids_Tk, *stacks, SILU, scales, out_TN, logits_TE, renormalise)
     if tokens <= FEW_TOKENS:
-        return experts(x_TN, *route(logits_TE, top_k, renormalise), *stacks)
+        return experts(x_TN, *route(logits_TE, top_k, renormalise), *stacks, scales=scales)
     tile = tile_size(tokens * top_k, count)
     weights_Tk, ids_Tk, lists = route_and_sort(logits_TE, top_k, renormalise, tile)
-    return experts(x_TN, weights_Tk, ids_Tk, *stacks, lists=lists)
+    return experts(x_TN, weights_Tk, ids_Tk, *stacks, scales=scales, lists=lists)
 
 
-def chosen_experts(x_TN: Tensor, ids_Tk: Tensor, weights_Tk: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def chosen_experts(
+    x_TN: Tensor, ids_Tk: Tensor, weights_Tk: Tensor, gate_up: Tensor | Form, down: Tensor | Form
+) -> Tensor:
     """The op table's entry: plain experts, stacked as for `moe`, chosen elsewhere; ids of none add nothing."""
     return _stacked(x_TN, ids_Tk, weights_Tk, gate_up, down, down.shape[0] // x_TN.shape[1], SILU)
 
@@ -554,21 +570,28 @@ def experts_op(
     x_TN: Tensor,
     ids_Tk: Tensor,
     weights_Tk: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Tensor | Form,
+    down: Tensor | Form,
     spec: ExpertSpec,
     biases: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The op table's entry for experts of any kind: gated ones of two activations here, others in plain torch."""
     if biases is not None or not spec.gated or spec.scale_input or spec.activation not in KINDS:
-        return models.experts(x_TN, ids_Tk, weights_Tk, gate_up, down, spec, biases)
+        return models.experts(x_TN, ids_Tk, weights_Tk, widened(gate_up), widened(down), spec, biases)
     ids_Tk = ids_Tk - spec.first if spec.first else ids_Tk
     return _stacked(x_TN, ids_Tk, weights_Tk, gate_up, down, spec.experts, KINDS[spec.activation])
 
 
 def _stacked(
-    x_TN: Tensor, ids_Tk: Tensor, weights_Tk: Tensor, gate_up: Tensor, down: Tensor, count: int, kind: int
+    x_TN: Tensor,
+    ids_Tk: Tensor,
+    weights_Tk: Tensor,
+    gate_up: Tensor | Form,
+    down: Tensor | Form,
+    count: int,
+    kind: int,
 ) -> Tensor:
-    stacks = gate_up.unflatten(0, (count, -1)), down.unflatten(0, (count, -1))
+    *stacks, scales = _stacks(gate_up, down, count)
     weights_Tk, ids_Tk = weights_Tk.float().contiguous(), ids_Tk.to(torch.int32).contiguous()
-    return experts(x_TN.to(gate_up.dtype), weights_Tk, ids_Tk, *stacks, kind, foreign=True).to(x_TN.dtype)
+    out_TN = experts(x_TN.to(gate_up.dtype), weights_Tk, ids_Tk, *stacks, kind, scales, foreign=True)
+    return out_TN.to(x_TN.dtype)

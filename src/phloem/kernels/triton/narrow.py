@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 EIGHT = torch.float8_e4m3fn
 FLOAT8_CAPABLE = 89  # compute capability from which on there are products of float8
 _MULTIPLE = 16  # of sizes, for the vendor's product with scales of rows
+_ROWS_AT_ONCE = 64 * FLOAT8_BLOCK
 _INVARIANT = "the batch-invariant kernels multiply plain weights alone"
-_SHARED = "experts that ranks share out, or whose kind has no kernel of its own, are multiplied in 16 bits"
+_ODD = "experts with biases, without gates or of other activations are multiplied by plain torch"
 
 
 def prepare_linear(parts: Sequence[WeightSource], dtype: torch.dtype, device: torch.device) -> Tensor | Form:
@@ -50,14 +51,20 @@ def prepare_experts(
 
 
 def stack_experts(parts: Sequence[WeightSource], dtype: torch.dtype, device: torch.device, experts: int) -> Tensor:
-    """The same, in the model's type."""
+    """The same of experts that no kernel computes."""
     del experts
-    return _unpacked(parts, dtype, device, _SHARED)
+    return _unpacked(parts, dtype, device, _ODD)
 
 
 def prepare_plain(parts: Sequence[WeightSource], dtype: torch.dtype, device: torch.device) -> Tensor:
     """For the batch-invariant table."""
     return _unpacked(parts, dtype, device, _INVARIANT)
+
+
+def plain_experts(parts: Sequence[WeightSource], dtype: torch.dtype, device: torch.device, experts: int) -> Tensor:
+    """The same of experts."""
+    del experts
+    return prepare_plain(parts, dtype, device)
 
 
 def embedding(ids_T: Tensor, weight: Tensor | Form, scale: float) -> Tensor:
@@ -140,8 +147,9 @@ def _unfit_experts(parts: Sequence[WeightSource], device: torch.device) -> str |
     form = _first(parts)
     if form.kind == "int4":
         return "experts of 4 bits have no kernel"
-    if form.high > 1 and parts[-1].shape[0] % FLOAT8_BLOCK:
-        return f"experts of {parts[-1].shape[0]} rows do not end with their blocks"
+    # Both ways round, so that all of an expert's matrices stay narrow, or none does.
+    if form.high > 1 and any(size % FLOAT8_BLOCK for size in parts[0].shape):
+        return f"experts of {' x '.join(map(str, parts[0].shape))} do not end with their blocks"
     return _unfit_float8(parts, device)
 
 
@@ -211,16 +219,14 @@ def _bytes(values: Tensor) -> Tensor:
 
 
 def _rounded(old: Form, new: Tensor) -> Form | None:
-    """Plain values as an old form of float8 has them; None: it is none, or another matrix."""
-    if tuple(new.shape) != old.shape:
+    """Plain values as an old form of float8 has them; None: it is none, or another matrix. Some rows at a time: the
+    intermediates are four times their size."""
+    if tuple(new.shape) != old.shape or not isinstance(old, Float8Rows | Float8Blocks):
         return None
-    if isinstance(old, Float8Rows):
-        return Float8Rows(*formats.quantise_fp8(new, old.values.dtype), old.dtype)
-    return (
-        Float8Blocks(*formats.quantise_blocks(new, old.values.dtype), old.dtype)
-        if isinstance(old, Float8Blocks)
-        else None
-    )
+    quantise = formats.quantise_fp8 if isinstance(old, Float8Rows) else formats.quantise_blocks
+    found = [quantise(some, old.values.dtype) for some in new.split(_ROWS_AT_ONCE)]
+    values = torch.cat([_bytes(some) for some, _ in found]).view(old.values.dtype)
+    return type(old)(values, torch.cat([scale for _, scale in found]), old.dtype)
 
 
 def _alike(old: Form, new: Form) -> bool:

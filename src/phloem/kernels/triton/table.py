@@ -87,11 +87,12 @@ def table() -> Ops:
         rope_write_kv=rope.rope_write_kv,
         paged_attention=attention.paged_attention,
         latent_attention=mla.latent_attention,
-        prepare_experts=narrow.stack_experts,
+        prepare_experts=narrow.prepare_experts,
         stack_experts=narrow.stack_experts,
         moe=moe.moe,
         chosen_experts=moe.chosen_experts,
         chooses_apart=True,
+        stacks_alike=True,
         route=route.route_op,
         experts=moe.experts_op,
         causal_conv=recurrent.causal_conv,
@@ -111,5 +112,12 @@ def table() -> Ops:
 def invariant_table() -> Ops:
     """The batch-invariant table: the same bits for a token whatever else is in the batch."""
     dense = _linear(invariant.product)
-    own = {"prepare_linear": narrow.prepare_plain, "prepare_experts": narrow.stack_experts}
-    return replace(table(), name="invariant", linear=dense, paged_attention=invariant.paged_attention, **own)
+    return replace(
+        table(),
+        name="invariant",
+        prepare_linear=narrow.prepare_plain,
+        prepare_experts=narrow.plain_experts,
+        stack_experts=narrow.plain_experts,
+        linear=dense,
+        paged_attention=invariant.paged_attention,
+    )

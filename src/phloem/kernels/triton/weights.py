@@ -128,6 +128,13 @@ def _floats(values: Tensor, ids: Tensor) -> Tensor:
 Weight = Tensor | Int8Weight | Int4Weight | Float8Rows | Float8Blocks
 
 
+def widened(weight: Tensor | Form) -> Tensor:
+    """The whole matrix in the model's type."""
+    if isinstance(weight, Tensor):
+        return weight
+    return weight.rows(torch.arange(weight.shape[0], device=weight.device)).to(weight.dtype)
+
+
 def product(x_TN: Tensor, weight: Weight, bias_M: Tensor | None) -> Tensor:
     """x wT + bias, [T, M] in the type of x."""
     match weight:

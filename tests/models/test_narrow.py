@@ -1,0 +1,93 @@
+"""What sources give to kernels for narrow weights: of any rank's share, the numbers that the unpacked share has."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import packers
+import pytest
+import torch
+
+from phloem.checkpoint.quant_config import StoredFormat
+from phloem.models._sources import TensorSource
+from phloem.quant import _groups, method_for
+from phloem.quant._narrow import Codes, Narrow, group_width
+from phloem.quant._source import View
+
+NAME = "model.layers.0.mlp.up_proj.weight"
+CASES: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    "blocks": (
+        partial(packers.float8, by="block", scale_name="weight_scale_inv"), "fp8", {"weight_block_size": [128, 128]},
+    ),
+    "rows": (partial(packers.float8, by="row"), "compressed_tensors", {}),
+    "matrix": (partial(packers.float8, by="tensor"), "modelopt", {"quant_algo": "FP8"}),
+    "awq": (partial(packers.awq, group=64), "awq", {}),
+    "gptq": (partial(packers.gptq, symmetric=False), "gptq", {"sym": False}),
+    "gptq v2": (partial(packers.gptq, symmetric=True, v2=True), "gptq", {"checkpoint_format": "gptq_v2"}),
+    "packed": (partial(packers.packed_ints, group=128), "compressed_tensors", {}),
+    "packed rows": (partial(packers.packed_ints, group=0, symmetric=False), "compressed_tensors", {}),
+}  # fmt: skip
+
+
+def joined(case: str) -> Any:
+    pack, method, config = CASES[case]
+    tensors, values = pack(torch.randn(256, 256, generator=torch.Generator().manual_seed(1)) / 9)
+    reader = method_for(None, StoredFormat(method, method, config, "here"))
+    assert reader is not None and reader.join is not None
+    stem = NAME.removesuffix("weight")
+    sources = {stem + name: TensorSource(stem + name, tuple(one.shape), tensor=one) for name, one in tensors.items()}
+    found = {what: sources[name] for what, name in reader.companions(NAME).items() if name in sources}
+    return reader.join(NAME, found, (256, 256)), values, reader.report
+
+
+def dequantised(form: Narrow, codes: Codes) -> torch.Tensor:
+    """Number by number, as `_narrow` describes them."""
+    middle = torch.full_like(codes.scale, 8.0 if form.kind == "int4" else 0.0)
+    zero = middle if codes.zero is None else codes.zero
+    spread = [one.repeat_interleave(form.high, 0).repeat_interleave(form.wide, 1) for one in (zero, codes.scale)]
+    return (codes.values.float() - spread[0]) * spread[1]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_shares_are_those_of_the_values(case: str) -> None:
+    source, values, report = joined(case)
+    for rows, cols in ((slice(0, 256, 1), slice(0, 256, 1)), (slice(128, 256, 1), slice(128, 256, 1))):
+        view = View(NAME, (rows.stop - rows.start, cols.stop - cols.start), source, (rows, cols))
+        form = view.narrow()
+        assert isinstance(form, Narrow)
+        torch.testing.assert_close(dequantised(form, view.codes()), values[rows, cols], rtol=1e-6, atol=1e-7)
+    kept = "4-bit integers" if form.kind == "int4" else "float8"
+    assert f"1 matrices keep their bits as {kept}" in report.decision("bfloat16")[1]
+
+
+def test_shares_that_scales_do_not_follow_are_refused() -> None:
+    blocks, _, _ = joined("blocks")
+    rows, _, _ = joined("rows")
+    some, odd = slice(0, 128, 1), slice(64, 192, 1)
+    assert blocks.narrow(odd, some) == blocks.narrow(some, odd) == "a share of it begins inside a block"
+    assert blocks.narrow(slice(0, 256, 2), some) == "a share of it begins inside a block"
+    assert rows.narrow(odd, odd) == Narrow("float8", 1, 128)  # scales of rows stand for any columns
+    packed, _, _ = joined("packed")
+    assert packed.narrow(odd, odd) == Narrow("int4", 1, 64)
+    assert "no power of two" in packed.narrow(some, slice(16, 32, 1))
+
+
+@pytest.mark.parametrize("width,cols,found", [(128, (0, 256), 128), (512, (0, 512), 128), (96, (0, 96), 32),
+                                             (64, (32, 96), 32), (48, (0, 96), 0), (40, (0, 80), 0)])  # fmt: skip
+def test_groups_are_cut_into_powers_of_two(width: int, cols: tuple[int, int], found: int) -> None:
+    assert group_width(width, slice(*cols, 1)) == found
+
+
+def test_groups_that_are_one_number_have_a_zero_point_that_float16_holds() -> None:
+    """Rounded to 4 bits: zeros, one number 32 times, and numbers that differ by less than their size allows."""
+    rows = torch.stack((torch.zeros(32), torch.full((32,), -0.37), 5 + torch.linspace(0, 1e-4, 32), torch.arange(32.0)))
+    source: Any = TensorSource("x.weight", (4, 32), tensor=rows)
+    made = _groups.quantised(View("x.weight", (4, 32), source), 4)
+    assert isinstance(made, _groups.GroupQuantised)
+    codes = made.codes()
+    assert codes.zero is not None and bool(codes.zero.half().isfinite().all())
+    rounded = Codes(codes.values, codes.scale.half().float(), codes.zero.half().float())
+    form = made.narrow()
+    assert isinstance(form, Narrow)
+    torch.testing.assert_close(dequantised(form, rounded), made.dense(torch.float32), rtol=2e-3, atol=1e-3)

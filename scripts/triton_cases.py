@@ -34,6 +34,7 @@ from phloem.kernels.triton import (
     sample,
     tokens,
 )
+from phloem.kernels.triton.weights import Float8Blocks, Float8Rows
 
 BF16, F32, I32, I64 = torch.bfloat16, torch.float32, torch.int32, torch.int64
 
@@ -167,6 +168,16 @@ def _moe_op(tokens: int, experts: int = 128, top_k: int = 8) -> None:
     moe.moe(t(tokens, 2048), t(tokens, experts), gate_up, down, top_k, True)
 
 
+def _moe_op_float8(float8: torch.dtype) -> None:
+    """With narrow stacks, scales of blocks and of rows, routed by the first product."""
+    values = t(128 * 1536, 2048, dtype=float8), t(128 * 2048, 768, dtype=float8)
+    blocks = t(128 * 12, 16, dtype=F32), t(128 * 16, 6, dtype=F32)
+    rows = t(128 * 1536, dtype=F32), t(128 * 2048, dtype=F32)
+    for form, scales in ((Float8Blocks, blocks), (Float8Rows, rows)):
+        gate_up, down = (form(*pair) for pair in zip(values, scales, strict=True))
+        moe.moe(t(2, 2048), t(2, 128), gate_up, down, 8, True)
+
+
 def _route(experts: int, top_k: int, sigmoid: bool, bias: bool) -> None:
     """Routers that are no plain softmax: MiniMax-M2 and GLM-4.5 score by a sigmoid with a correction."""
     correction = t(experts, dtype=F32) if bias else None
@@ -211,6 +222,8 @@ def _gemm_int(tokens: int) -> None:
     x = t(tokens, 4096)
     gemm_int.int8_gemm(x, t(6144, 4096, dtype=torch.int8), t(6144, dtype=F32))
     gemm_int.int4_gemm(x, t(6144, 2048, dtype=torch.uint8), t(6144, 32, dtype=F32), t(6144, 32, dtype=F32))
+    half = t(6144, 128, dtype=torch.float16)  # as loaded: groups of 32, the scales of a checkpoint
+    gemm_int.int4_gemm(x, t(6144, 2048, dtype=torch.uint8), half, half)
 
 
 def _lora() -> None:
@@ -299,6 +312,7 @@ def cases() -> list[Case]:
         Case("MoE, routed by the first product, 256 experts", plain(_moe_op, 4, 256, 10)),
         Case("MoE, 64 tokens", plain(_moe, 64), quick=True),
         Case("MoE, 4096 tokens", plain(_moe, 4096), quick=True),
+        Case("MoE, float8, routed by the first product", _moe_op_float8, float8=True, quick=True),
         Case("MoE, float8, 1 token", lambda f: _moe(1, f), float8=True),
         Case("MoE, float8, 64 tokens", lambda f: _moe(64, f), float8=True),
         Case("MoE, float8, 4096 tokens", lambda f: _moe(4096, f), float8=True),

@@ -1,7 +1,7 @@
 """float8 weights: one scale for a matrix, one per output, or one per block; or made so of dense weights.
 
 Read: `quantization_config` "fp8" (DeepSeek, Qwen: blocks of 128 x 128; `activation_scheme` static or dynamic) and
-"fbgemm_fp8". Scales are multipliers, `weight_scale_inv` too. Activations stay in 16 bits; their scales are not used.
+"fbgemm_fp8". Scales are multipliers, `weight_scale_inv` too. Scales of activations are not used. GPUs keep all of it.
 Made (`--quantization fp8`): e4m3 with a scale per output; on a real model the weights are off by about 2.5 %.
 """
 

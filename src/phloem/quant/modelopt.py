@@ -1,7 +1,7 @@
 """NVIDIA ModelOpt checkpoints: float8 with one scale, one per output or per block, and NVFP4, mixed or alone.
 
 NVFP4 is a 4-bit float (e2m1) times the float8 scale of its 16 inputs times the matrix's `weight_scale_2`. Activations
-stay in 16 bits: `input_scale` is not used. All of it is unpacked: no op table here keeps such groups.
+stay in 16 bits: `input_scale` is not used. GPUs keep the float8; NVFP4 is unpacked: no op table here keeps such groups.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import torch
 from phloem.attention import sharing_of
 from phloem.engine.recorded.graphs import bucket_sizes
 from phloem.engine.recorded.pieces import token_buckets
+from phloem.engine.rehearsal import Rehearsed
 from phloem.engine.sampler import sample
 from phloem.engine.sizing import dummy_settings, run_step
 
@@ -41,8 +42,11 @@ def run_shape(need: Need, pool: KVPool, shape: Shape) -> None:
     tokens, rows = shape
     lengths = [tokens // rows + (row < tokens % rows) for row in range(rows)]
     hidden_RN, logits_RV = run_step(need, pool, lengths)
-    if rows > 1 and sharing_of(need.backend)[0] is not None:
+    if rows > 1 and not isinstance(need.model, Rehearsed) and sharing_of(need.backend)[0] is not None:
         run_step(need, pool, lengths, shared=True)
+    chosen_R = need.model.greedy(hidden_RN)
+    if not need.leads:
+        return
     ops, vocab = need.ops, need.model.vocab_size
     ops.argmax(logits_RV)
     ops.logsumexp(logits_RV)
@@ -52,7 +56,7 @@ def run_shape(need: Need, pool: KVPool, shape: Shape) -> None:
         last = torch.zeros(1, dtype=torch.int64, device=logits_RV.device)
         ids_T, slots_T = (torch.zeros(tokens, dtype=torch.int64, device=last.device) for _ in range(2))
         ops.late_tokens_(ids_T, last, slots_T)
-        for chosen in (need.model.greedy(hidden_RN), ids_T[:rows]):  # the types of arg-max and of sampling
+        for chosen in (chosen_R, ids_T[:rows]):  # the types of arg-max and of sampling
             for sound in (hidden_RN.sum(-1), logits_RV[:, 0].contiguous()):
                 ops.keep_tokens_(last, slots_T[:rows], chosen, sound)
     which = torch.zeros(rows, dtype=torch.int32, device=logits_RV.device)

@@ -22,6 +22,7 @@ from phloem.engine.forward import run_forward
 from phloem.engine.inputs import Step, no_shared_pages
 from phloem.engine.logprobs import position_logprobs
 from phloem.engine.memory import first_line, is_out_of_memory
+from phloem.engine.rehearsal import Rehearsed
 from phloem.engine.sampler import SamplingRows, sample
 from phloem.engine.shares import Load, shares
 from phloem.engine.transfer import LastTokens
@@ -29,7 +30,7 @@ from phloem.engine.wanted import Wanted
 from phloem.kvcache.pool import KVPool, fewest_pages
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from phloem.attention import AttentionBackend
     from phloem.core.config import CacheConfig
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 class Need:
     """What decides how much memory steps take."""
 
-    model: Model
+    model: Model | Rehearsed  # the latter: all ranks run what is run
     backend: AttentionBackend
     ops: Ops
     kv_dtype: torch.dtype
@@ -54,6 +55,11 @@ class Need:
     graphs: bool  # whether steps may be recorded
     kv_scales: Mapping[int, LayerScales] = field(default_factory=dict)
     stages: tuple[frozenset[int], ...] = ()  # of a pipeline: the memory of each one's layers, by pool index
+
+    @property
+    def leads(self) -> bool:
+        """Whether tokens are chosen here."""
+        return not isinstance(self.model, Rehearsed) or self.model.leads
 
 
 @dataclass(frozen=True)
@@ -76,10 +82,11 @@ def size_pool(
     need: Need,
     weights: int,
     ranks: int = 1,
-    elsewhere: tuple[int, int] | None = None,
+    elsewhere: Callable[[], tuple[int, int] | None] = lambda: None,
 ) -> Sizing:
     """Measure, and divide the memory. `weights`: their bytes on the device, loaded already. `ranks`: all
-    processes that take of the same memory. `elsewhere`: the least (free, all) bytes of other machines with ranks.
+    processes that take of the same memory. `elsewhere`: asked then, the least (free, all) bytes of other machines with
+    ranks, or of other ranks' devices beside what the largest step takes there.
 
     Raises:
         ConfigError: if the largest step, or one request of the context length, does not fit.
@@ -97,8 +104,9 @@ def size_pool(
             f"are free; {why}): lower chunked_prefill_size or max_running_requests",
             param="chunked_prefill_size",
         ) from None
-    least = platform.memory()
-    least = least if elsewhere is None else (min(least[0], elsewhere[0]), min(least[1], elsewhere[1]))
+    least, others = platform.memory(), elsewhere()
+    if others is not None:
+        least = min(least[0], others[0] + (measured or 0)), min(least[1], others[1])
     free, total = (amount // ranks for amount in least)
     facts = MemoryFacts(
         free, total, weights=weights, bytes_per_token=1, default_fraction=platform.default_memory_fraction
@@ -157,12 +165,12 @@ def run_step(
 
     `shared`: by the kernels of rows that share pages, though none do.
     """
-    rows = len(lengths)
+    rows, model = len(lengths), need.model
     query_lens = np.array(lengths, np.int32)
     width = -(-max(lengths) // need.page_size)
     batch = Batch(
         step=0,
-        slots=np.zeros(rows, np.int32),
+        slots=np.arange(rows, dtype=np.int32) if isinstance(model, Rehearsed) else np.zeros(rows, np.int32),
         query_lens=query_lens,
         prefix_lens=np.zeros(rows, np.int32),
         input_ids=np.zeros(int(query_lens.sum()), np.int32),
@@ -177,8 +185,11 @@ def run_step(
     inputs = Step(batch, Wanted.of(batch), pool, last).inputs
     if shared:
         inputs.shared = no_shared_pages(pool, batch.num_tokens, rows)
-    hidden_RN = run_forward(need.model, need.backend, pool, inputs, inputs.logit_index)
-    return hidden_RN, need.model.head(hidden_RN)
+    if isinstance(model, Rehearsed):
+        hidden_RN = model.run(need.backend, pool, batch, inputs, last)
+    else:
+        hidden_RN = run_forward(model, need.backend, pool, inputs, inputs.logit_index)
+    return hidden_RN, model.head(hidden_RN)
 
 
 def dummy_settings(rows: int, vocab: int) -> SamplingRows:
@@ -190,6 +201,8 @@ def dummy_settings(rows: int, vocab: int) -> SamplingRows:
 def _run(need: Need, pool: KVPool, lengths: list[int]) -> None:
     rows = len(lengths)
     _, logits_RV = run_step(need, pool, lengths)
+    if not need.leads:
+        return
     raw_RV = logits_RV.clone()  # what a step keeps beside penalised logits where logprobs are wanted
     tokens_R = sample(logits_RV, dummy_settings(rows, need.model.vocab_size), need.ops)
     position_logprobs(raw_RV[:1], tokens_R[:1], 1, (), need.ops)

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from phloem import attention, platforms, quant
+from phloem import attention, quant
 from phloem.adapters import served
 from phloem.adapters._sites import Sites
 from phloem.attention import AttentionBackend, AttentionNeed
 from phloem.attention._packed import refusal
-from phloem.checkpoint.families import audio_of
 from phloem.core import resolve, speculation
 from phloem.core.denoising import WHOLE
 from phloem.core.errors import ConfigError
@@ -25,10 +24,8 @@ from phloem.engine import balancing, compiled, denoising, experts, warm
 from phloem.engine import beside as drafts
 from phloem.engine.balancing import Balancer
 from phloem.engine.compiled import CompiledModel, CompiledSteps, check_model
-from phloem.engine.counts import spread_of
 from phloem.engine.dtypes import (
     backend_names,
-    dtype_of,
     kept_in,
     kv_dtype_of,
     kv_scales_of,
@@ -36,10 +33,13 @@ from phloem.engine.dtypes import (
     unasked,
 )
 from phloem.engine.encoding import load_seeing
+from phloem.engine.executor import Executor
+from phloem.engine.machine import Machine, machine_of, take
 from phloem.engine.media import Desk
-from phloem.engine.parallel import Executor, Leading, LeadingModel, Pages, ranks_here, ranks_of, shared, told_by
+from phloem.engine.parallel import Leading, LeadingModel, Pages, Rehearse, ranks_here, ranks_of, shared, told_by
 from phloem.engine.pooled import PooledRunner
 from phloem.engine.recorded import choice
+from phloem.engine.rehearsal import Rehearsed
 from phloem.engine.routes import chosen_of, keep_beside
 from phloem.engine.runner import ModelRunner
 from phloem.engine.sizing import Need, Sizing, size_pool
@@ -52,7 +52,6 @@ from phloem.models._common import Decoder
 from phloem.models._foreign_tower import ForeignTower
 from phloem.models._pooled import load_pooled
 from phloem.models._transformers import load_foreign
-from phloem.platforms import cpu
 from phloem.utils import log, memory
 from phloem.utils.cores import available_cores
 from phloem.utils.machine import memory as total_memory
@@ -66,14 +65,12 @@ if TYPE_CHECKING:
     from phloem.core.denoising import Denoising
     from phloem.core.renoising import Renoising
     from phloem.engine.drafting import Beside, Loaded
-    from phloem.engine.experts import Hosting
     from phloem.engine.forward import Way
     from phloem.engine.parallel import Team, Told
     from phloem.engine.recorded.flexible import FlexibleSteps
     from phloem.engine.transfer import LastTokens
     from phloem.engine.warm import Warming
     from phloem.layers.context import Chosen
-    from phloem.layers.spread import Spread
     from phloem.models import Model, Tower
     from phloem.models._scales import LayerScales
     from phloem.platforms import Platform
@@ -83,7 +80,6 @@ _log = log.get("engine")
 # Of a model that does not generate: texts and tokens of a step, where nobody says otherwise.
 POOLED_ROWS = 256
 POOLED_TOKENS = 2048
-HEARING_ROWS = 16  # requests that hear: each holds the keys and values of its audio, of a large model 246 MB
 
 Report = Callable[[str, float], None]  # a phase of start-up ended: its name, its seconds
 
@@ -118,21 +114,6 @@ class _Phase:
         self._start = now
 
 
-@dataclass(frozen=True)
-class _Machine:
-    """What runs the steps, and how large they may be."""
-
-    platform: Platform
-    ops: Ops
-    dtype: torch.dtype
-    running: int
-    chunk: int
-    mixed: int
-    eager: str = ""  # why steps cannot be recorded
-    spread: Spread | None = None  # where experts lie over ranks, or are counted
-    hosted: Hosting | None = None  # the host, where it has the routed experts
-
-
 def build(
     config: Config, checkpoint: Checkpoint, report: Report, team: Team | None = None, beside: Beside | None = None
 ) -> Built:
@@ -149,7 +130,7 @@ def build(
     checkpoint = _bounded(config, checkpoint, decisions)
     decisions.append(Decision("model_impl", checkpoint.chosen.impl, checkpoint.chosen.reason))
     checkpoint, fills = denoising.decide(config, checkpoint, decisions)
-    machine = _machine(config, checkpoint, decisions)
+    machine = machine_of(config, checkpoint, decisions)
     if team is not None:
         decisions.append(team.decision)
     hosted = experts.hosting(config, checkpoint, machine.platform, machine.ops, decisions)
@@ -171,41 +152,7 @@ def build(
         raise
 
 
-def _machine(config: Config, checkpoint: Checkpoint, decisions: list[Decision]) -> _Machine:
-    ranks, processes = ranks_of(config), ranks_here(config)
-    asked_threads = config.runtime.threads or experts.threads(config)
-    threads = _take(decisions, resolve.threads(asked_threads, max(1, available_cores() // processes)))
-    platform, chosen = platforms.choose(config.runtime.device, threads, compiles=True)
-    decisions.append(chosen)
-    if platform.facts.compiles:
-        compiled.check(config, checkpoint, platform.name, decisions)
-    if ranks > 1 and not platform.facts.on_host:
-        why = f"ranks run on the processors of one machine, not on {platform.name}"
-        raise ConfigError("{} {}: {}".format(*option_of(config), why), param="tp_size")
-    if platform.facts.on_host and not platform.facts.compiles:
-        decisions += cpu.level(config.runtime.cpu_level)
-    asked_ops = config.runtime.ops or ("invariant" if config.runtime.enable_deterministic_inference else None)
-    ops, why = platform.table(asked_ops, float32=config.model.dtype == "float32")
-    decisions.append(Decision("ops", ops.name, why))
-    ops = compiled.share_table(config, ops, decisions)
-    if ops.activations is not None:
-        decisions.append(Decision("activations", *ops.activations))
-    dtype = dtype_of(config, checkpoint, platform, decisions)
-    schedule = config.schedule
-    asked, usual = schedule.max_running_requests, platform.default_running_requests
-    if audio_of(checkpoint.model_type) is not None:
-        usual = min(usual, HEARING_ROWS)
-    running = _take(decisions, resolve.running_requests(asked, usual, platform.name))
-    chunk = _take(decisions, resolve.chunk(schedule.chunked_prefill_size, platform.default_chunk, running))
-    mixed = _take(decisions, resolve.mixed_chunk(platform.default_mixed_chunk, chunk))
-    eager = "{} {}: ranks meet within a step".format(*option_of(config)) if ranks > 1 else ""
-    spread = spread_of(config, checkpoint)
-    if spread is not None:
-        eager = eager or "experts that are chosen are counted op by op"
-    return _Machine(platform, ops, dtype, running, chunk, mixed, eager, spread)
-
-
-def _foreign(config: Config, machine: _Machine) -> _Machine:
+def _foreign(config: Config, machine: Machine) -> Machine:
     """For a model whose code is not ours: it is called op by op, and rows may round otherwise beside others."""
     if config.lora.enable_lora or config.lora.lora_paths:
         raise ConfigError("adapters are served beside models with a file of their own alone", param="enable_lora")
@@ -215,7 +162,7 @@ def _foreign(config: Config, machine: _Machine) -> _Machine:
 def _build(
     config: Config,
     checkpoint: Checkpoint,
-    machine: _Machine,
+    machine: Machine,
     warming: Warming | None,
     decisions: list[Decision],
     phase: _Phase,
@@ -237,17 +184,25 @@ def _build(
     kv_dtype, scales, backend, page = kept.dtype, kept.scales, kept.backend, kept.page
     recorded = ops.recorder is not None and not config.runtime.disable_step_graph and not machine.eager
     own, stages = _stages(model)
+    whole = None if team is None else Together(model, team.groups)
+    carded = whole is not None and bool(platform.facts.meets)
     need = Need(model, backend, ops, kv_dtype, page, context, running, chunk, recorded, scales, stages)
+    if team is not None and whole is not None and carded:
+        need = replace(need, model=Rehearsed(whole))
+        team.tell(Rehearse([] if warming is None else warm.few_shapes(need), kept.facts(checkpoint, machine)))
+        if platform.streams is not None:
+            platform.streams.check = team.groups.check
     if warming is not None:
         warming.finish(need, platform.device, decisions)
         phase.end("kernels")
     weights = min(_taken(model, sites, machine) + drafts.taken(helper), free)
-    elsewhere = None if team is None else team.elsewhere()
-    sizing = size_pool(config.cache, platform, need, weights, ranks_here(config), elsewhere)
+    processes = 1 if platform.facts.meets else ranks_here(config)
+    elsewhere = (lambda: None) if team is None else team.elsewhere
+    sizing = size_pool(config.cache, platform, need, weights, processes, elsewhere)
     decisions += sizing.decisions
     pool = _pool(model, helper, sizing, kept, platform.device, own)
     keep_beside(pool, chosen, checkpoint, decisions)
-    sharing = _sharing(config, backend, decisions)
+    sharing = _sharing(config, backend, decisions, alone=not carded)
     more = platform.memory()[0], sizing.graph_bytes, sharing is not None, sites is not None, machine.eager
     place = choice.Place(model, backend, pool, ops, platform.facts, *more)
     pages = -(-min(context, sizing.tokens) // page) + 1
@@ -261,7 +216,8 @@ def _build(
     held = drafts.Place(config, platform, backend, pool, ops, rows, pages, chunk, machine.eager, tower_of(model))
     drafting = drafts.prepare(helper, held, decisions)
     if team is not None:
-        team.tell(Pages(sizing.num_pages, kept.facts(checkpoint), pages, None if sites is None else sites.sizes))
+        most = None if sites is None else sites.sizes
+        team.tell(Pages(sizing.num_pages, kept.facts(checkpoint, machine), pages, most))
     led, leading = _led(config, machine, checkpoint, model, kept, pool, (rows, chunk, pages), team, decisions)
     runner = ModelRunner(
         led, backend, pool, ops, running, facts=platform.facts, recorded=ways,
@@ -284,7 +240,7 @@ def _pool(
 
 def _led(
     config: Config,
-    machine: _Machine,
+    machine: Machine,
     checkpoint: Checkpoint,
     model: Model,
     kept: _Kept,
@@ -305,12 +261,14 @@ def _led(
     if team is None:
         return model, None
     whole = Together(model, team.groups)
+    if machine.platform.facts.meets:
+        return LeadingModel(whole, team), Leading(whole, kept.backend, pool, team, platform=machine.platform)
     recorded = _recorded(config, machine, whole, kept, pool, most[2], decisions)
     return LeadingModel(whole, team), Leading(whole, kept.backend, pool, team, recorded)
 
 
 def _recorded(
-    config: Config, machine: _Machine, whole: Together, kept: _Kept, pool: KVPool, pages: int, decisions: list[Decision]
+    config: Config, machine: Machine, whole: Together, kept: _Kept, pool: KVPool, pages: int, decisions: list[Decision]
 ) -> FlexibleSteps | None:
     """What runs the steps of one of several ranks from recordings; None: they run eagerly."""
     eager = "" if machine.spread is None else "experts that are chosen are counted op by op"
@@ -327,7 +285,7 @@ def _stages(model: Model) -> tuple[frozenset[int] | None, tuple[frozenset[int], 
 def _weights(
     config: Config,
     checkpoint: Checkpoint,
-    machine: _Machine,
+    machine: Machine,
     decisions: list[Decision],
     team: Team | None,
     beside: Beside | None,
@@ -344,7 +302,7 @@ def _weights(
     return model, sites, beside(model, BuildContext(ops, dtype, platform.device), checkpoint.context_length)
 
 
-def _info(machine: _Machine, runner: ModelRunner, kv_dtype: torch.dtype, bytes_per_token: int) -> dict[str, Any]:
+def _info(machine: Machine, runner: ModelRunner, kv_dtype: torch.dtype, bytes_per_token: int) -> dict[str, Any]:
     return {
         "weight_bytes": runner.model.weight_bytes,
         "kv_bytes_per_token": bytes_per_token,
@@ -355,9 +313,11 @@ def _info(machine: _Machine, runner: ModelRunner, kv_dtype: torch.dtype, bytes_p
     }
 
 
-def _sharing(config: Config, backend: AttentionBackend, decisions: list[Decision]) -> Sharing | None:
+def _sharing(config: Config, backend: AttentionBackend, decisions: list[Decision], *, alone: bool) -> Sharing | None:
     """What it costs to attend once to pages that rows share; None: it is not done."""
     sharing, why = attention.sharing_of(backend)
+    if not alone:
+        sharing, why = None, "ranks run one kind of graph each, of rows that attend for themselves"
     if config.runtime.disable_cascade_attention:
         sharing, why = None, "as asked"
     decisions.append(Decision("cascade_attention", "off" if sharing is None else "on", why))
@@ -373,7 +333,7 @@ class _Kept:
     backend: AttentionBackend
     page: int
 
-    def facts(self, checkpoint: Checkpoint) -> dict[str, str]:
+    def facts(self, checkpoint: Checkpoint, machine: Machine) -> dict[str, str]:
         """What all ranks must have alike."""
         return {
             "model type": checkpoint.model_type,
@@ -381,16 +341,18 @@ class _Kept:
             "type of the KV cache": str(self.dtype),
             "attention backend": self.backend.name,
             "page size": str(self.page),
+            "op table": machine.ops.name,
+            "rows and tokens of a step": f"{machine.running}, {machine.chunk}",
         }
 
 
-def _kept(config: Config, checkpoint: Checkpoint, machine: _Machine, model: Model, decisions: list[Decision]) -> _Kept:
+def _kept(config: Config, checkpoint: Checkpoint, machine: Machine, model: Model, decisions: list[Decision]) -> _Kept:
     platform, ops = machine.platform, machine.ops
     kv_dtype = unasked(config, checkpoint, model, platform, ops) or kept_in(config, machine.dtype, model)
     scales = kv_scales_of(config, checkpoint, model, kv_dtype, decisions)
     backend = _backend(config, model, platform, ops, kv_dtype, scales, decisions)
     block = max((spec.block for spec in model.attention_specs), default=0) % WHOLE
-    page = _take(decisions, resolve.page_size(config.cache.page_size, backend.name, backend.page_size, block))
+    page = take(decisions, resolve.page_size(config.cache.page_size, backend.name, backend.page_size, block))
     return _Kept(kv_dtype, scales, backend, page)
 
 
@@ -398,7 +360,7 @@ def _bounded(config: Config, checkpoint: Checkpoint, decisions: list[Decision]) 
     """As the model with the context that is served: tables of positions need not be longer."""
     _, total = total_memory()
     context = resolve.context_length(config.model.context_length, checkpoint.context_length, total)
-    return replace(checkpoint, context_length=_take(decisions, context))
+    return replace(checkpoint, context_length=take(decisions, context))
 
 
 def build_executor(config: Config, checkpoint: Checkpoint, team: Team, receive: Callable[[], Told]) -> Executor:
@@ -410,25 +372,30 @@ def build_executor(config: Config, checkpoint: Checkpoint, team: Team, receive: 
     """
     decisions: list[Decision] = []
     checkpoint = _bounded(config, checkpoint, decisions)
-    machine = _machine(config, checkpoint, decisions)
+    machine = machine_of(config, checkpoint, decisions)
     model = _loaded(config, checkpoint, machine, decisions, team)
     kept = _kept(config, checkpoint, machine, model, decisions)
     team.loaded(_read(model))
+    whole, platform, mine = Together(model, team.groups), machine.platform, kept.facts(checkpoint, machine)
     told = receive()
+    if isinstance(told, Rehearse):
+        alike(told.facts, mine, team.groups.rank)
+        sizes = kept.page, checkpoint.context_length, machine.running, machine.chunk
+        need = Need(Rehearsed(whole), kept.backend, machine.ops, kept.dtype, *sizes, False, kept.scales)
+        warm.rehearse(need, platform, told.shapes, team.measured)
+        told = receive()
     if not isinstance(told, Pages):
         raise ConfigError("rank 0 ended its start", param="tp_size")
-    mine = kept.facts(checkpoint)
-    other = [f"{what} {mine[what]}, rank 0 has {value}" for what, value in told.facts.items() if mine[what] != value]
-    if other:
-        raise ConfigError(f"rank {team.groups.rank}: {'; '.join(other)}", param="tp_size")
-    device = machine.platform.device
+    alike(told.facts, mine, team.groups.rank)
+    device = platform.device
     sites = None if told.adapters is None else Sites(model, machine.ops, machine.dtype, *told.adapters)
     own = model.stage.own if isinstance(model, Decoder) and model.stage is not None else None
     pool = KVPool(model.memory, told.num_pages, kept.page, kept.dtype, device, kept.scales, own)
     shift = balancing.shifter_of(model, checkpoint, machine.spread, team)
-    whole = Together(model, team.groups)
-    recorded = _recorded(config, machine, whole, kept, pool, told.most, decisions)
-    return Executor(whole, kept.backend, pool, machine.ops, machine.running, shift, team.busy, recorded, sites)
+    common = whole, kept.backend, pool, machine.ops, machine.running, shift, team.busy
+    if platform.facts.meets:
+        return Executor(*common, None, sites, platform)
+    return Executor(*common, _recorded(config, machine, whole, kept, pool, told.most, decisions), sites)
 
 
 def _desk(config: Config, model: Model, ops: Ops, running: int) -> Callable[[LastTokens], Desk] | None:
@@ -443,7 +410,7 @@ def _read(model: Model) -> int:
     return model.bytes_read if isinstance(model, Decoder) else 0
 
 
-def _taken(model: Model, sites: Sites | None, machine: _Machine) -> int:
+def _taken(model: Model, sites: Sites | None, machine: Machine) -> int:
     """Bytes of weights; a host takes those of adapters when they come, and a device has copies of some experts."""
     on_host, found = machine.platform.facts.on_host, model.weight_bytes
     tower = tower_of(model)
@@ -455,7 +422,7 @@ def _taken(model: Model, sites: Sites | None, machine: _Machine) -> int:
 
 
 def _build_pooled(
-    config: Config, checkpoint: Checkpoint, machine: _Machine, decisions: list[Decision], phase: _Phase
+    config: Config, checkpoint: Checkpoint, machine: Machine, decisions: list[Decision], phase: _Phase
 ) -> Built:
     """A model that does not generate: no pages, no sampling, whole texts."""
     platform, pooling = machine.platform, checkpoint.pooling
@@ -497,7 +464,7 @@ def _build_pooled(
     return Built(runner, checkpoint.context_length, running, chunk, chunk, chunk, 0, None, None, decisions, info)
 
 
-def _products(config: Config, checkpoint: Checkpoint, machine: _Machine, decisions: list[Decision]) -> Ops:
+def _products(config: Config, checkpoint: Checkpoint, machine: Machine, decisions: list[Decision]) -> Ops:
     """The table for whole texts: on a host with torch's products of float32, which are faster for many rows."""
     stored = checkpoint.gguf is not None or config.model.quantization is not None
     wide = machine.dtype == torch.float32 and not stored
@@ -516,7 +483,7 @@ def _products(config: Config, checkpoint: Checkpoint, machine: _Machine, decisio
 
 
 def _loaded(
-    config: Config, checkpoint: Checkpoint, machine: _Machine, decisions: list[Decision], team: Team | None = None,
+    config: Config, checkpoint: Checkpoint, machine: Machine, decisions: list[Decision], team: Team | None = None,
     chosen: Chosen | None = None,
 ) -> Model:  # fmt: skip
     platform, begun = machine.platform, perf_counter()
@@ -546,13 +513,22 @@ def _loaded(
     return model
 
 
-def _ahead(config: Config, checkpoint: Checkpoint, machine: _Machine) -> tuple[dict[str, Any], str | None]:
+def alike(theirs: dict[str, str], own: dict[str, str], rank: int) -> None:
+    """Raises ConfigError where a rank has something else than rank 0."""
+    other = [f"{what} {own[what]}, rank 0 has {value}" for what, value in theirs.items() if own[what] != value]
+    if other:
+        raise ConfigError(f"rank {rank}: {'; '.join(other)}", param="tp_size")
+
+
+def _ahead(config: Config, checkpoint: Checkpoint, machine: Machine) -> tuple[dict[str, Any], str | None]:
     """What the process that compiles beside the loading is told, or why there is none."""
     backend = config.runtime.attention_backend or backend_names(machine.platform)[0]
     kept, name = config.cache.kv_cache_dtype, str(machine.dtype).removeprefix("torch.")
     refusal = None
     if machine.eager:
         refusal = f"{machine.eager}: which kernels it needs shows when it runs"
+    elif ranks_of(config) > 1:
+        refusal = "several ranks have other sizes than the whole model, and launch their kernels together"
     elif checkpoint.quantised or config.model.quantization is not None:
         refusal = "which form quantised weights take shows when they are loaded"
     elif machine.ops.name not in warm.TABLES:
@@ -592,8 +568,3 @@ def _backend(
     why = "; ".join([choice.reason, *(f"not {name}: {reason}" for name, reason in choice.declined.items())])
     decisions.append(Decision("attention_backend", choice.backend.name, why))
     return choice.backend
-
-
-def _take(decisions: list[Decision], decision: Decision) -> Any:
-    decisions.append(decision)
-    return decision.value

@@ -18,7 +18,7 @@ from phloem.core.messages import Failed, FromEngine, Ready, Stats, Submit, ToEng
 from phloem.core.ranges import parse_bytes
 from phloem.core.renoising import Renoising
 from phloem.core.targets import Targets
-from phloem.engine import on_paper, parallel, worker
+from phloem.engine import cards, on_paper, parallel, worker
 from phloem.engine.canvas import CanvasRunner
 from phloem.engine.compiled import CompiledModel
 from phloem.engine.renoise import RenoisingRunner
@@ -378,6 +378,7 @@ def refuse(config: Config, checkpoint: Checkpoint) -> None:
         return
     assemble.check(speculation.wanted(config))
     several = parallel.ranks_of(config) > 1
+    cards.refuse(config)
     refuse_unserved(config, checkpoint, several=several)
     served.check(config.lora, several=several)
     if several or max(sizes) > 1 or config.nodes.node_rank:
@@ -410,6 +411,8 @@ def serve(
     """Build, run and close an engine; whatever ends it is told to the door."""
     try:
         _check(config, checkpoint)
+        if checkpoint.pictures is None or config.runtime.base_gpu_id is not None:
+            cards.take(config, 0)
         usual = EngineCore if checkpoint.pictures is None else PictureCore
         kind = EncoderCore if config.disagg.encoder_only else usual
         core = kind(config, checkpoint, send)

@@ -57,6 +57,9 @@ class Heads(Protocol):
 
     def expect(self, kind: Kind | Literal[""], /) -> None: ...
 
+    @property
+    def spread(self) -> Callable[[Tensor], object] | None: ...  # as `LastTokens.spread`
+
 
 class Waves:
     """Begins such steps, and ends them in their order.

@@ -15,14 +15,14 @@ from phloem.engine.apart import cut
 from phloem.engine.contexts import run_rows
 from phloem.engine.inputs import Step
 from phloem.engine.memory import first_line, is_out_of_memory
-from phloem.engine.parallel import Busy, Chosen, End, Go, Moved, Placed, entrance_of, run_shared
+from phloem.engine.parallel import Busy, Capture, Chosen, End, Go, Moved, Placed, entrance_of, run_shared
 from phloem.engine.plans import Plan, Unpacking, ints
 from phloem.engine.transfer import LastTokens
 from phloem.engine.wanted import Wanted
 from phloem.utils import log
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from phloem.core.batch import Batch
     from phloem.distributed.comm import Undoing
     from phloem.engine.parallel import Told
+    from phloem.engine.recorded.choice import SharedWay
     from phloem.engine.recorded.flexible import FlexibleSteps
     from phloem.engine.stages import Together
     from phloem.kernels.ops import Ops
@@ -58,13 +59,17 @@ class Executor:
         recorded: FlexibleSteps | None = None,
         sites: Sites | None = None,
         platform: Platform | None = None,
+        ways: Sequence[SharedWay] = (),
     ) -> None:
         """`shift`: what is to be done when experts move. `busy`: says how long this stage has computed. `sites`: where
-        adapters go, if any are served. `platform`: of ranks with a device each."""
+        adapters go, if any are served. `platform`: of ranks with a device each; `ways`: in which
+        these record steps."""
+        self._ways = ways
         self._recorded, self._rank, self._sites = recorded, whole.rank, sites
         self._shift, self._busy = shift, busy
         self._whole, self._backend, self._pool = whole, backend, pool
-        self._last = LastTokens(slots, pool.device, platform is None, platform and platform.streams, ops)
+        streams = None if platform is None else platform.streams
+        self._last = LastTokens(slots, pool.device, platform is None, streams, ops)
         self._last.spread = None if platform is None else entrance_of(whole)
         self._unpacking = Unpacking()
         self._plans: list[Batch] = []
@@ -78,6 +83,8 @@ class Executor:
                     self._plans.append(self._unpacking.unpack(told))
                 elif isinstance(told, Go | Chosen):
                     self._undoably(told)
+                elif isinstance(told, Capture):
+                    self._ways[told.way].graphs.once(told.size)
                 elif isinstance(told, Moved):
                     self._shift(told)
                 elif isinstance(told, Placed):
@@ -125,7 +132,11 @@ class Executor:
             self._hidden_LN = run_rows(self._whole, rows, self._backend, self._pool, batch_cut, self._last)
             return
         step = Step(batch_cut, Wanted.of(batch), self._pool, self._last)
-        self._hidden_LN = run_shared(self._whole, self._backend, self._pool, step, self._recorded)
+        if told.way < 0:
+            self._hidden_LN = run_shared(self._whole, self._backend, self._pool, step, self._recorded)
+        else:
+            way = self._ways[told.way]
+            self._hidden_LN = way.replayed(step, way.graphs.of(told.size), lambda: None)
         if told.head and self._whole.comm is not None:
             self._whole.headed(self._hidden_LN, told.head)
 

@@ -85,7 +85,7 @@ def _eager(config: Config, platform: Platform, spread: Spread | None) -> str:
     """Why steps cannot be recorded; "": they may be."""
     runtime = config.runtime
     apart = runtime.pp_size * runtime.attn_dp_size * runtime.attn_cp_size > 1
-    if ranks_of(config) > 1 and (apart or not platform.facts.meets or platform):
+    if ranks_of(config) > 1 and (apart or not platform.facts.meets):
         where = "between the calls of a step" if platform.facts.meets else "within a step"
         return "{} {}: ranks meet {}".format(*option_of(config), where)
     return "experts that are chosen are counted op by op" if spread is not None else ""

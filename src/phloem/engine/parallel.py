@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
@@ -43,7 +44,7 @@ from phloem.models._common import Decoder
 from phloem.utils import log
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable
+    from collections.abc import Callable, Generator, Iterable, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -55,7 +56,9 @@ if TYPE_CHECKING:
     from phloem.core.config import Config
     from phloem.core.memory import MemorySpec
     from phloem.core.resolve import Decision
+    from phloem.engine.recorded.choice import SharedWay
     from phloem.engine.recorded.flexible import FlexibleSteps
+    from phloem.engine.recorded.graphs import RecordedStep
     from phloem.kvcache.pool import KVPool
     from phloem.layers.context import AttentionSpec, ForwardBatch
     from phloem.platforms import Platform
@@ -69,12 +72,14 @@ _log = log.get("engine")
 
 class Pages(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """How large each group's memory is, on every rank: rank 0 has measured. `facts`: what must agree. `most`: pages of
-    a row. `adapters`: how many there may be at a time, and their largest rank; None: none are served."""
+    a row. `adapters`: how many there may be at a time, and their largest rank; None: none are served. `graph_bytes`:
+    that graphs may take on each."""
 
     num_pages: tuple[int, ...]
     facts: dict[str, str]
     most: int
     adapters: tuple[int, int] | None = None
+    graph_bytes: int | None = None
 
 
 class Rehearse(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -90,7 +95,7 @@ class Go(msgspec.Struct, frozen=True, array_like=True, tag=True):
     int32 the rows that rank 0 has cut it into: others would add in another order. Those that only devices know are
     below 0: they go from one to the others. `head`: what all ranks, or the last
     stage, make of the wanted states at once; "": `Chosen` asks for it, if anybody does. `undone`: steps that all ranks
-    have left."""
+    have left. `way`, `size`: by which graph all of them run it (`Capture`); -1: op by op."""
 
     step: int
     epoch: int
@@ -98,6 +103,15 @@ class Go(msgspec.Struct, frozen=True, array_like=True, tag=True):
     lens: bytes
     head: Kind | Literal[""] = ""
     undone: int = 0
+    way: int = -1
+    size: int = 0
+
+
+class Capture(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Record the step of this size, of one of the ways in which steps are recorded, together with the others."""
+
+    way: int
+    size: int
 
 
 class Chosen(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -129,7 +143,7 @@ class End(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """No more steps."""
 
 
-Told = Pages | Rehearse | Plan | Go | Chosen | Moved | Placed | Busy | End
+Told = Pages | Rehearse | Plan | Go | Capture | Chosen | Moved | Placed | Busy | End
 encode_told = msgspec.msgpack.Encoder().encode
 _DECODER: msgspec.msgpack.Decoder[Told] = msgspec.msgpack.Decoder(Told)
 decode_told = _DECODER.decode
@@ -310,9 +324,12 @@ class Leading:
         team: Team,
         recorded: FlexibleSteps | None = None,
         platform: Platform | None = None,
+        ways: Sequence[SharedWay] = (),
     ) -> None:
-        """`platform`: of ranks with a device each."""
-        self._recorded = recorded
+        """`platform`: of ranks with a device each; `ways`: in which these record steps."""
+        self._recorded, self._ways = recorded, ways
+        for number, way in enumerate(ways):
+            way.graphs.announce = partial(_announce, team.tell, number)
         self._whole, self._backend, self._pool, self._team = whole, backend, pool, team
         self._rows, self.ahead = whole.rows, whole.ahead
         self._streams = None if platform is None else platform.streams
@@ -378,6 +395,14 @@ class Leading:
         # Groups of ranks that attend to their own rows take them out of what is told: there it is waited for.
         return batch.input_ids.astype(np.int64) if self._rows is None else step.last.known(batch)
 
+    def _found(self, step: Step) -> tuple[int, RecordedStep[Any, Any] | None]:
+        """(Which of the ways runs it, by which recording); (-1, None): none does."""
+        for number, way in enumerate(self._ways):
+            found = way.found(step)
+            if found is not None:
+                return number, found
+        return -1, None
+
     @property
     def spread(self) -> Callable[[Tensor], object] | None:
         """As `LastTokens.spread`."""
@@ -406,8 +431,9 @@ class Leading:
     def run(self, step: Step, ready: Callable[[], None]) -> Tensor:
         batch, kind, undone = step.batch, self._kind, self._undone
         self._whole.found, self._kind = {}, ""
-        ids = self._ids(step)
-        self._team.tell(Go(batch.step, batch.epoch, ids.tobytes(), raw(batch.query_lens), kind, undone))
+        ids, (number, found) = self._ids(step), self._found(step)
+        by = number, 0 if found is None else found.size
+        self._team.tell(Go(batch.step, batch.epoch, ids.tobytes(), raw(batch.query_lens), kind, undone, *by))
         ready()
         with _all_or_none(self._team.groups, self._whole):
             self._whole.begin("")
@@ -415,10 +441,17 @@ class Leading:
             if self._rows is not None:
                 known = replace(batch, input_ids=ids.astype(np.int32))
                 return run_rows(self._whole, self._rows, self._backend, self._pool, known, step.last)
-            hidden_LN = run_shared(self._whole, self._backend, self._pool, step, self._recorded)
+            if found is None:
+                hidden_LN = run_shared(self._whole, self._backend, self._pool, step, self._recorded)
+            else:
+                hidden_LN = self._ways[number].replayed(step, found, _nothing)
             if kind:
                 self._whole.found = {kind: self._whole.headed(hidden_LN, kind)}
             return hidden_LN
+
+
+def _announce(tell: Callable[[Told], None], way: int, size: int) -> None:
+    tell(Capture(way, size))
 
 
 def entrance_of(whole: Together) -> Callable[[Tensor], object] | None:

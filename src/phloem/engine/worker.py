@@ -57,7 +57,7 @@ from phloem.utils.cores import available_cores
 from phloem.utils.machine import memory as total_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from phloem.attention import Sharing
     from phloem.checkpoint.describe import Checkpoint
@@ -202,12 +202,18 @@ def _build(
     decisions += sizing.decisions
     pool = _pool(model, helper, sizing, kept, platform.device, own)
     keep_beside(pool, chosen, checkpoint, decisions)
+    pages = -(-min(context, sizing.tokens) // page) + 1
+    if team is not None:
+        most = None if sites is None else sites.sizes
+        counts = sizing.num_pages, kept.facts(checkpoint, machine)
+        team.tell(Pages(*counts, pages, most, sizing.graph_bytes))
     sharing = _sharing(config, backend, decisions, alone=not carded)
     more = platform.memory()[0], sizing.graph_bytes, sharing is not None, sites is not None, machine.eager
-    place = choice.Place(model, backend, pool, ops, platform.facts, *more)
-    pages = -(-min(context, sizing.tokens) // page) + 1
+    place = choice.Place(model, backend, pool, ops, platform.facts, *more, whole.comm if whole and carded else None)
     rows = max(running, speculation.wanted(config).rows) if platform.facts.on_host else running
     ways = choice.choose(config.runtime, place, rows, pages, chunk, decisions)
+    most = rows, chunk, pages
+    led, leading = _led(config, machine, checkpoint, model, kept, pool, most, team, decisions, ways)
     phase.end("memory")
     if choice.record_first(config.runtime, ways, platform.facts, decisions):
         phase.end("graphs")
@@ -215,10 +221,6 @@ def _build(
         warming.ready()
     held = drafts.Place(config, platform, backend, pool, ops, rows, pages, chunk, machine.eager, tower_of(model))
     drafting = drafts.prepare(helper, held, decisions)
-    if team is not None:
-        most = None if sites is None else sites.sizes
-        team.tell(Pages(sizing.num_pages, kept.facts(checkpoint, machine), pages, most))
-    led, leading = _led(config, machine, checkpoint, model, kept, pool, (rows, chunk, pages), team, decisions)
     runner = ModelRunner(
         led, backend, pool, ops, running, facts=platform.facts, recorded=ways,
         streams=platform.streams, give_back=platform.empty_cache, begin=platform.begin_steps, sharing=sharing,
@@ -248,6 +250,7 @@ def _led(
     most: tuple[int, int, int],
     team: Team | None,
     decisions: list[Decision],
+    ways: Sequence[choice.RecordedWay],
 ) -> tuple[Model, Way | None]:
     """The model as the runner sees it, and the way of running steps that comes before any other; None: there is none.
     `most`: rows of a decode step, tokens of a step, and pages of a row."""
@@ -262,7 +265,9 @@ def _led(
         return model, None
     whole = Together(model, team.groups)
     if machine.platform.facts.meets:
-        return LeadingModel(whole, team), Leading(whole, kept.backend, pool, team, platform=machine.platform)
+        shares = choice.shared_ways(ways)
+        led = Leading(whole, kept.backend, pool, team, platform=machine.platform, ways=shares)
+        return LeadingModel(whole, team), led
     recorded = _recorded(config, machine, whole, kept, pool, most[2], decisions)
     return LeadingModel(whole, team), Leading(whole, kept.backend, pool, team, recorded)
 
@@ -394,7 +399,11 @@ def build_executor(config: Config, checkpoint: Checkpoint, team: Team, receive: 
     shift = balancing.shifter_of(model, checkpoint, machine.spread, team)
     common = whole, kept.backend, pool, machine.ops, machine.running, shift, team.busy
     if platform.facts.meets:
-        return Executor(*common, None, sites, platform)
+        found = platform.memory()[0], told.graph_bytes, False, sites is not None, machine.eager, whole.comm
+        place = choice.Place(model, kept.backend, pool, machine.ops, platform.facts, *found)
+        sizes = machine.running, told.most, machine.chunk
+        ways = choice.shared_ways(choice.choose(config.runtime, place, *sizes, decisions))
+        return Executor(*common, None, sites, platform, ways)
     return Executor(*common, _recorded(config, machine, whole, kept, pool, told.most, decisions), sites)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from phloem.engine.forward import run_forward
 from phloem.engine.inputs import FixedInputs
-from phloem.engine.recorded.graphs import StepGraphs
+from phloem.engine.recorded.graphs import RecordedStep, StepGraphs
 from phloem.kernels.graph import check_replay
 from phloem.kvcache.routes import noting
 
@@ -97,14 +97,20 @@ class DecodeGraphs:
 
     def run(self, step: Step, ready: Callable[[], None]) -> Tensor | None:
         """Hidden states [R, N] of a decode step, valid until the next one; None: another way runs it."""
+        found = self.found(step)
+        return None if found is None else self.replayed(step, found, ready)
+
+    def found(self, step: Step) -> RecordedStep[FixedInputs, Tensor] | None:
+        """The graph that runs it; None: there is none."""
         batch = step.batch
         if not batch.is_decode or batch.prompt_targets or not step.recordable or step.pages > self._max_pages:
             return None
         if self._shared and not step.shared:
             return None
-        found = self.graphs.get(batch.num_rows)
-        if found is None:
-            return None
+        return self.graphs.get(batch.num_rows)
+
+    def replayed(self, step: Step, found: RecordedStep[FixedInputs, Tensor], ready: Callable[[], None]) -> Tensor:
+        """As `run`, by this graph."""
         step.put(found.inputs, found.size)
         ready()
         hidden_BN = found.replay()
@@ -112,7 +118,7 @@ class DecodeGraphs:
             check_replay(found.graph, [hidden_BN], lambda: [self._step.eager(found.inputs)])
         if self._step.pool.routes is not None:
             self._step.pool.routes.show(found.inputs.routes)
-        return hidden_BN[: batch.num_rows]
+        return hidden_BN[: step.batch.num_rows]
 
     def leave_when(self, waiting: Callable[[], bool]) -> None:
         """Nothing: a whole step is recorded in less time than a step takes."""

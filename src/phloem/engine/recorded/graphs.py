@@ -89,6 +89,7 @@ class StepGraphs(Generic[I, O]):
         self.sizes = sizes if sizes is not None else bucket_sizes(limit)
         self.refused: str | None = None  # why nothing more is recorded
         self.given_up: dict[int, str] = {}  # sizes that could not be recorded, and why
+        self.announce: Callable[[int], None] | None = None  # called before each attempt to record a size
         self.longest = 0.0  # seconds that a recording took at most
         self.seconds = 0.0  # that all of them took
         self._make = make
@@ -116,6 +117,21 @@ class StepGraphs(Generic[I, O]):
             if self._inline and self._wanted[size] >= self._patience and size not in self.given_up:
                 found = self._record(size)
         return found
+
+    def of(self, size: int) -> RecordedStep[I, O]:
+        """The graph of a bucket that is recorded, as another rank knows. Raises KeyError."""
+        return self._steps[size]
+
+    def once(self, size: int) -> None:
+        """One attempt to record it, as another rank asks for."""
+        begun = perf_counter()
+        try:
+            made = self._make(size)
+        except Exception as error:
+            if not (isinstance(error, RecordError) or is_out_of_memory(error)):
+                raise
+            return
+        self._keep(size, made, perf_counter() - begun)
 
     def due(self) -> bool:
         """Whether a bucket without a graph has been wanted often enough."""
@@ -199,6 +215,8 @@ class StepGraphs(Generic[I, O]):
             return None
         begun, reason = perf_counter(), ""
         for _ in range(ATTEMPTS):
+            if self.announce is not None:
+                self.announce(size)
             try:
                 made = self._make(size)
             except Interrupted:

@@ -16,7 +16,7 @@ import torch
 
 from phloem.core.errors import EngineDead
 from phloem.engine.memory import first_line, is_out_of_memory
-from phloem.kernels.graph import RecordError
+from phloem.kernels.graph import RecordError, RecordingEnded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,10 +79,10 @@ class AgreedRecorder:
         return made
 
     def _lose(self, error: Exception) -> None:
-        """The others wait within the step. Raises: on the first rank, where nobody may be asking for a step, what makes
-        the next one fail; on another what ends it, of which all are told."""
+        """The others wait within the step. Raises: on the first rank, where nobody may be asking for a step, what ends
+        recording; the next step finds the group ended. On another rank what ends that rank, of which all are told."""
         why = f"rank {self._comm.rank} failed in a step that was to be recorded: {first_line(error)}"
         self._comm.abort()
         if self._comm.rank:
             raise EngineDead(why) from None
-        raise RecordError(why) from None
+        raise RecordingEnded(why) from None

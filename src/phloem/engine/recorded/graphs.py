@@ -15,7 +15,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from phloem.engine.memory import is_out_of_memory
-from phloem.kernels.graph import Interrupted, RecordError
+from phloem.kernels.graph import Interrupted, RecordError, RecordingEnded
 from phloem.utils import log
 
 if TYPE_CHECKING:
@@ -215,11 +215,14 @@ class StepGraphs(Generic[I, O]):
             return None
         begun, reason = perf_counter(), ""
         for _ in range(ATTEMPTS):
-            if self.announce is not None:
-                self.announce(size)
             try:
+                if self.announce is not None:
+                    self.announce(size)
                 made = self._make(size)
             except Interrupted:
+                return None
+            except RecordingEnded as error:
+                self.refused = str(error)
                 return None
             except RecordError as error:
                 reason = str(error)

@@ -13,7 +13,7 @@ from phloem.core.errors import EngineDead
 from phloem.distributed.comm import Threads
 from phloem.engine.recorded.agreed import AgreedRecorder
 from phloem.engine.recorded.graphs import StepGraphs
-from phloem.kernels.graph import RecordError
+from phloem.kernels.graph import RecordError, RecordingEnded
 
 
 class Graph:
@@ -118,7 +118,7 @@ def test_a_rank_that_fails_where_the_others_wait_ends_them(failing: int) -> None
         AgreedRecorder(Recorder(), end).record(step)
 
     for rank, error in enumerate(ranks(work)):
-        why = f"rank {failing} failed in a step that was to be recorded: no memory"
+        why = f"rank {failing} failed in a step that was to be recorded: OutOfMemoryError: no memory"
         if rank == failing:
             assert str(error) == why and isinstance(error, EngineDead if rank else RecordError)
         else:
@@ -141,7 +141,16 @@ def test_another_rank_records_once_what_it_is_told_and_the_first_tells_each_atte
     with pytest.raises(KeyError):
         others.of(4)
     told: list[int] = []
-    first = StepGraphs(4, make, sizes=[2, 4])
+    first: StepGraphs[int, int] = StepGraphs(4, make, sizes=[2, 4])
     first.announce = told.append
     first.record_all()
     assert told == [4, 4, 2] and first.given_up == {4: "not this one"}
+
+
+def test_nothing_is_recorded_once_another_rank_has_gone() -> None:
+    def gone(size: int) -> None:
+        raise RecordingEnded("rank 1 of 2 has gone")
+
+    graphs: StepGraphs[int, int] = StepGraphs(8, lambda size: (size, Graph(), size))
+    graphs.announce = gone
+    assert graphs.idle() and not graphs.idle() and graphs.refused == "rank 1 of 2 has gone" and not graphs.given_up

@@ -37,6 +37,7 @@ from phloem.engine.memory import first_line, is_out_of_memory
 from phloem.engine.plans import Packing, Plan, raw
 from phloem.engine.stages import Kind, Together
 from phloem.engine.unshared import option_of, refuse_unshared
+from phloem.kernels.graph import RecordingEnded
 from phloem.layers.context import BuildContext
 from phloem.layers.rows import Rows
 from phloem.models import build_model
@@ -451,7 +452,11 @@ class Leading:
 
 
 def _announce(tell: Callable[[Told], None], way: int, size: int) -> None:
-    tell(Capture(way, size))
+    """Raises RecordingEnded where a rank has gone: whoever asks for a step is told of it."""
+    try:
+        tell(Capture(way, size))
+    except EngineDead as error:
+        raise RecordingEnded(str(error)) from None
 
 
 def entrance_of(whole: Together) -> Callable[[Tensor], object] | None:

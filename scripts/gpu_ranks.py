@@ -4,8 +4,8 @@
     python scripts/gpu_ranks.py two FOLDER [--device cpu]
 
 `one`: decode steps of one rank, alone and as the first of several would run them (told in words, its calls by NCCL, its
-graphs agreed on), by turns in one process; random weights in the shapes of a config.json, or a checkpoint's. `two` (needs
-two cards): a model with random weights is written below FOLDER and answers on one rank and on two, the same in float32;
+graphs agreed on), by turns in one process; random weights in the shapes of a config.json, or a checkpoint's. `two`, for
+two cards: a model with random weights is written below FOLDER and answers on one rank and on two, the same in float32;
 then the second rank's process is killed. One JSON object goes to standard output.
 """
 
@@ -24,14 +24,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 CONTEXT, STEPS = 128, 24
-SHAPE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16}
-SHAPE |= {"num_key_value_heads": 8, "head_dim": 64}
-SMALL = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16}
+SHAPE: dict[str, Any] = {
+    "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16,
+    "num_key_value_heads": 8, "head_dim": 64,
+}  # fmt: skip
+SMALL: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16}
 
 
 def _team(device: Any) -> Any:
     """That of one rank, which tells nobody."""
-    from torch import distributed as dist
+    from torch._C import _distributed_c10d as dist
 
     from phloem.core.resolve import Decision
     from phloem.distributed.comm import Threads

@@ -108,6 +108,7 @@ def test_one_rank_has_the_card_that_its_process_has(pretended: None) -> None:
             {"dp_size": 5, "base_gpu_id": 4},
             "dp_size 5: a card from number 4 on (base_gpu_id) needs 5 of this machine's",
         ),
+        ({"tp_size": 2, "nnodes": 2, "use_ray": True}, "use_ray: Ray hides cuda devices from what it starts"),
         ({"pp_size": 2, "enable_dynamic_chunking": True}, "enable_dynamic_chunking: how long a stage computes"),
     ],
 )

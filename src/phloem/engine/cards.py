@@ -26,8 +26,11 @@ def card_of(config: Config, rank: int) -> int:
 
 def refuse(config: Config) -> None:
     """Raises ConfigError where this machine's ranks have no card each, or ask for what hosts alone can tell."""
-    runtime, name = config.runtime, platforms.named(config.runtime.device)
+    runtime = config.runtime
     several = runtime.tp_size * runtime.pp_size > 1
+    if not several and runtime.base_gpu_id is None:
+        return  # the one that the process has
+    name = platforms.named(runtime.device)
     kind = platforms.cards_of(name)
     if kind is None:
         # What replicas are given says nothing where they share one device.
@@ -37,8 +40,9 @@ def refuse(config: Config) -> None:
     if several and config.schedule.enable_dynamic_chunking:
         why = f"how long a stage computes is not known to the host on {name}"
         raise ConfigError(f"enable_dynamic_chunking: {why}", param="enable_dynamic_chunking")
-    if not several and runtime.base_gpu_id is None:
-        return  # the one that the process has
+    if config.nodes.use_ray:
+        why = f"Ray hides {name} devices from what it starts: start each node by hand, with --node-rank"
+        raise ConfigError(f"use_ray: {why}", param="use_ray")
     available, why = platforms.AVAILABLE.get(name)()
     if not available:
         raise ConfigError(f"device {name!r} is not available: {why}", param="device")
@@ -67,10 +71,11 @@ def take(config: Config, rank: int) -> torch.device:
     Raises:
         ConfigError: there is no such card.
     """
-    name = platforms.named(config.runtime.device)
-    kind = platforms.cards_of(name)
     alone = config.runtime.tp_size * config.runtime.pp_size == 1
-    if kind is None or (alone and config.runtime.base_gpu_id is None):
+    if alone and config.runtime.base_gpu_id is None:
+        return torch.device("cpu")
+    kind = platforms.cards_of(platforms.named(config.runtime.device))
+    if kind is None:
         return torch.device("cpu")
     _check(config, kind.cards())
     return kind.take(card_of(config, rank))

@@ -173,47 +173,36 @@ def _build(
     running, chunk, context = machine.running, machine.chunk, checkpoint.context_length
     free, _ = platform.memory()
     chosen = chosen_of(config, checkpoint)
-    if chosen is not None and not platform.facts.on_host:
-        machine = replace(machine, eager="the experts of tokens are told op by op")
+    machine = _telling(machine, chosen)
     model, sites, helper = _weights(config, checkpoint, machine, decisions, team, beside, chosen)
     balancer = balancing.settle(config, machine.spread, model, checkpoint, team, decisions)
     mover = balancer if machine.hosted is None else experts.settle(config, machine.hosted, model, decisions)
     phase.end("weights")
-
     kept = _kept(config, checkpoint, machine, model, decisions)
     kv_dtype, scales, backend, page = kept.dtype, kept.scales, kept.backend, kept.page
+    told = kept.facts(checkpoint, machine)
     recorded = ops.recorder is not None and not config.runtime.disable_step_graph and not machine.eager
     own, stages = _stages(model)
-    whole = None if team is None else Together(model, team.groups)
-    carded = whole is not None and bool(platform.facts.meets)
+    carded = Together(model, team.groups) if team is not None and platform.facts.meets else None
     need = Need(model, backend, ops, kv_dtype, page, context, running, chunk, recorded, scales, stages)
-    if team is not None and whole is not None and carded:
-        need = replace(need, model=Rehearsed(whole))
-        team.tell(Rehearse([] if warming is None else warm.few_shapes(need), kept.facts(checkpoint, machine)))
-        if platform.streams is not None:
-            platform.streams.check = team.groups.check
+    need = need if team is None or carded is None else _rehearsed(need, team, carded, machine, warming, told)
     if warming is not None:
         warming.finish(need, platform.device, decisions)
         phase.end("kernels")
     weights = min(_taken(model, sites, machine) + drafts.taken(helper), free)
-    processes = 1 if platform.facts.meets else ranks_here(config)
-    elsewhere = (lambda: None) if team is None else team.elsewhere
-    sizing = size_pool(config.cache, platform, need, weights, processes, elsewhere)
+    sizing = size_pool(config.cache, platform, need, weights, *_beside(config, platform, team))
     decisions += sizing.decisions
     pool = _pool(model, helper, sizing, kept, platform.device, own)
     keep_beside(pool, chosen, checkpoint, decisions)
     pages = -(-min(context, sizing.tokens) // page) + 1
     if team is not None:
-        most = None if sites is None else sites.sizes
-        counts = sizing.num_pages, kept.facts(checkpoint, machine)
-        team.tell(Pages(*counts, pages, most, sizing.graph_bytes))
-    sharing = _sharing(config, backend, decisions, alone=not carded)
+        team.tell(Pages(sizing.num_pages, told, pages, sites and sites.sizes, sizing.graph_bytes))
+    sharing = _sharing(config, backend, decisions, alone=carded is None)
     more = platform.memory()[0], sizing.graph_bytes, sharing is not None, sites is not None, machine.eager
-    place = choice.Place(model, backend, pool, ops, platform.facts, *more, whole.comm if whole and carded else None)
+    place = choice.Place(model, backend, pool, ops, platform.facts, *more, carded and carded.comm)
     rows = max(running, speculation.wanted(config).rows) if platform.facts.on_host else running
     ways = choice.choose(config.runtime, place, rows, pages, chunk, decisions)
-    most = rows, chunk, pages
-    led, leading = _led(config, machine, checkpoint, model, kept, pool, most, team, decisions, ways)
+    led, leading = _led(config, machine, checkpoint, model, kept, pool, (rows, chunk, pages), team, decisions, ways)
     phase.end("memory")
     if choice.record_first(config.runtime, ways, platform.facts, decisions):
         phase.end("graphs")
@@ -230,6 +219,30 @@ def _build(
     sizes = running, chunk, machine.mixed, min(chunk, platform.worthwhile_chunk), sizing.tokens
     info = _info(machine, runner, kv_dtype, sizing.facts.bytes_per_token)
     return Built(runner, context, *sizes, tower_of(model), sites, decisions, info, balancer)
+
+
+def _telling(machine: Machine, chosen: Chosen | None) -> Machine:
+    """Where the experts that tokens choose are told."""
+    if chosen is None or machine.platform.facts.on_host:
+        return machine
+    return replace(machine, eager="the experts of tokens are told op by op")
+
+
+def _rehearsed(
+    need: Need, team: Team, whole: Together, machine: Machine, warming: Warming | None, facts: dict[str, str]
+) -> Need:
+    """Of rank 0 with others that have a device each: what is run for it from here on all run, who are told so."""
+    need, streams = replace(need, model=Rehearsed(whole)), machine.platform.streams
+    team.tell(Rehearse([] if warming is None else warm.few_shapes(need), facts))
+    if streams is not None:
+        streams.check = team.groups.check
+    return need
+
+
+def _beside(config: Config, platform: Platform, team: Team | None) -> tuple[int, Callable[[], tuple[int, int] | None]]:
+    """How many processes take of the same memory, and what other machines, or devices, have."""
+    processes = 1 if platform.facts.meets else ranks_here(config)
+    return processes, (lambda: None) if team is None else team.elsewhere
 
 
 def _pool(

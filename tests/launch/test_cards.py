@@ -5,9 +5,12 @@ The stand-in for NCCL says so where ranks call different things, or tensors of d
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -336,3 +339,57 @@ def test_replicas_have_a_card_each(tmp_path: Path, stand_in: pytest.MonkeyPatch)
         eventually(lambda: any(why in line for line in few.lines), 5)
     finally:
         few.close()
+
+
+MIXED = """
+import json, sys
+from loads import answers, load
+from phloem.checkpoint.describe import describe
+from phloem.core.config import Config
+from phloem.launch.core import EngineCore
+
+config = Config.from_flat(json.loads(sys.argv[1]))
+core = EngineCore(config, describe(config.model.model_path), lambda message: None)
+try:
+    print(json.dumps(answers(core, load())))
+finally:
+    core.close()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.some(1)
+@pytest.mark.parametrize(
+    ("name", "settings", "records"),
+    [
+        ("llama", {"tp_size": 2}, "all"),
+        ("llama", {"tp_size": 2, "speculative_algorithm": "suffix", "disable_speculative_adaptive": True}, ""),
+        ("qwen3_moe", {**MOE, "attn_dp_size": 2}, ""),
+        ("qwen3_moe", {**MOE, "pp_size": 2}, ""),
+    ],
+    ids=["graphs", "drafts", "groups", "stages"],
+)
+def test_all_that_a_scheduler_does_is_answered_as_on_one_rank(
+    name: str, settings: dict[str, Any], records: str, tmp_path: Path, stand_in: pytest.MonkeyPatch
+) -> None:
+    """With prefix hits, chunks, preemption, grammars, penalties and log probabilities."""
+    options: dict[str, Any] = {
+        "model_path": str(checkpoint(name, tmp_path)), "dtype": "float32", "max_total_tokens": 160, "page_size": 8,
+        "context_length": 128, "chunked_prefill_size": 16, "max_running_requests": 4, "debug_invariants": True,
+        "random_seed": 1, "threads": 1, "log_level": "error",
+    }  # fmt: skip
+    stand_in.setenv("CARDS", "4")
+
+    def found(**more: Any) -> dict[str, Any]:
+        command = [sys.executable, "-c", MIXED, json.dumps({**options, **more})]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    want = found(device="cpu", ops="reference")
+    stand_in.setenv("CARDS_RECORD", records)
+    got = found(device="card", **settings)
+    for key, (ids, values, prompt) in want.items():
+        assert got[key][0] == ids and len(ids) > 3, key
+        assert got[key][1] == pytest.approx(values, abs=1e-4), key
+        assert got[key][2] == pytest.approx(prompt, abs=1e-4, nan_ok=True), key

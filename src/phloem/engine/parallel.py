@@ -445,6 +445,7 @@ class Leading:
             if found is None:
                 hidden_LN = run_shared(self._whole, self._backend, self._pool, step, self._recorded)
             else:
+                self._team.groups.check()  # no graph is replayed whose communicator has ended
                 hidden_LN = self._ways[number].replayed(step, found, _nothing)
             if kind:
                 self._whole.found = {kind: self._whole.headed(hidden_LN, kind)}

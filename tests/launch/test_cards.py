@@ -351,7 +351,8 @@ from phloem.launch.core import EngineCore
 config = Config.from_flat(json.loads(sys.argv[1]))
 core = EngineCore(config, describe(config.model.model_path), lambda message: None)
 try:
-    print(json.dumps(answers(core, load())))
+    read = [] if core._ranks is None else core._ranks.bytes_read
+    print(json.dumps([answers(core, load()), read]))
 finally:
     core.close()
 """
@@ -380,15 +381,17 @@ def test_all_that_a_scheduler_does_is_answered_as_on_one_rank(
     }  # fmt: skip
     stand_in.setenv("CARDS", "4")
 
-    def found(**more: Any) -> dict[str, Any]:
+    def found(**more: Any) -> tuple[dict[str, Any], list[int]]:
         command = [sys.executable, "-c", MIXED, json.dumps({**options, **more})]
         done = subprocess.run(command, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 
-    want = found(device="cpu", ops="reference")
+    want, _ = found(device="cpu", ops="reference")
     stand_in.setenv("CARDS_RECORD", records)
-    got = found(device="card", **settings)
+    got, read = found(device="card", **settings)
+    whole = sum(file.stat().st_size for file in Path(options["model_path"]).glob("*.safetensors"))
+    assert max(read) < whole * 0.75, "each rank reads what it has, and no more"
     for key, (ids, values, prompt) in want.items():
         assert got[key][0] == ids and len(ids) > 3, key
         assert got[key][1] == pytest.approx(values, abs=1e-4), key

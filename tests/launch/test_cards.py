@@ -287,6 +287,25 @@ def test_graphs_of_ranks_are_replayed_by_all_of_them_and_a_rank_that_dies_ends_a
 
 
 @pytest.mark.slow
+def test_a_card_that_hangs_is_given_up(tmp_path: Path, stand_in: pytest.MonkeyPatch) -> None:
+    """Its process lives, so that nobody but who waits for it can know."""
+    path, hangs = checkpoint("llama", tmp_path), tmp_path / "hang"
+    stand_in.setenv("CARDS_HANG", str(hangs))
+    server = Server(path, *arguments(tp_size=2, watchdog_timeout=4))
+    try:
+        server.wait_ready(180)
+        expected = server.generate("hello world").json()["output_ids"]
+        hangs.touch()
+        answer = server.generate("hello world")
+        assert answer.status_code == 503 and "(watchdog_timeout): the card of a rank hangs" in answer.text
+        hangs.unlink()
+        eventually(lambda: server.get("/health").status_code == 200, 180)
+        assert server.generate("hello world").json()["output_ids"] == expected
+    finally:
+        server.close()
+
+
+@pytest.mark.slow
 def test_nodes_of_one_card_each_answer_as_one_rank_does(tmp_path: Path, stand_in: pytest.MonkeyPatch) -> None:
     path = checkpoint("llama", tmp_path)
     want, port = expected(path), free_port()

@@ -116,7 +116,8 @@ class EngineCore:
             runner = RenoisingRunner(runner, built.denoising, checkpoint.vocab_size)
         elif built.denoising is not None:
             runner = CanvasRunner(runner, built.denoising)
-        self._watchdog = Watchdog(built.runner, config.schedule.watchdog_timeout)
+        hung = (lambda seconds: None) if self._ranks is None else self._ranks.hung
+        self._watchdog = Watchdog(built.runner, config.schedule.watchdog_timeout, hung)
         cache = _cache(config, checkpoint, built)
         settings = _settings(config, checkpoint, built, speculates)
         self._grammars = _grammars(config, checkpoint)

@@ -68,6 +68,10 @@ class Ranks(Protocol):
         """Raises EngineDead, with the reason, when a rank has gone."""
         ...
 
+    def hung(self, seconds: float) -> None:
+        """A step takes longer than any should."""
+        ...
+
     def explain(self, error: EngineDead) -> EngineDead:
         """What a collective raised, or the end of the rank that was behind it."""
         ...
@@ -157,6 +161,7 @@ class RankProcesses:
         self._placed = RayNodes(config, self._unplaced) if config.nodes.use_ray else None
         config = config if self._placed is None else self._placed.config
         self._news, self._nodes = _News(), Nodes.of(config)
+        self._measures = False  # each has a device, whose memory it measures
         self.bytes_read: list[int] = []  # by each rank, of the checkpoint's files, once all have loaded
         self.ranks: list[Child] = []  # of this node
         self._watcher = threading.Thread(target=self._watch, name="phloem-ranks", daemon=True)
@@ -267,6 +272,11 @@ class RankProcesses:
     def check(self) -> None:
         if self._cause:
             raise EngineDead(self._cause)
+
+    def hung(self, seconds: float) -> None:
+        """Ranks that meet on their hosts find it by themselves; a card waits for ever."""
+        if self._measures:
+            self._lost(f"a step has been running for {seconds:.0f} s (watchdog_timeout): the card of a rank hangs")
 
     def explain(self, error: EngineDead) -> EngineDead:
         if isinstance(error, LostStep):

@@ -41,7 +41,7 @@ ImagePolicy = Literal["fcfs", "shortest", "fair"]
 CpuLevel = Literal["auto", "portable", "avx2", "avxvnni", "avx512", "amx", "neon", "i8mm"]
 LogprobsMode = Literal["raw", "temperature", "processed"]
 ModelImpl = Literal["auto", "phloem", "transformers"]
-TpComm = Literal["auto", "shm", "gloo"]
+TpComm = Literal["auto", "shm", "gloo", "nccl"]
 WritePolicy = Literal["write_through", "write_through_selective", "write_back"]
 Disaggregation = Literal["null", "prefill", "decode"]
 PrefetchPolicy = Literal["best_effort", "wait_complete", "timeout"]
@@ -177,7 +177,9 @@ class RuntimeConfig:
     load_balance_method: LoadBalance = opt(
         "auto", "Which replica a request goes to: in turn, or by requests or tokens; auto: tokens, and known prefixes."
     )
-    tp_comm: TpComm = opt("auto", "By what ranks meet: memory that they share (shm), or gloo.")
+    tp_comm: TpComm = opt("auto", "By what ranks meet: memory that they share (shm), gloo, or (graphics cards) nccl.")
+    base_gpu_id: int | None = opt(None, "Number of the first rank's graphics card, of those that are visible.")
+    gpu_id_step: int = opt(1, "How far the next rank's graphics card is from that of the one before.")
     cpu_level: CpuLevel = opt(
         "auto",
         "Instruction set of the native CPU kernels; auto takes the best that the processor runs. PHLOEM_CPU_LEVEL sets "
@@ -595,3 +597,8 @@ def log_format() -> str:
 def child_environment(defaults: dict[str, str]) -> dict[str, str]:
     """The environment for a process that we start: ours, with these values where ours has none."""
     return {**defaults, **os.environ}
+
+
+def let_ranks_end() -> None:
+    """Torch's watch of NCCL ends no process, and lets none go on with what was never computed: that is ours to do."""
+    os.environ |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}

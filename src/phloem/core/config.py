@@ -171,8 +171,7 @@ class RuntimeConfig:
         False, "SGLang's spelling of attn_dp_size: dp_size then says how many groups, and there is one replica."
     )
     moe_a2a_backend: A2A = opt(
-        "none",
-        "How rows get to experts with attn_dp_size: to all ranks (none), or to their own, by torch or by DeepEP.",
+        "none", "How rows get to experts with attn_dp_size: to all ranks (none), or their own, by torch or by DeepEP."
     )
     load_balance_method: LoadBalance = opt(
         "auto", "Which replica a request goes to: in turn, or by requests or tokens; auto: tokens, and known prefixes."
@@ -317,12 +316,9 @@ class SpeculativeConfig:
     speculative_algorithm: str | None = opt(
         None,
         "Whence drafts come: auto (default: suffix on a CPU), none, suffix, ngram, draft_model, eagle, eagle3, mtp, "
-        "dflash (also dspark). Other engines' names: standalone (draft_model), prompt_lookup (ngram), nextn and "
-        "deepseek_mtp (mtp).",
+        "dflash (dspark). Others' names: standalone (draft_model), prompt_lookup (ngram), nextn, deepseek_mtp (mtp).",
     )
-    speculative_num_steps: int | None = opt(
-        None, "Drafts behind a token, at most; default 23, of models 5, of dflash 15, else 7."
-    )
+    speculative_num_steps: int | None = opt(None, "Drafts behind a token, at most: 23, of models 5, dflash 15, else 7.")
     speculative_num_draft_tokens: int | None = opt(None, "The same with the token before them: one more.")
     speculative_eagle_topk: int | None = opt(None, "Drafts of a model that may follow one token: above 1, trees.")
     speculative_draft_model_path: str | None = opt(

@@ -29,7 +29,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "src")]
 SECTIONS = ("kernels", "models", "floors", "cold", "shared", "llama", "llama-fp8", "qwen", "qwen-fp8", "transformers")
-SECTIONS += ("peers", "experts")
+SECTIONS += ("peers", "experts", "ranks")
 BATCHES = (1, 8, 32, 128, 256)
 GRACE = 40.0  # seconds that the last section may take beyond the limit
 LEFT_BYTES = 64 << 20  # workspaces of libraries stay
@@ -250,6 +250,27 @@ class Check:
                 )
         return found
 
+    def ranks(self) -> dict[str, Any]:
+        """The way of several ranks on one card, against one rank; and two ranks, where there are two cards."""
+        import gpu_models
+
+        shape = gpu_models.TINY_LLAMA if self.tiny else {**gpu_models.LLAMA_8B, "num_hidden_layers": 8}
+        less = ["--device", "cpu", "--turns", "1"] if self.tiny else []
+        found: dict[str, Any] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "config.json"
+            path.write_text(json.dumps({**shape, "architectures": []}))
+            for what, where in (("one", path), ("two", Path(folder))):
+                command = [sys.executable, str(HERE / "gpu_ranks.py"), what, str(where), *less]
+                done = subprocess.run(command, capture_output=True, text=True, timeout=max(30.0, self.left))
+                if done.returncode != 0:
+                    raise RuntimeError(f"{what}: {done.stderr.strip()[-800:]}")
+                one = found[what] = json.loads(done.stdout.strip().splitlines()[-1])
+                print(f"  {what}: { ({key: value for key, value in one.items() if key != 'turns'}) }")
+        if not found["two"].get("same_tokens", True):
+            self.report["errors"]["ranks"] = "two ranks answer otherwise than one"
+        return found
+
     def shared(self) -> dict[str, Any]:
         """Requests that share a prefix: pages read once a step, and for every row."""
         return self._servers("shared", ("phloem", "phloem-apart"), ("shared",))
@@ -301,6 +322,7 @@ class Check:
         self.section("floors", 10, self.floors)
         self.section("experts", 30, self.experts)
         self.section("cold", 120, self.cold)
+        self.section("ranks", 90, self.ranks)
         self.section("shared", 120, self.shared)
         self.section("llama", 60, lambda: self.benchmark(llama, False, True))
         self.section("llama-fp8", 45, lambda: self.benchmark(llama, True, False))
@@ -365,6 +387,13 @@ def markdown(report: dict[str, Any]) -> str:
         import gpu_experts
 
         lines += ["## Many rows of experts (Qwen3-30B-A3B shapes)", "", *gpu_experts.lines(experts), ""]
+
+    if ranks := report.get("ranks"):
+        one, two = ranks["one"], ranks["two"]
+        lines += ["## Several ranks", ""]
+        step = f"A decode step of {one['rows']} rows takes {one['ms']['alone']:.3f} ms alone"
+        lines += [f"{step}, as one of several ranks would run it {one['ratio']:.3f} times that. Two ranks:"]
+        lines += [", ".join(f"{key} {value}" for key, value in two.items()), ""]
     for name, title in (("shared", "A shared prefix of 2,048 tokens"), ("peers", "Beside other engines")):
         if found := report.get(name):
             import gpu_peers

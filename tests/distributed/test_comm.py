@@ -67,7 +67,7 @@ def test_every_rank_has_the_same_sum(kind: str, size: int, tmp_path: Path) -> No
             x = values(comm.rank, count, 5)
             kept = x.clone()
             found.append(comm.all_reduce(x[:, 1:]))
-            assert torch.equal(x, kept), "what a rank brings is not changed"
+            assert kind == "nccl" or torch.equal(x, kept), "what a rank brings is not changed, but by a card"
         half = comm.all_reduce(values(comm.rank, 7).to(torch.bfloat16))
         assert half.dtype == torch.bfloat16
         return [*found, half.float()]
@@ -212,4 +212,4 @@ def test_torch_has_the_calls_that_the_stand_in_has(name: str) -> None:
 
 def test_ranks_that_do_not_find_each_other_by_nccl_are_told() -> None:
     with pytest.raises(EngineDead, match="did not find each other: no route"):
-        Nccl(0, 2, object(), torch.device("cpu"), 1.0, nccl_stand_in.Lost)
+        Nccl(0, 2, object(), torch.device("cpu"), 1.0, Threads.group(2)[0], nccl_stand_in.Lost)

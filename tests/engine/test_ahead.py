@@ -140,15 +140,15 @@ def test_where_descriptors_are_read_by_hardware_every_form_of_many_rows_is_noted
     """Both products of each form, and the kernel that they are tried against; a switch leaves them out."""
     monkeypatch.setattr(kernels.AHEAD, "capability", capability)
     need = ahead.need_of(plan_of("qwen3_moe"))
-    found = ahead.noted(need, [(512, 1)])[0].found.values()
+    found = ahead.noted(need, [(512, 1, 0)])[0].found.values()
     names = [note.name for note in found]
     assert names.count("_walk_grouped") == (6 if walks else 0) and names.count("_grouped") == 2
     monkeypatch.setenv("PHLOEM_MOE_TRIAL", "off")
-    assert "_walk_grouped" not in [note.name for note in ahead.noted(need, [(512, 1)])[0].found.values()]
+    assert "_walk_grouped" not in [note.name for note in ahead.noted(need, [(512, 1, 0)])[0].found.values()]
     monkeypatch.setenv("PHLOEM_MOE_TRIAL", "perhaps")
     if walks:
         with pytest.raises(ConfigError, match="PHLOEM_MOE_TRIAL: 'perhaps' is not one of on, 1, off, 0"):
-            ahead.noted(need, [(512, 1)])
+            ahead.noted(need, [(512, 1, 0)])
 
 
 SPARSE = {
@@ -167,8 +167,9 @@ def test_experts_of_any_router_need_no_value_of_the_device(family: str, config: 
     """On tensors without data a step that asked for one would raise; and it could not be recorded."""
     plan = plan_of(family, running=8, chunk=256)
     plan.config.update(config)
-    need = ahead.need_of_noted(plan, 2)
-    names = {note.name for note in ahead.noted(need, [(1, 1), (8, 8), (200, 1)])[0].found.values()}
+    with torch.inference_mode(), kernels.Notes().taken():
+        need = ahead.need_of(plan, 2)
+    names = {note.name for note in ahead.noted(need, [(1, 1, 0), (8, 8, 0), (200, 1, 0)])[0].found.values()}
     assert {"_route", "_few_up", "_few_down", "_place_expert", "_grouped", "_sum_choices"} <= names
 
 

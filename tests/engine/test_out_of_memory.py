@@ -265,5 +265,5 @@ def test_what_a_finished_request_left_behind_the_mark_is_forgotten() -> None:
 def test_the_door_answers_507() -> None:
     reason = FinishReason("abort", message="out of memory: not even one token fits", status_code=507)
     with pytest.raises(OutOfMemory, match="not even one token") as raised:
-        _raise_refusal(reason)
+        _raise_refusal(reason, {})
     assert raised.value.status == 507 and b"out_of_memory" in error_body(raised.value)

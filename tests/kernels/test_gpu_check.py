@@ -67,6 +67,16 @@ def test_kernels_of_many_rows_are_checked_and_timed_beside_each_other(tmp_path: 
     assert "| float8 | 66 | a tile a program |" in next(tmp_path.glob("*.md")).read_text()
 
 
+def test_several_ranks_are_run_beside_one(tmp_path: Path) -> None:
+    """On a CPU by its own means: what is shown is that the section runs, ends, and compares."""
+    done = _run("--dry-run", "--only", "ranks", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    (file,) = tmp_path.glob("*.json")
+    found = json.loads(file.read_text())["ranks"]
+    assert found["one"]["ratio"] > 0 and found["two"]["same_tokens"] and found["two"]["lost_after_s"] < 30
+    assert "## Several ranks" in next(tmp_path.glob("*.md")).read_text()
+
+
 def test_the_cold_start_runs_in_processes_of_its_own(tmp_path: Path) -> None:
     done = _run("--dry-run", "--only", "cold", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

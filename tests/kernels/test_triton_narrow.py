@@ -177,7 +177,7 @@ EXPERTS: dict[str, tuple[Any, dict[str, Any], type]] = {
     "rows": KEPT["rows"],
     "int4": (KEPT["packed"][0], INTS, torch.Tensor),
 }
-MOE = {"moe_intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 2}
+MOE: dict[str, Any] = {"moe_intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 2}
 
 
 def stacks(model: Any) -> list[Any]:
@@ -215,8 +215,9 @@ def test_experts_of_another_rank_may_be_narrow() -> None:
     pair = [Float8Blocks(*formats.quantise_blocks(one, torch.float8_e4m3fn), torch.float32) for one in wide]
     ids = torch.tensor([[0, 2], [3, 2], [1, 0]])
     x, weights, spec = torch.randn(3, 128, generator=generator), torch.rand(3, 2), ExpertSpec(2, first=2)
-    got = table.table().experts(x, ids, weights, *pair, spec, None)
-    want = Ops().experts(x, ids, weights, *(one.rows(torch.arange(len(one.values))) for one in pair), spec, None)
+    got = table.table().experts(x, ids, weights, pair[0], pair[1], spec, None)
+    dense = [one.rows(torch.arange(len(one.values))) for one in pair]
+    want = Ops().experts(x, ids, weights, dense[0], dense[1], spec, None)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     other = replace(spec, activation="relu2", gated=False)  # which plain torch computes, of plain matrices
     got = table.table().experts(x, ids, weights, pair[1], pair[1], other, None)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from phloem.distributed.comm import Threads
 from phloem.distributed.nccl import Nccl
 
 
@@ -47,18 +48,21 @@ class Group:
 
         return SimpleNamespace(wait=wait)
 
-    def allreduce(self, tensors: list[torch.Tensor]) -> Any:
+    def allreduce(self, tensors: list[torch.Tensor], options: Any) -> Any:
+        assert not options.asyncOp
         (x,) = tensors
         parts = self._store.all(self._rank, x.clone())
         x.copy_(torch.stack(parts).float().sum(0))
         return self._done("allreduce")
 
-    def _allgather_base(self, into: torch.Tensor, x: torch.Tensor) -> Any:
+    def _allgather_base(self, into: torch.Tensor, x: torch.Tensor, options: Any) -> Any:
+        assert not options.asyncOp
         assert into.is_contiguous() and x.is_contiguous() and into.numel() == x.numel() * self._size
         into.copy_(torch.stack(self._store.all(self._rank, x.clone())))
         return self._done("_allgather_base")
 
     def broadcast(self, tensors: list[torch.Tensor], options: Any) -> Any:
+        assert not options.asyncOp
         (x,) = tensors
         x.copy_(self._store.all(self._rank, x.clone())[options.rootRank])
         return self._done("broadcast")
@@ -82,10 +86,10 @@ class Lost(Group):
 
 def group(size: int, timeout: float) -> list[Nccl]:
     """The ends of `size` ranks, one for each thread."""
-    store, found = Store(size, timeout), list[Any]([None] * size)
+    store, found, hosts = Store(size, timeout), list[Any]([None] * size), Threads.group(size, timeout)
 
     def join(rank: int) -> None:
-        found[rank] = Nccl(rank, size, store, torch.device("cpu"), timeout, Group)
+        found[rank] = Nccl(rank, size, store, torch.device("cpu"), timeout, hosts[rank], Group)
 
     threads = [threading.Thread(target=join, args=(rank,)) for rank in range(size)]
     for thread in threads:

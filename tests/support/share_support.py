@@ -179,6 +179,9 @@ class ThreadRanks:
         if self.error is not None:
             raise EngineDead(f"a rank has gone: {self.error}")
 
+    def hung(self, seconds: float) -> None:
+        """They meet on the host, and find it by themselves."""
+
     def explain(self, error: EngineDead) -> EngineDead:
         return error
 

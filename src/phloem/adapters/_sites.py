@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -383,9 +383,15 @@ def block_key(block: str) -> str:
     return bare(block).replace("block_sparse_moe", "mlp")
 
 
+@runtime_checkable
+class _Lies(Protocol):
+    """A weight that says on which device it lies: one in another layout may not."""
+
+    device: Any
+
+
 def _device(value: Any) -> torch.device:
-    found = getattr(value, "device", None)
-    return found if isinstance(found, torch.device) else HOST
+    return value.device if isinstance(value, _Lies) and isinstance(value.device, torch.device) else HOST
 
 
 def _together(sites: list[Site]) -> Tensor | None:

@@ -99,7 +99,8 @@ class Timed:
     def __init__(self, inner: Comm, group: str, times: Times) -> None:
         self._inner, self._group, self._times = inner, group, times
         self.name, self.rank, self.size, self.records = inner.name, inner.rank, inner.size, inner.records
-        self.undoing = inner.undoing
+        self.undoing, self.device = inner.undoing, inner.device
+        self.host: Comm = self if inner.host is inner else inner.host
 
     def _of(self, call: str, x: Tensor, work: Callable[[], T]) -> T:
         return self._times.of(f"{self._group} {call}", x.nbytes, work)

@@ -16,8 +16,12 @@ from phloem.cli._options import parse
 from phloem.core import resolve
 from phloem.core.config import opt
 from phloem.core.errors import ConfigError, PhloemError
+from phloem.distributed.choose import choose
+from phloem.engine import cards
+from phloem.engine.parallel import ranks_of, refuse_device
 from phloem.kernels import _native_build, native
 from phloem.launch import checkup
+from phloem.launch.ranks import decision_of
 from phloem.platforms import cpu
 from phloem.utils import machine
 from phloem.utils.cores import available_cores
@@ -142,6 +146,15 @@ def _nodes(config: Config) -> bool:
     return True
 
 
+def _ranks(config: Config, platform: platforms.Platform) -> list[resolve.Decision]:
+    """Of this machine, how many there would be, by what they would meet, and on which cards. Raises ConfigError."""
+    cards.refuse(config)
+    if ranks_of(config) == 1:
+        return []
+    refuse_device(config, platform.name, platform.facts)
+    return [decision_of(config, *choose(config.runtime.tp_comm, meets=platform.facts.meets))]
+
+
 def _model(config: Config) -> bool:
     """What would be chosen for this configuration, as far as it can be known without loading weights."""
     print("\nModel")
@@ -177,6 +190,7 @@ def _model(config: Config) -> bool:
             resolve.Decision("ops", ops.name, why),
             resolve.Decision("weights", form, "what stays packed shows when they are loaded"),
             *([] if ops.activations is None else [resolve.Decision("activations", *ops.activations)]),
+            *_ranks(config, platform),
         ]
         for decision in decisions:
             _line(decision.name, f"{decision.value}  ({decision.reason})")

@@ -41,7 +41,7 @@ ImagePolicy = Literal["fcfs", "shortest", "fair"]
 CpuLevel = Literal["auto", "portable", "avx2", "avxvnni", "avx512", "amx", "neon", "i8mm"]
 LogprobsMode = Literal["raw", "temperature", "processed"]
 ModelImpl = Literal["auto", "phloem", "transformers"]
-TpComm = Literal["auto", "shm", "gloo"]
+TpComm = Literal["auto", "shm", "gloo", "nccl"]
 WritePolicy = Literal["write_through", "write_through_selective", "write_back"]
 Disaggregation = Literal["null", "prefill", "decode"]
 PrefetchPolicy = Literal["best_effort", "wait_complete", "timeout"]
@@ -171,13 +171,14 @@ class RuntimeConfig:
         False, "SGLang's spelling of attn_dp_size: dp_size then says how many groups, and there is one replica."
     )
     moe_a2a_backend: A2A = opt(
-        "none",
-        "How rows get to experts with attn_dp_size: to all ranks (none), or to their own, by torch or by DeepEP.",
+        "none", "How rows get to experts with attn_dp_size: to all ranks (none), or their own, by torch or by DeepEP."
     )
     load_balance_method: LoadBalance = opt(
         "auto", "Which replica a request goes to: in turn, or by requests or tokens; auto: tokens, and known prefixes."
     )
-    tp_comm: TpComm = opt("auto", "By what ranks meet: memory that they share (shm), or gloo.")
+    tp_comm: TpComm = opt("auto", "By what ranks meet: memory that they share (shm), gloo, or (graphics cards) nccl.")
+    base_gpu_id: int | None = opt(None, "Number of the first rank's graphics card, of those that are visible.")
+    gpu_id_step: int = opt(1, "How far the next rank's graphics card is from that of the one before.")
     cpu_level: CpuLevel = opt(
         "auto",
         "Instruction set of the native CPU kernels; auto takes the best that the processor runs. PHLOEM_CPU_LEVEL sets "
@@ -315,12 +316,9 @@ class SpeculativeConfig:
     speculative_algorithm: str | None = opt(
         None,
         "Whence drafts come: auto (default: suffix on a CPU), none, suffix, ngram, draft_model, eagle, eagle3, mtp, "
-        "dflash (also dspark). Other engines' names: standalone (draft_model), prompt_lookup (ngram), nextn and "
-        "deepseek_mtp (mtp).",
+        "dflash (dspark). Others' names: standalone (draft_model), prompt_lookup (ngram), nextn, deepseek_mtp (mtp).",
     )
-    speculative_num_steps: int | None = opt(
-        None, "Drafts behind a token, at most; default 23, of models 5, of dflash 15, else 7."
-    )
+    speculative_num_steps: int | None = opt(None, "Drafts behind a token, at most: 23, of models 5, dflash 15, else 7.")
     speculative_num_draft_tokens: int | None = opt(None, "The same with the token before them: one more.")
     speculative_eagle_topk: int | None = opt(None, "Drafts of a model that may follow one token: above 1, trees.")
     speculative_draft_model_path: str | None = opt(
@@ -595,3 +593,8 @@ def log_format() -> str:
 def child_environment(defaults: dict[str, str]) -> dict[str, str]:
     """The environment for a process that we start: ours, with these values where ours has none."""
     return {**defaults, **os.environ}
+
+
+def let_ranks_end() -> None:
+    """Torch's watch of NCCL ends no process, and lets none go on with what was never computed: that is ours to do."""
+    os.environ |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}

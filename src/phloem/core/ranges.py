@@ -9,6 +9,7 @@ from phloem.core.errors import ConfigError
 
 EPLB_STEPS = 1000  # unless said otherwise
 _NOT_BELOW_0 = (
+    "base_gpu_id",
     "node_rank", "kt_num_gpu_experts", "kt_max_deferred_experts_per_token", "kt_gpu_prefill_token_threshold",
     "ep_num_redundant_experts", "max_queue_seconds",
 )  # fmt: skip
@@ -33,6 +34,7 @@ _POSITIVE = (
     "attn_dp_size",
     "attn_cp_size",
     "nnodes",
+    "gpu_id_step",
     "dist_timeout",
     "image_step_tokens",
     "piecewise_graph_max_tokens",

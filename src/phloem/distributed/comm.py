@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 _TORCH: Any = dist  # typed only in part
+CPU = torch.device("cpu")
 
 
 class Board:
@@ -78,6 +79,12 @@ class Comm(Protocol):
     name: str
     rank: int
     size: int
+    device: torch.device  # where tensors lie that ranks give each other
+
+    @property
+    def host(self) -> Comm:
+        """The same ranks' group for values that the host has: numbers, sizes, words."""
+        ...
 
     @property
     def records(self) -> bool:
@@ -121,8 +128,7 @@ class Comm(Protocol):
 
 def counts_of(comm: Comm, parts: list[Tensor]) -> list[list[int]]:
     """[from][to] rows of what all ranks give each other."""
-    counts = torch.tensor([len(part) for part in parts], device=parts[0].device)
-    return [row.tolist() for row in comm.all_gather(counts)]
+    return [row.tolist() for row in comm.host.all_gather(torch.tensor([len(part) for part in parts]))]
 
 
 class _Meeting:
@@ -137,7 +143,7 @@ class _Meeting:
 class Threads:
     """A rank in a thread of this process. `Threads.group(n)` makes all of them."""
 
-    name = "threads"
+    name, device = "threads", CPU
     records, undoing = False, None
 
     def __init__(self, meeting: _Meeting, rank: int, size: int) -> None:
@@ -149,6 +155,10 @@ class Threads:
         """The ends of `size` ranks, one for each thread."""
         meeting = _Meeting(size, timeout)
         return [Threads(meeting, rank, size) for rank in range(size)]
+
+    @property
+    def host(self) -> Comm:
+        return self
 
     def _meet(self, x: Tensor | None) -> list[Tensor | None]:
         places = self._meeting.places[self._turn]
@@ -206,7 +216,7 @@ class Gloo:
         host: this machine's address, at which the others reach it.
     """
 
-    name = "gloo"
+    name, device = "gloo", CPU
     records, undoing = False, None
 
     def __init__(self, rank: int, size: int, place: Path | Any, timeout: float, host: str = "127.0.0.1") -> None:
@@ -226,6 +236,10 @@ class Gloo:
         except RuntimeError as error:
             raise EngineDead(f"the ranks did not find each other: {error}") from None
         self._aborted = False
+
+    @property
+    def host(self) -> Comm:
+        return self
 
     def _run(self, work: dist.Work) -> None:
         # In short waits: gloo lets nobody go who waits for a process that is stopped, whatever is aborted.

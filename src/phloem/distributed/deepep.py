@@ -58,11 +58,11 @@ class _Thing(msgspec.Struct, array_like=True):
 
 
 class Teller:
-    """What a buffer asks of an `mpi4py.MPI.Comm`, over a group of ours: so that it needs no process group of the
+    """What a buffer asks of an `mpi4py.MPI.Comm`, over a group of ours on the host: so that it needs no group of the
     caller's torch.distributed. Nothing is unpickled."""
 
     def __init__(self, comm: Comm) -> None:
-        self._comm = comm
+        self._comm = comm.host
 
     def Get_rank(self) -> int:
         return self._comm.rank

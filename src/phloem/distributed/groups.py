@@ -81,6 +81,11 @@ class Groups:
         """All of this rank's."""
         return [end for end in (self.tp, self.before, self.after, self.down, self.up, self.attn) if end is not None]
 
+    def check(self) -> None:
+        """Raises EngineDead where a group was ended: what a device has given since is worth nothing."""
+        for end in self.ends:
+            end.check()
+
     def abort(self) -> None:
         """Let nobody wait any longer, in any of them."""
         for end in self.ends:
@@ -95,7 +100,8 @@ UNDONE = -1  # in the place of how many there are
 def give(comm: Comm, tensors: list[Tensor] | None) -> None:
     """At most two tensors of at most two dimensions, from the first of a group to the others: who `take` them.
 
-    None: the step that they are of never happened.
+    None: the step that they are of never happened. How many and how large is said on the host, so that who takes them
+    is ahead of its device.
     """
     head = torch.zeros(1 + 4 * MOST, dtype=torch.int64)
     head[0] = UNDONE if tensors is None else len(tensors)
@@ -103,7 +109,7 @@ def give(comm: Comm, tensors: list[Tensor] | None) -> None:
     for at, x in enumerate(whole):
         about = (_TYPES.index(x.dtype), x.dim(), *x.shape)
         head[1 + 4 * at : 1 + 4 * at + len(about)] = torch.tensor(about)
-    comm.broadcast(head)
+    comm.host.broadcast(head)
     for x in whole:
         if x.numel():
             comm.broadcast(x)
@@ -116,14 +122,14 @@ def take(comm: Comm) -> list[Tensor]:
         StepUndone: the step never happened.
         EngineDead: as the comm, or for what is given there is no memory here.
     """
-    head = comm.broadcast(torch.zeros(1 + 4 * MOST, dtype=torch.int64)).tolist()
+    head = comm.host.broadcast(torch.zeros(1 + 4 * MOST, dtype=torch.int64)).tolist()
     if head[0] == UNDONE:
         raise StepUndone("another stage found no memory")
     found: list[Tensor] = []
     for at in range(head[0]):
         kind, dims, *shape = head[1 + 4 * at : 5 + 4 * at]
         try:
-            made = torch.empty(shape[:dims], dtype=_TYPES[kind])
+            made = torch.empty(shape[:dims], dtype=_TYPES[kind], device=comm.device)
         except RuntimeError as error:  # who gives it is on its way, and cannot be told
             raise EngineDead(f"no memory for what another stage gives: {error}") from None
         found.append(comm.broadcast(made) if made.numel() else made)

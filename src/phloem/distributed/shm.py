@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from phloem.core.errors import EngineDead
-from phloem.distributed.comm import StepUndone, counts_of
+from phloem.distributed.comm import CPU, StepUndone, counts_of
 from phloem.kernels.native_meeting import SharedSum
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from phloem.distributed.comm import Undoing
+    from phloem.distributed.comm import Comm, Undoing
     from phloem.kernels.native_meeting import Spent
 
 PLACE = 4 << 20  # bytes of a rank's part in one go; what is larger goes in pieces
@@ -46,7 +46,7 @@ class SharedMemory:
         timeout: seconds that a rank waits for the others.
     """
 
-    name = "shm"
+    name, device = "shm", CPU
 
     def __init__(self, rank: int, size: int, place: Path, timeout: float) -> None:
         self.rank, self.size, self._timeout = rank, size, timeout
@@ -77,6 +77,10 @@ class SharedMemory:
         lines = torch.frombuffer(self._memory, dtype=torch.int64, count=head // 8)
         self._sum = SharedSum.of(lines, flat.view(torch.float32), rank, size, PLACE // 4, timeout)
         self._meet()
+
+    @property
+    def host(self) -> Comm:
+        return self
 
     @property
     def records(self) -> bool:

@@ -53,12 +53,11 @@ class Part:
     # int32 [T] and [L] of all groups, in their order: the adapter of each token, and of each wanted position
     adapters: tuple[NDArray[np.int32], NDArray[np.int32]] | None = None
 
-    @property
-    def adapter_tensors(self) -> tuple[Tensor, Tensor] | None:
+    def adapter_tensors(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """As `layers.rows.Rows.begin` takes them."""
         if self.adapters is None:
             return None
-        return torch.from_numpy(self.adapters[0]), torch.from_numpy(self.adapters[1])
+        return torch.from_numpy(self.adapters[0]).to(device), torch.from_numpy(self.adapters[1]).to(device)
 
 
 def places(of: NDArray[np.int32]) -> NDArray[np.int64]:
@@ -109,13 +108,13 @@ def run_part(
 ) -> Tensor:
     """Hidden states [L, N] of the whole step's wanted positions, on rank 0; all of them run it together."""
     part = part_of(batch, batch.slots % rows.dp.size, rows.dp.size, rows.dp.rank)
-    rows.begin(part.tokens, part.results, part.adapter_tensors)
+    rows.begin(part.tokens, part.results, part.adapter_tensors(pool.device))
     if part.batch.num_rows:
         inputs = Step(part.batch, part.wanted, pool, last).inputs
         hidden_LN = run_forward(whole, backend, pool, inputs, inputs.logit_index)
     else:
         hidden_LN = whole.forward(_idle(pool, backend))
-    return whole.gathered(hidden_LN, torch.from_numpy(part.order))
+    return whole.gathered(hidden_LN, torch.from_numpy(part.order).to(pool.device))
 
 
 def _idle(pool: KVPool, backend: AttentionBackend) -> ForwardBatch:

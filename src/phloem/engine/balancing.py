@@ -95,7 +95,7 @@ class Shifter:
         except Exception as error:  # whatever it is: the others wait for word
             _log.error("experts of layer %d cannot move: %s", moved.layer, first_line(error))
             failed += 1
-        failed = failed if self._comm is None else self._comm.all_reduce(failed)
+        failed = failed if self._comm is None else self._comm.host.all_reduce(failed)
         if arrived is None or float(failed) > 0:
             return False
         self._moves.install(moved.layer, arrived)

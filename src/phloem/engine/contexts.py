@@ -149,7 +149,7 @@ def run_rows(
         return run_part(whole, rows, backend, pool, batch, last)
     share = share_of(batch, rows.dp.size, rows.dp.rank)
     part = share.part
-    rows.begin(part.tokens, part.results, part.adapter_tensors)
+    rows.begin(part.tokens, part.results, part.adapter_tensors(pool.device))
     everyone = Step(batch, Wanted.of(batch), pool, last).inputs.rows()
     inputs = Step(part.batch, part.wanted, pool, last).inputs
     scratch = torch.zeros(int(share.filled), dtype=torch.int32, device=pool.device)
@@ -161,4 +161,4 @@ def run_rows(
     order = torch.from_numpy(share.order).to(pool.device)
     memory = SharedMemory(begin(backend, batches, pool), rows, order)
     hidden_LN = run_forward(whole, backend, pool, inputs, inputs.logit_index, memory)
-    return whole.gathered(hidden_LN, torch.from_numpy(part.order))
+    return whole.gathered(hidden_LN, torch.from_numpy(part.order).to(pool.device))

@@ -18,6 +18,7 @@ from phloem.core import speculation
 from phloem.core.errors import PhloemError
 from phloem.engine import warm
 from phloem.engine.dtypes import backend_names, kept_in, stored_scales, unasked
+from phloem.engine.parallel import ranks_of
 from phloem.layers.context import BuildContext
 from phloem.models import build_model
 from phloem.utils.cores import available_cores
@@ -43,6 +44,8 @@ def plan_of(
     steps cannot be recorded."""
     if ops.name not in warm.TABLES:
         return {}, f"the op table {ops.name!r} has no such kernels"
+    if ranks_of(config) > 1:
+        return {}, "several ranks have other sizes than the whole model, and launch their kernels together"
     if eager:
         return {}, f"{eager}: which kernels it needs shows when it runs"
     try:

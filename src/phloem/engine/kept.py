@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from phloem.attention import AttentionBackend
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.config import Config
+    from phloem.engine.machine import Machine
     from phloem.kernels.ops import Ops
     from phloem.models import Model
     from phloem.models._scales import LayerScales
@@ -35,7 +36,7 @@ class Kept:
     backend: AttentionBackend
     page: int
 
-    def facts(self, checkpoint: Checkpoint) -> dict[str, str]:
+    def facts(self, checkpoint: Checkpoint, machine: Machine) -> dict[str, str]:
         """What all ranks must have alike."""
         return {
             "model type": checkpoint.model_type,
@@ -43,6 +44,8 @@ class Kept:
             "type of the KV cache": str(self.dtype),
             "attention backend": self.backend.name,
             "page size": str(self.page),
+            "op table": machine.ops.name,
+            "rows and tokens of a step": f"{machine.running}, {machine.chunk}",
         }
 
 

@@ -10,17 +10,16 @@ Legend: T tokens, L rows of hidden states, N hidden size, R rows (requests).
 from __future__ import annotations
 
 import contextlib
-import gc
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
 import torch
 
 from phloem import platforms
-from phloem.adapters._shares import unpacked
 from phloem.core.batch import Batch
 from phloem.core.errors import BadRequest, ConfigError, EngineDead
 from phloem.core.nodes import Nodes
@@ -29,19 +28,16 @@ from phloem.distributed.comm import StepUndone
 from phloem.distributed.groups import Groups
 from phloem.distributed.mesh import Mesh
 from phloem.engine import on_paper
-from phloem.engine.apart import cut
 from phloem.engine.around import RunnerAround
 from phloem.engine.contexts import run_rows
 from phloem.engine.counts import spread_of
 from phloem.engine.forward import run_forward
 from phloem.engine.inputs import Step
 from phloem.engine.memory import first_line, is_out_of_memory
-from phloem.engine.plans import Packing, Plan, Unpacking, ints, raw
+from phloem.engine.plans import Packing, Plan, raw
 from phloem.engine.stages import Kind, Together
-from phloem.engine.transfer import LastTokens
 from phloem.engine.unshared import option_of, refuse_unshared
-from phloem.engine.wanted import Wanted
-from phloem.kernels.ops import Ops
+from phloem.kernels.graph import RecordingEnded
 from phloem.layers.context import BuildContext
 from phloem.layers.rows import Rows
 from phloem.models import build_model
@@ -49,8 +45,9 @@ from phloem.models._common import Decoder
 from phloem.utils import log
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable
+    from collections.abc import Callable, Generator, Iterable, Sequence
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from phloem.adapters._sites import Sites
@@ -60,31 +57,46 @@ if TYPE_CHECKING:
     from phloem.core.config import Config
     from phloem.core.memory import MemorySpec
     from phloem.core.resolve import Decision
-    from phloem.distributed.comm import Undoing
+    from phloem.engine.recorded.choice import SharedWay
     from phloem.engine.recorded.flexible import FlexibleSteps
+    from phloem.engine.recorded.graphs import RecordedStep
     from phloem.kvcache.pool import KVPool
     from phloem.layers.context import AttentionSpec, ForwardBatch
+    from phloem.platforms import Platform
+    from phloem.platforms._facts import StepFacts
 
 T = TypeVar("T")
-Coming = Future[tuple[torch.Tensor, torch.Tensor] | None]  # of a step of a pipeline (`Leading.start`)
+Taken = tuple[tuple[torch.Tensor, torch.Tensor], Any]  # with the mark behind which the device has them
+Coming = Future[Taken | None]  # of a step of a pipeline (`Leading.start`)
 _log = log.get("engine")
 
 
 class Pages(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """How large each group's memory is, on every rank: rank 0 has measured. `facts`: what must agree. `most`: pages of
-    a row. `adapters`: how many there may be at a time, and their largest rank; None: none are served."""
+    a row. `adapters`: how many there may be at a time, and their largest rank; None: none are served. `graph_bytes`:
+    that graphs may take on each."""
 
     num_pages: tuple[int, ...]
     facts: dict[str, str]
     most: int
     adapters: tuple[int, int] | None = None
+    graph_bytes: int | None = None
+
+
+class Rehearse(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Of ranks with a device each: run dummy steps of these (tokens, rows), and the largest, together, and say what is
+    left beside. `facts`: as in `Pages`."""
+
+    shapes: list[tuple[int, int, int]]
+    facts: dict[str, str]
 
 
 class Go(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Run the planned batch of this step; `ids` int64 [T] are its tokens, those of the last step included, and `lens`
-    int32 the rows that rank 0 has cut it into: others would add in another order. `head`: what all ranks, or the last
+    int32 the rows that rank 0 has cut it into: others would add in another order. Those that only devices know are
+    below 0: they go from one to the others. `head`: what all ranks, or the last
     stage, make of the wanted states at once; "": `Chosen` asks for it, if anybody does. `undone`: steps that all ranks
-    have left."""
+    have left. `way`, `size`: by which graph all of them run it (`Capture`); -1: op by op."""
 
     step: int
     epoch: int
@@ -92,6 +104,15 @@ class Go(msgspec.Struct, frozen=True, array_like=True, tag=True):
     lens: bytes
     head: Kind | Literal[""] = ""
     undone: int = 0
+    way: int = -1
+    size: int = 0
+
+
+class Capture(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Record the step of this size, of one of the ways in which steps are recorded, together with the others."""
+
+    way: int
+    size: int
 
 
 class Chosen(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -123,7 +144,7 @@ class End(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """No more steps."""
 
 
-Told = Pages | Plan | Go | Chosen | Moved | Placed | Busy | End
+Told = Pages | Rehearse | Plan | Go | Capture | Chosen | Moved | Placed | Busy | End
 encode_told = msgspec.msgpack.Encoder().encode
 _DECODER: msgspec.msgpack.Decoder[Told] = msgspec.msgpack.Decoder(Told)
 decode_told = _DECODER.decode
@@ -138,9 +159,11 @@ class Team:
     tell: Callable[[Told], None]
     loaded: Callable[[int], None]  # with the bytes read. Rank 0: wait until all have their weights; the others: say so
     decision: Decision
-    # Of rank 0, once all have their weights: the least (free, all) bytes of other machines that have ranks.
+    # Of rank 0, once all have their weights: the least (free, all) bytes of other machines that have ranks,
+    # or of ranks with a device each.
     elsewhere: Callable[[], tuple[int, int] | None] = lambda: None
     busy: Callable[[float], None] = lambda _: None  # of the others: says seconds, where it was asked for
+    measured: Callable[[int, int], None] = lambda free, total: None  # the same, bytes of its device (`Rehearse`)
 
 
 def ranks_of(config: Config) -> int:
@@ -173,9 +196,7 @@ def refuse(config: Config, checkpoint: Checkpoint) -> None:
         raise ConfigError("node_rank: a further node is started by `phloem serve`", param="node_rank")
     refuse_unshared(config, checkpoint)
     backend, name = config.runtime.moe_a2a_backend, platforms.named(config.runtime.device)
-    if not platforms.facts_of(name).on_host:
-        why = f"ranks run on the processors of one machine, not on {name}"
-        raise ConfigError("{} {}: {}".format(*option_of(config), why), param="tp_size")
+    refuse_device(config, name, platforms.facts_of(name))
     if backend in deepep.NAMES:
         deepep.refuse(backend, deepep.PACKAGE in platforms.facts_of(name).exchanges, name)
     meshes = [mesh_of(config, rank) for rank in range(0, ranks_of(config), config.runtime.tp_size)]
@@ -189,6 +210,13 @@ def refuse(config: Config, checkpoint: Checkpoint) -> None:
         if config.runtime.ep_size > 1 and not on_paper.has_experts(built):
             message = f"ep_size {config.runtime.ep_size}: {checkpoint.model_type} has no experts"
             raise ConfigError(message, param="ep_size")
+
+
+def refuse_device(config: Config, name: str, facts: StepFacts) -> None:
+    """Raises ConfigError for devices that several ranks do not run on."""
+    if not (facts.on_host or facts.meets):
+        why = f"ranks run on processors, or on graphics cards that meet by NCCL, not on {name}"
+        raise ConfigError("{} {}: {}".format(*option_of(config), why), param="tp_size")
 
 
 def shared(ctx: BuildContext, mesh: Mesh, groups: Groups, backend: str = "none") -> BuildContext:
@@ -296,11 +324,18 @@ class Leading:
         pool: KVPool,
         team: Team,
         recorded: FlexibleSteps | None = None,
+        platform: Platform | None = None,
+        ways: Sequence[SharedWay] = (),
     ) -> None:
-        self._recorded = recorded
+        """`platform`: of ranks with a device each; `ways`: in which these record steps."""
+        self._recorded, self._ways = recorded, ways
+        for number, way in enumerate(ways):
+            way.graphs.announce = partial(_announce, team.tell, number)
         self._whole, self._backend, self._pool, self._team = whole, backend, pool, team
         self._rows, self.ahead = whole.rows, whole.ahead
-        self._taking = ThreadPoolExecutor(1, "phloem-stages") if self.ahead else None
+        self._streams = None if platform is None else platform.streams
+        self._devices = platform is not None
+        self._taking = ThreadPoolExecutor(1, "phloem-stages", self._aside, (platform,)) if self.ahead else None
         self._kind: Kind | Literal[""] = ""
 
     @property
@@ -311,14 +346,15 @@ class Leading:
     def start(self, step: Step, kind: Kind | Literal[""]) -> Coming:
         """Begin a step on the first stage; the others go on with it. To come: its hidden states [L, N], and what the
         head made of them. All that were started come before any `run`."""
-        inputs, batch, whole = step.inputs, step.batch, self._whole
-        ids, undone = inputs.input_ids.numpy().tobytes(), self._undone
+        batch, whole, undone = step.batch, self._whole, self._undone
+        ids = self._ids(step).tobytes()
         self._team.tell(Go(batch.step, batch.epoch, ids, raw(batch.query_lens), kind, undone))
         assert self._taking is not None
         try:
             with _all_or_none(self._team.groups, whole):
                 whole.begin(kind, later=True)
                 self._resume(undone)
+                inputs = step.inputs
                 run_forward(whole, self._backend, self._pool, inputs, inputs.logit_index)
         except EngineDead:
             raise
@@ -337,13 +373,41 @@ class Leading:
         if self._whole.undoing is not None:
             self._whole.undoing.resume(undone)
 
-    def _take(self) -> tuple[Tensor, Tensor] | None:
+    def _aside(self, platform: Platform | None) -> None:
+        """Of the thread that takes what stages give: the device would else begin no step before it has come."""
+        if platform is not None and self._streams is not None:
+            platform.begin_steps()
+            self._streams.apart()
+
+    def _take(self) -> Taken | None:
         """None: a stage had no memory for the step."""
         with torch.inference_mode(), _all_or_none(self._team.groups):
             try:
-                return self._whole.taken()
+                found = self._whole.taken()
             except StepUndone:
                 return None
+            return found, None if self._streams is None else self._streams.mark()
+
+    def _ids(self, step: Step) -> NDArray[np.int64]:
+        """[T]: the step's tokens, as ranks are told of them."""
+        batch = step.batch
+        if not self._devices:
+            return np.ascontiguousarray(step.arrays(batch.num_rows)[0], np.int64)
+        # Groups of ranks that attend to their own rows take them out of what is told: there it is waited for.
+        return batch.input_ids.astype(np.int64) if self._rows is None else step.last.known(batch)
+
+    def _found(self, step: Step) -> tuple[int, RecordedStep[Any, Any] | None]:
+        """(Which of the ways runs it, by which recording); (-1, None): none does."""
+        for number, way in enumerate(self._ways):
+            found = way.found(step)
+            if found is not None:
+                return number, found
+        return -1, None
+
+    @property
+    def spread(self) -> Callable[[Tensor], object] | None:
+        """As `LastTokens.spread`."""
+        return entrance_of(self._whole) if self._devices else None
 
     def landed(self, coming: Coming) -> tuple[Tensor, Tensor]:
         """What was started. Raises StepUndone where a stage had no memory for it: then it never happened."""
@@ -351,7 +415,10 @@ class Leading:
         if found is None:
             with _all_or_none(self._team.groups, self._whole):
                 raise StepUndone("another stage found no memory")
-        return found
+        tensors, mark = found
+        if self._streams is not None:
+            self._streams.follow(mark, tensors)
+        return tensors
 
     def expect(self, kind: Kind | Literal[""]) -> None:
         """What is asked of the head for all of the next step's states, so that no rank waits to be told; "": not yet
@@ -365,8 +432,9 @@ class Leading:
     def run(self, step: Step, ready: Callable[[], None]) -> Tensor:
         batch, kind, undone = step.batch, self._kind, self._undone
         self._whole.found, self._kind = {}, ""
-        ids = np.ascontiguousarray(step.arrays(batch.num_rows)[0], np.int64)
-        self._team.tell(Go(batch.step, batch.epoch, ids.tobytes(), raw(batch.query_lens), kind, undone))
+        ids, (number, found) = self._ids(step), self._found(step)
+        by = number, 0 if found is None else found.size
+        self._team.tell(Go(batch.step, batch.epoch, ids.tobytes(), raw(batch.query_lens), kind, undone, *by))
         ready()
         with _all_or_none(self._team.groups, self._whole):
             self._whole.begin("")
@@ -374,10 +442,28 @@ class Leading:
             if self._rows is not None:
                 known = replace(batch, input_ids=ids.astype(np.int32))
                 return run_rows(self._whole, self._rows, self._backend, self._pool, known, step.last)
-            hidden_LN = run_shared(self._whole, self._backend, self._pool, step, self._recorded)
+            if found is None:
+                hidden_LN = run_shared(self._whole, self._backend, self._pool, step, self._recorded)
+            else:
+                self._team.groups.check()  # no graph is replayed whose communicator has ended
+                hidden_LN = self._ways[number].replayed(step, found, _nothing)
             if kind:
                 self._whole.found = {kind: self._whole.headed(hidden_LN, kind)}
             return hidden_LN
+
+
+def _announce(tell: Callable[[Told], None], way: int, size: int) -> None:
+    """Raises RecordingEnded where a rank has gone: whoever asks for a step is told of it."""
+    try:
+        tell(Capture(way, size))
+    except EngineDead as error:
+        raise RecordingEnded(str(error)) from None
+
+
+def entrance_of(whole: Together) -> Callable[[Tensor], object] | None:
+    """How the tokens that rank 0's device chose come to those of the ranks that embed them; None: nobody else does."""
+    comm = whole.entrance
+    return None if comm is None else comm.broadcast
 
 
 def run_shared(
@@ -430,100 +516,3 @@ class ParallelRunner(RunnerAround):
     def send(self, batch: Batch) -> None:
         """To the other ranks, who run it when they are told to."""
         self._tell(self._packing.pack(batch))
-
-
-class Executor:
-    """A rank that is not the first: runs what it is told, and holds no state of requests.
-
-    A step for which it, or another rank, has no memory never happened: it waits for the next one.
-    """
-
-    def __init__(
-        self,
-        whole: Together,
-        backend: AttentionBackend,
-        pool: KVPool,
-        ops: Ops,
-        slots: int,
-        shift: Callable[[Moved], object],
-        busy: Callable[[float], None] = lambda _: None,
-        recorded: FlexibleSteps | None = None,
-        sites: Sites | None = None,
-    ) -> None:
-        """`shift`: what is to be done when experts move. `busy`: says how long this stage has computed. `sites`: where
-        adapters go, if any are served."""
-        self._recorded, self._rank, self._sites = recorded, whole.rank, sites
-        self._shift, self._busy = shift, busy
-        self._whole, self._backend, self._pool = whole, backend, pool
-        self._last = LastTokens(slots, pool.device, True, None, ops)
-        self._unpacking = Unpacking()
-        self._plans: list[Batch] = []
-        self._hidden_LN: Tensor | None = None
-
-    def run(self, receive: Callable[[], Told]) -> None:
-        """Until `End`. Raises what a step raises, but for lack of memory where all ranks can leave the step."""
-        with torch.inference_mode():
-            while not isinstance(told := receive(), End):
-                if isinstance(told, Plan):
-                    self._plans.append(self._unpacking.unpack(told))
-                elif isinstance(told, Go | Chosen):
-                    self._undoably(told)
-                elif isinstance(told, Moved):
-                    self._shift(told)
-                elif isinstance(told, Placed):
-                    assert self._sites is not None
-                    self._sites.put(told.entry, unpacked(told.fits))
-                elif isinstance(told, Busy):
-                    self._busy(self._whole.busy)
-
-    def _undoably(self, told: Go | Chosen) -> None:
-        undoing = self._whole.undoing
-        try:
-            if isinstance(told, Chosen):
-                self._choose(told)
-            else:
-                self._go(told, undoing)
-            return
-        except Exception as error:
-            if undoing is None or not is_out_of_memory(error):
-                raise
-            why = "" if isinstance(error, StepUndone) else first_line(error)
-            self._whole.leave()
-        # Only here, where the error has gone, can what its frames hold be given back.
-        self._hidden_LN = None
-        gc.collect(1)
-        if why:
-            _log.warning("rank %d has no memory for a step, which all leave: %s", self._rank, why)
-
-    def _go(self, told: Go, undoing: Undoing | None) -> None:
-        while self._plans:
-            batch = self._plans.pop(0)  # those before it never happened
-            if (batch.step, batch.epoch) == (told.step, told.epoch):
-                break
-        else:
-            raise ValueError(f"step {told.step} was never planned")
-        self._whole.begin(told.head)
-        if undoing is not None:
-            if undoing.count > told.undone:  # somebody has left a step since it was said: rank 0 will see that
-                self._hidden_LN = None
-                self._whole.leave()
-                return
-            undoing.resume(told.undone)
-        batch = replace(batch, input_ids=np.frombuffer(told.ids, np.int64).astype(np.int32))
-        rows, batch_cut = self._whole.rows, cut(batch, ints(told.lens))
-        if rows is not None:
-            self._hidden_LN = run_rows(self._whole, rows, self._backend, self._pool, batch_cut, self._last)
-            return
-        step = Step(batch_cut, Wanted.of(batch), self._pool, self._last)
-        self._hidden_LN = run_shared(self._whole, self._backend, self._pool, step, self._recorded)
-        if told.head and self._whole.comm is not None:
-            self._whole.headed(self._hidden_LN, told.head)
-
-    def _choose(self, told: Chosen) -> None:
-        if self._hidden_LN is None:  # of a step that was left
-            self._whole.unchosen()
-            return
-        like = self._hidden_LN
-        if not self._whole.staged:  # of a pipeline rank 0 sends how many there are
-            like = like.new_empty((told.rows, like.shape[1]))
-        self._whole.chosen(like, told.kind)

@@ -124,6 +124,8 @@ class StepWork:
         self.chooser = Chooser(self._ends, ops, self.slots, self.last, self.masks)
         self.waves = self._in_waves(leading)
         self._heads = leading if isinstance(leading, Heads) else None
+        if self._heads is not None:
+            self.last.spread = self._heads.spread
         self._filler = Filler(model, ops, self.slots, self.last)
         self._refiller = Refiller(model, ops, self.slots, self.last) if isinstance(model, Conditioned) else None
         self._drafting = None if drafting is None else drafting.make(self.slots, self.last)

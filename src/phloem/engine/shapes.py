@@ -18,6 +18,7 @@ from phloem.engine.beside import part_of
 from phloem.engine.logprobs import logprob_tensors
 from phloem.engine.recorded.graphs import bucket_sizes
 from phloem.engine.recorded.pieces import token_buckets
+from phloem.engine.rehearsal import Rehearsed
 from phloem.engine.sampler import sample
 from phloem.engine.sizing import dummy_settings, run_step
 
@@ -63,17 +64,21 @@ def run_shape(need: Need, pool: KVPool, shape: Shape) -> None:
     tokens, rows, prefix = shape
     lengths = [tokens // rows + (row < tokens % rows) for row in range(rows)]
     hidden_RN, logits_RV = run_step(need, pool, lengths, prefix=prefix)
-    if rows > 1 and sharing_of(need.backend)[0] is not None:
+    alone = not isinstance(need.model, Rehearsed)  # ranks run the same steps, and no others
+    if alone and rows > 1 and sharing_of(need.backend)[0] is not None:
         run_step(need, pool, lengths, shared=True, prefix=prefix)
-    if need.adapts:
+    if alone and need.adapts:
         run_step(need, pool, lengths, prefix=prefix, adapted=True)
-    _choose(need, hidden_RN, logits_RV)
-    _begin_and_end(need, hidden_RN, logits_RV, tokens)
+    chosen_R = need.model.greedy(hidden_RN)
+    if not need.leads:
+        return
+    _choose(need, logits_RV)
+    _begin_and_end(need, hidden_RN, logits_RV, chosen_R, tokens)
     if need.helper is not None and tokens <= max(READS, rows):
         _draft(need, need.helper, pool, lengths)
 
 
-def _choose(need: Need, hidden_RN: Tensor, logits_RV: Tensor) -> None:
+def _choose(need: Need, logits_RV: Tensor) -> None:
     """Every way of choosing, and what is told beside the tokens."""
     ops, vocab, rows = need.ops, need.model.vocab_size, len(logits_RV)
     ops.argmax(logits_RV)
@@ -86,10 +91,9 @@ def _choose(need: Need, hidden_RN: Tensor, logits_RV: Tensor) -> None:
     which = torch.zeros(rows, dtype=torch.int32, device=logits_RV.device)
     mask = torch.full((rows, -(-vocab // 32)), -1, dtype=torch.int32, device=logits_RV.device)
     ops.mask_tokens_(logits_RV, which, mask)
-    need.model.greedy(hidden_RN)
 
 
-def _begin_and_end(need: Need, hidden_RN: Tensor, logits_RV: Tensor, tokens: int) -> None:
+def _begin_and_end(need: Need, hidden_RN: Tensor, logits_RV: Tensor, greedy_R: Tensor, tokens: int) -> None:
     """What a step takes from the one before it, and leaves for the next."""
     ops, rows = need.ops, len(logits_RV)
     if ops.late_tokens_ is None or ops.keep_tokens_ is None:
@@ -97,7 +101,7 @@ def _begin_and_end(need: Need, hidden_RN: Tensor, logits_RV: Tensor, tokens: int
     last = torch.zeros(1, dtype=torch.int64, device=logits_RV.device)
     ids_T, slots_T = (torch.zeros(tokens, dtype=torch.int64, device=last.device) for _ in range(2))
     ops.late_tokens_(ids_T, last, slots_T)
-    for chosen in (need.model.greedy(hidden_RN), ids_T[:rows]):  # the types of arg-max and of sampling
+    for chosen in (greedy_R, ids_T[:rows]):  # the types of arg-max and of sampling
         for sound in (hidden_RN.sum(-1), logits_RV[:, 0].contiguous()):
             ops.keep_tokens_(last, slots_T[:rows], chosen, sound)
 

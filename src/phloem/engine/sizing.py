@@ -22,6 +22,7 @@ from phloem.engine.forward import run_forward
 from phloem.engine.inputs import Step, no_shared_pages
 from phloem.engine.logprobs import position_logprobs
 from phloem.engine.memory import first_line, is_out_of_memory
+from phloem.engine.rehearsal import Rehearsed
 from phloem.engine.sampler import SamplingRows, sample
 from phloem.engine.shares import Load, shares
 from phloem.engine.transfer import LastTokens
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 class Need:
     """What decides how much memory steps take."""
 
-    model: Model
+    model: Model | Rehearsed  # the latter: all ranks run what is run
     backend: AttentionBackend
     ops: Ops
     kv_dtype: torch.dtype
@@ -59,6 +60,11 @@ class Need:
     adapts: bool = False  # rows may have adapters
     helper: Loaded | None = None  # what drafts for the model
     attends: Callable[[Sequence[AttentionSpec]], AttentionBackend] | None = None  # makes the backend of its layers
+
+    @property
+    def leads(self) -> bool:
+        """Whether tokens are chosen here."""
+        return not isinstance(self.model, Rehearsed) or self.model.leads
 
 
 @dataclass(frozen=True)
@@ -81,10 +87,11 @@ def size_pool(
     need: Need,
     weights: int,
     ranks: int = 1,
-    elsewhere: tuple[int, int] | None = None,
+    elsewhere: Callable[[], tuple[int, int] | None] = lambda: None,
 ) -> Sizing:
     """Measure, and divide the memory. `weights`: their bytes on the device, loaded already. `ranks`: all
-    processes that take of the same memory. `elsewhere`: the least (free, all) bytes of other machines with ranks.
+    processes that take of the same memory. `elsewhere`: asked then, the least (free, all) bytes of other machines with
+    ranks, or of other ranks' devices beside what the largest step takes there.
 
     Raises:
         ConfigError: if the largest step, or one request of the context length, does not fit.
@@ -102,8 +109,9 @@ def size_pool(
             f"are free; {why}): lower chunked_prefill_size or max_running_requests",
             param="chunked_prefill_size",
         ) from None
-    least = platform.memory()
-    least = least if elsewhere is None else (min(least[0], elsewhere[0]), min(least[1], elsewhere[1]))
+    least, others = platform.memory(), elsewhere()
+    if others is not None:
+        least = min(least[0], others[0] + (measured or 0)), min(least[1], others[1])
     free, total = (amount // ranks for amount in least)
     facts = MemoryFacts(
         free, total, weights=weights, bytes_per_token=1, default_fraction=platform.default_memory_fraction
@@ -163,12 +171,12 @@ def run_step(
     `shared`: by the kernels of rows that share pages, though none do. `prefix`: tokens of each row before the step.
     `adapted`: every row has the first adapter.
     """
-    rows = len(lengths)
+    rows, model = len(lengths), need.model
     query_lens = np.array(lengths, np.int32)
     width = -(-(prefix + max(lengths)) // need.page_size)
     batch = Batch(
         step=0,
-        slots=np.zeros(rows, np.int32),
+        slots=np.arange(rows, dtype=np.int32) if isinstance(model, Rehearsed) else np.zeros(rows, np.int32),
         query_lens=query_lens,
         prefix_lens=np.full(rows, prefix, np.int32),
         input_ids=np.zeros(int(query_lens.sum()), np.int32),
@@ -184,8 +192,11 @@ def run_step(
     inputs = Step(batch, Wanted.of(batch), pool, last).inputs
     if shared:
         inputs.shared = no_shared_pages(pool, batch.num_tokens, rows)
-    hidden_RN = run_forward(need.model, need.backend, pool, inputs, inputs.logit_index)
-    return hidden_RN, need.model.head(hidden_RN)
+    if isinstance(model, Rehearsed):
+        hidden_RN = model.run(need.backend, pool, batch, inputs, last)
+    else:
+        hidden_RN = run_forward(model, need.backend, pool, inputs, inputs.logit_index)
+    return hidden_RN, model.head(hidden_RN)
 
 
 def dummy_settings(rows: int, vocab: int) -> SamplingRows:
@@ -197,6 +208,8 @@ def dummy_settings(rows: int, vocab: int) -> SamplingRows:
 def _run(need: Need, pool: KVPool, lengths: list[int]) -> None:
     rows = len(lengths)
     _, logits_RV = run_step(need, pool, lengths)
+    if not need.leads:
+        return
     raw_RV = logits_RV.clone()  # what a step keeps beside penalised logits where logprobs are wanted
     tokens_R = sample(logits_RV, dummy_settings(rows, need.model.vocab_size), need.ops)
     position_logprobs(raw_RV[:1], tokens_R[:1], 1, (), need.ops)

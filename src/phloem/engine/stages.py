@@ -111,6 +111,12 @@ class Together:
         return self._groups.tp if self._stage is None and self.rows is None else None
 
     @property
+    def entrance(self) -> Comm | None:
+        """The ranks that embed tokens, where there are several and this is one of them, and all have the same rows."""
+        stage = self._stage
+        return self._groups.tp if self.rows is None and (stage is None or stage.axis.rank == 0) else None
+
+    @property
     def ahead(self) -> int:
         """Steps that other stages may still have while rank 0 begins one."""
         staged = self._stage is not None and self.rows is None

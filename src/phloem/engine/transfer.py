@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from phloem.core.batch import Batch
     from phloem.engine.wanted import Wanted
     from phloem.kernels.ops import Ops
     from phloem.platforms._streams import Streams
@@ -115,12 +116,24 @@ class LastTokens:
         self.into = streams.into if streams is not None else plain_into
         self.down: Callable[[Sequence[Tensor]], Coming] = streams.down if streams is not None else Here
         fused = None if ops is None or ops.late_tokens_ is None or ops.keep_tokens_ is None else ops
+        # Brings resolved tokens to the other ranks, and theirs here: all call it together.
+        self.spread: Callable[[Tensor], object] | None = None
         self._late = late_tokens_ if fused is None or fused.late_tokens_ is None else fused.late_tokens_
         self._keep = keep_tokens_ if fused is None or fused.keep_tokens_ is None else fused.keep_tokens_
 
     def resolve_(self, ids_T: Tensor, slots_T: Tensor) -> None:
         """In place: ids below 0 become the last tokens of their slots."""
         self._late(ids_T, self.values, slots_T)
+        if self.spread is not None:
+            self.spread(ids_T)
+
+    def known(self, batch: Batch) -> NDArray[np.int64]:
+        """The ids of its tokens [T], those that only the device has among them: they are waited for."""
+        late = batch.input_ids < 0
+        if not late.any():
+            return batch.input_ids.astype(np.int64)
+        (values,) = self.down([self.values]).wait()
+        return np.where(late, values[np.repeat(batch.slots, batch.query_lens)], batch.input_ids)
 
     def keep(self, wanted: Wanted, tokens_L: Tensor, sound_L: Tensor) -> Coming:
         """Keep what the next step begins with, and send all tokens and whether each is damaged on their way.

@@ -14,6 +14,7 @@ import torch
 
 from phloem.core.resolve import Decision
 from phloem.engine.shapes import run_shape, text_lengths
+from phloem.engine.sizing import run_largest_steps
 from phloem.kernels import chosen
 from phloem.kvcache.pool import KVPool, fewest_pages
 from phloem.utils import log
@@ -131,3 +132,15 @@ def run_all(need: Need, device: torch.device, shapes: list[Shape]) -> None:
         )
         for shape in shapes:
             run_shape(need, pool, shape)
+
+
+def rehearse(need: Need, platform: Platform, shapes: list[Shape], say: Callable[[int, int], None]) -> None:
+    """A rank's part, beside the first, of what loads kernels and is measured (`Warming.finish`, `sizing.size_pool`): it
+    says (free, all) bytes of its device, beside what the largest step takes."""
+    if platform.compiled is not None:
+        platform.compiled.begin()
+    if shapes:
+        run_all(need, platform.device, shapes)
+    taken = platform.measure(lambda: run_largest_steps(need, platform.device))
+    free, total = platform.memory()
+    say(free - (taken or 0), total)

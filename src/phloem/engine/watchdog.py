@@ -6,9 +6,12 @@ import faulthandler
 import sys
 import threading
 from time import perf_counter
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from phloem.utils import log
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _log = log.get("engine.watchdog")
 
@@ -21,10 +24,10 @@ class Busy(Protocol):
 
 
 class Watchdog:
-    """Looks at the runner every second or so; reports each hanging step once."""
+    """Looks at the runner every second or so; reports each hanging step once, also to `hung` with how long it runs."""
 
-    def __init__(self, runner: Busy, timeout: float) -> None:
-        self._runner = runner
+    def __init__(self, runner: Busy, timeout: float, hung: Callable[[float], None] = lambda seconds: None) -> None:
+        self._runner, self._hung = runner, hung
         self._timeout = timeout
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="phloem-watchdog", daemon=True)
@@ -38,6 +41,7 @@ class Watchdog:
                 reported = since
                 _log.error("a step has been running for %.0f s; stacks of all threads follow", perf_counter() - since)
                 faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+                self._hung(perf_counter() - since)
 
     def close(self) -> None:
         self._stop.set()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from time import perf_counter
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -44,9 +44,9 @@ class Starts(Protocol):
     @property
     def busy(self) -> float: ...  # seconds in which it has computed
 
-    def start(self, step: Step, kind: Kind | Literal[""], /) -> Future[tuple[Tensor, Tensor] | None]: ...
+    def start(self, step: Step, kind: Kind | Literal[""], /) -> Future[Any]: ...
 
-    def landed(self, coming: Future[tuple[Tensor, Tensor] | None], /) -> tuple[Tensor, Tensor]: ...
+    def landed(self, coming: Future[Any], /) -> tuple[Tensor, Tensor]: ...
 
     def hand(self, kind: Kind, found: Tensor, /) -> None: ...
 
@@ -56,6 +56,9 @@ class Heads(Protocol):
     """What computes states and heads on several ranks (`engine.parallel.Leading`)."""
 
     def expect(self, kind: Kind | Literal[""], /) -> None: ...
+
+    @property
+    def spread(self) -> Callable[[Tensor], object] | None: ...  # as `LastTokens.spread`
 
 
 class Waves:

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from phloem import attention, platforms, quant
+from phloem import attention, quant
 from phloem.adapters import served
 from phloem.adapters._sites import Sites
 from phloem.attention import AttentionBackend
 from phloem.attention._packed import refusal
-from phloem.checkpoint.families import audio_of
 from phloem.core import resolve, speculation
 from phloem.core.errors import ConfigError
 from phloem.core.memory import groups_of
@@ -25,19 +24,20 @@ from phloem.engine import balancing, compiled, denoising, drafted, experts, on_p
 from phloem.engine import beside as drafts
 from phloem.engine.balancing import Balancer
 from phloem.engine.compiled import CompiledModel, CompiledSteps, check_model
-from phloem.engine.counts import spread_of
 from phloem.engine.dtypes import (
-    dtype_of,
     tower_of,
 )
 from phloem.engine.encoding import load_seeing
+from phloem.engine.executor import Executor
 from phloem.engine.foretold import plan_of
 from phloem.engine.kept import Kept
 from phloem.engine.kept import kept as kept_of
+from phloem.engine.machine import Machine, machine_of, take
 from phloem.engine.media import Desk
-from phloem.engine.parallel import Executor, Leading, LeadingModel, Pages, ranks_here, ranks_of, shared, told_by
+from phloem.engine.parallel import Leading, LeadingModel, Pages, Rehearse, ranks_here, ranks_of, shared, told_by
 from phloem.engine.pooled import PooledRunner, run_texts
 from phloem.engine.recorded import choice
+from phloem.engine.rehearsal import Rehearsed
 from phloem.engine.routes import chosen_of, keep_beside
 from phloem.engine.runner import ModelRunner
 from phloem.engine.sizing import Need, Sizing, size_pool
@@ -50,9 +50,7 @@ from phloem.models._common import Decoder
 from phloem.models._foreign_tower import ForeignTower
 from phloem.models._pooled import load_pooled
 from phloem.models._transformers import load_foreign
-from phloem.platforms import cpu
 from phloem.utils import log, memory
-from phloem.utils.cores import available_cores
 from phloem.utils.machine import memory as total_memory
 
 if TYPE_CHECKING:
@@ -64,14 +62,12 @@ if TYPE_CHECKING:
     from phloem.core.denoising import Denoising
     from phloem.core.renoising import Renoising
     from phloem.engine.drafting import Beside, Loaded
-    from phloem.engine.experts import Hosting
     from phloem.engine.forward import Way
     from phloem.engine.parallel import Team, Told
     from phloem.engine.recorded.flexible import FlexibleSteps
     from phloem.engine.transfer import LastTokens
     from phloem.engine.warm import Warming
     from phloem.layers.context import AttentionSpec, Chosen
-    from phloem.layers.spread import Spread
     from phloem.models import Model, Tower
     from phloem.platforms import Platform
 
@@ -80,7 +76,6 @@ _log = log.get("engine")
 # Of a model that does not generate: texts and tokens of a step, where nobody says otherwise.
 POOLED_ROWS = 256
 POOLED_TOKENS = 2048
-HEARING_ROWS = 16  # requests that hear: each holds the keys and values of its audio, of a large model 246 MB
 
 _More = tuple[tuple[frozenset[int], ...], bool, "Loaded | None"]  # stages, whether rows have adapters, what drafts
 Report = Callable[[str, float], None]  # a phase of start-up ended: its name, its seconds
@@ -117,21 +112,6 @@ class _Phase:
         self._start = now
 
 
-@dataclass(frozen=True)
-class _Machine:
-    """What runs the steps, and how large they may be."""
-
-    platform: Platform
-    ops: Ops
-    dtype: torch.dtype
-    running: int
-    chunk: int
-    mixed: int
-    eager: str = ""  # why steps cannot be recorded
-    spread: Spread | None = None  # where experts lie over ranks, or are counted
-    hosted: Hosting | None = None  # the host, where it has the routed experts
-
-
 def build(
     config: Config, checkpoint: Checkpoint, report: Report, team: Team | None = None, beside: Beside | None = None
 ) -> Built:
@@ -148,7 +128,7 @@ def build(
     checkpoint = _bounded(config, checkpoint, decisions)
     decisions.append(Decision("model_impl", checkpoint.chosen.impl, checkpoint.chosen.reason))
     checkpoint, fills = denoising.decide(config, checkpoint, decisions)
-    machine = _machine(config, checkpoint, decisions)
+    machine = machine_of(config, checkpoint, decisions)
     if team is not None:
         decisions.append(team.decision)
     hosted = experts.hosting(config, checkpoint, machine.platform, machine.ops, decisions)
@@ -172,41 +152,7 @@ def build(
         raise
 
 
-def _machine(config: Config, checkpoint: Checkpoint, decisions: list[Decision]) -> _Machine:
-    ranks, processes = ranks_of(config), ranks_here(config)
-    asked_threads = config.runtime.threads or experts.threads(config)
-    threads = _take(decisions, resolve.threads(asked_threads, max(1, available_cores() // processes)))
-    platform, chosen = platforms.choose(config.runtime.device, threads, compiles=True)
-    decisions.append(chosen)
-    if platform.facts.compiles:
-        compiled.check(config, checkpoint, platform.name, decisions)
-    if ranks > 1 and not platform.facts.on_host:
-        why = f"ranks run on the processors of one machine, not on {platform.name}"
-        raise ConfigError("{} {}: {}".format(*option_of(config), why), param="tp_size")
-    if platform.facts.on_host and not platform.facts.compiles:
-        decisions += cpu.level(config.runtime.cpu_level)
-    asked_ops = config.runtime.ops or ("invariant" if config.runtime.enable_deterministic_inference else None)
-    ops, why = platform.table(asked_ops, float32=config.model.dtype == "float32")
-    decisions.append(Decision("ops", ops.name, why))
-    ops = compiled.share_table(config, ops, decisions)
-    if ops.activations is not None:
-        decisions.append(Decision("activations", *ops.activations))
-    dtype = dtype_of(config, checkpoint, platform, decisions)
-    schedule = config.schedule
-    asked, usual = schedule.max_running_requests, platform.default_running_requests
-    if audio_of(checkpoint.model_type) is not None:
-        usual = min(usual, HEARING_ROWS)
-    running = _take(decisions, resolve.running_requests(asked, usual, platform.name))
-    chunk = _take(decisions, resolve.chunk(schedule.chunked_prefill_size, platform.default_chunk, running))
-    mixed = _take(decisions, resolve.mixed_chunk(platform.default_mixed_chunk, chunk))
-    eager = "{} {}: ranks meet within a step".format(*option_of(config)) if ranks > 1 else ""
-    spread = spread_of(config, checkpoint)
-    if spread is not None:
-        eager = eager or "experts that are chosen are counted op by op"
-    return _Machine(platform, ops, dtype, running, chunk, mixed, eager, spread)
-
-
-def _foreign(config: Config, machine: _Machine) -> _Machine:
+def _foreign(config: Config, machine: Machine) -> Machine:
     """For a model whose code is not ours: it is called op by op, and rows may round otherwise beside others."""
     if config.lora.enable_lora or config.lora.lora_paths:
         raise ConfigError("adapters are served beside models with a file of their own alone", param="enable_lora")
@@ -214,15 +160,14 @@ def _foreign(config: Config, machine: _Machine) -> _Machine:
 
 
 def _build(
-    config: Config, checkpoint: Checkpoint, machine: _Machine, warming: Warming | None, decisions: list[Decision],
+    config: Config, checkpoint: Checkpoint, machine: Machine, warming: Warming | None, decisions: list[Decision],
     phase: _Phase, team: Team | None, beside: Beside | None, fills: bool,
 ) -> Built:  # fmt: skip
     platform, ops = machine.platform, machine.ops
     running, chunk, context = machine.running, machine.chunk, checkpoint.context_length
     free, _ = platform.memory()
     chosen = chosen_of(config, checkpoint)
-    if chosen is not None and not platform.facts.on_host:
-        machine = replace(machine, eager="the experts of tokens are told op by op")
+    machine = _telling(machine, chosen)
     model, sites, helper = _weights(config, checkpoint, machine, decisions, team, beside, chosen)
     balancer = balancing.settle(config, machine.spread, model, checkpoint, team, decisions)
     mover = balancer if machine.hosted is None else experts.settle(config, machine.hosted, model, decisions)
@@ -234,24 +179,29 @@ def _build(
 
     kept = kept_of(config, checkpoint, platform, ops, machine.dtype, model, decisions)
     backend, page = kept.backend, kept.page
+    told = kept.facts(checkpoint, machine)
     own, stages = _stages(model)
+    carded = Together(model, team.groups) if team is not None and platform.facts.meets else None
     need = _need(config, machine, model, kept, context, (stages, sites is not None, helper))
+    need = need if team is None or carded is None else _rehearsed(need, team, carded, machine, warming, told)
     if warming is not None:
         warming.finish(need, platform.device, decisions)
         phase.end("kernels")
     weights = min(_taken(model, sites, machine) + drafts.taken(helper), free)
-    elsewhere = None if team is None else team.elsewhere()
-    sizing = size_pool(config.cache, platform, need, weights, ranks_here(config), elsewhere)
+    sizing = size_pool(config.cache, platform, need, weights, *_beside(config, platform, team))
     decisions += sizing.decisions
     pool = _pool(model, helper, sizing, kept, platform.device, own)
     keep_beside(pool, chosen, checkpoint, decisions)
-    sharing = _sharing(config, backend, decisions)
+    pages = -(-min(context, sizing.tokens) // page) + 1
+    if team is not None:
+        team.tell(Pages(sizing.num_pages, told, pages, sites and sites.sizes, sizing.graph_bytes))
+    sharing = _sharing(config, backend, decisions, alone=carded is None)
     graph_bytes, draft_bytes = drafts.graph_bytes(helper, sizing.graph_bytes)
     more = platform.memory()[0], graph_bytes, sharing is not None, sites is not None, machine.eager
-    place = choice.Place(model, backend, pool, ops, platform.facts, *more)
-    pages = -(-min(context, sizing.tokens) // page) + 1
+    place = choice.Place(model, backend, pool, ops, platform.facts, *more, carded and carded.comm)
     rows = max(running, drafter.rows) if platform.facts.on_host else running
     ways = choice.choose(config.runtime, place, rows, pages, chunk, decisions)
+    led, leading = _led(config, machine, checkpoint, model, kept, pool, (rows, chunk, pages), team, decisions, ways)
     phase.end("memory")
     if choice.record_first(config.runtime, ways, platform.facts, decisions):
         phase.end("graphs")
@@ -259,9 +209,6 @@ def _build(
     drafting = drafts.prepare(helper, drafts.Place(config, platform, backend, pool, ops, *more), decisions)
     if warming is not None:
         warming.ready()
-    if team is not None:
-        team.tell(Pages(sizing.num_pages, kept.facts(checkpoint), pages, None if sites is None else sites.sizes))
-    led, leading = _led(config, machine, checkpoint, model, kept, pool, (rows, chunk, pages), team, decisions)
     runner = ModelRunner(
         led, backend, pool, ops, running, facts=platform.facts, recorded=ways,
         streams=platform.streams, give_back=platform.empty_cache, begin=platform.begin_steps, sharing=sharing,
@@ -273,13 +220,37 @@ def _build(
     return Built(runner, context, *sizes, tower_of(model), sites, decisions, info, balancer, drafter=drafter.drafter)
 
 
-def _need(config: Config, machine: _Machine, model: Model, kept: Kept, context: int, more: _More) -> Need:
+def _need(config: Config, machine: Machine, model: Model, kept: Kept, context: int, more: _More) -> Need:
     """What steps need."""
     ops, backend, kind = machine.ops, kept.backend, kept.dtype
     recorded = ops.recorder is not None and not config.runtime.disable_step_graph and not machine.eager
     sizes = kept.page, context, machine.running, machine.chunk
     attends = partial(_attends, backend.name, ops, machine.platform.device, kind)
     return Need(model, backend, ops, kind, *sizes, recorded, kept.scales, *more, attends)
+
+
+def _telling(machine: Machine, chosen: Chosen | None) -> Machine:
+    """Where the experts that tokens choose are told."""
+    if chosen is None or machine.platform.facts.on_host:
+        return machine
+    return replace(machine, eager="the experts of tokens are told op by op")
+
+
+def _rehearsed(
+    need: Need, team: Team, whole: Together, machine: Machine, warming: Warming | None, facts: dict[str, str]
+) -> Need:
+    """Of rank 0 with others that have a device each: what is run for it from here on all run, who are told so."""
+    need, streams = replace(need, model=Rehearsed(whole)), machine.platform.streams
+    team.tell(Rehearse([] if warming is None else warm.few_shapes(need), facts))
+    if streams is not None:
+        streams.check = team.groups.check
+    return need
+
+
+def _beside(config: Config, platform: Platform, team: Team | None) -> tuple[int, Callable[[], tuple[int, int] | None]]:
+    """How many processes take of the same memory, and what other machines, or devices, have."""
+    processes = 1 if platform.facts.meets else ranks_here(config)
+    return processes, (lambda: None) if team is None else team.elsewhere
 
 
 def _pool(
@@ -292,7 +263,7 @@ def _pool(
 
 def _led(
     config: Config,
-    machine: _Machine,
+    machine: Machine,
     checkpoint: Checkpoint,
     model: Model,
     kept: Kept,
@@ -300,6 +271,7 @@ def _led(
     most: tuple[int, int, int],
     team: Team | None,
     decisions: list[Decision],
+    ways: Sequence[choice.RecordedWay],
 ) -> tuple[Model, Way | None]:
     """The model as the runner sees it, and the way of running steps that comes before any other; None: there is none.
     `most`: rows of a decode step, tokens of a step, and pages of a row."""
@@ -313,12 +285,16 @@ def _led(
     if team is None:
         return model, None
     whole = Together(model, team.groups)
+    if machine.platform.facts.meets:
+        shares = choice.shared_ways(ways)
+        led = Leading(whole, kept.backend, pool, team, platform=machine.platform, ways=shares)
+        return LeadingModel(whole, team), led
     recorded = _recorded(config, machine, whole, kept, pool, most[2], decisions)
     return LeadingModel(whole, team), Leading(whole, kept.backend, pool, team, recorded)
 
 
 def _recorded(
-    config: Config, machine: _Machine, whole: Together, kept: Kept, pool: KVPool, pages: int, decisions: list[Decision]
+    config: Config, machine: Machine, whole: Together, kept: Kept, pool: KVPool, pages: int, decisions: list[Decision]
 ) -> FlexibleSteps | None:
     """What runs the steps of one of several ranks from recordings; None: they run eagerly."""
     eager = "" if machine.spread is None else "experts that are chosen are counted op by op"
@@ -335,7 +311,7 @@ def _stages(model: Model) -> tuple[frozenset[int] | None, tuple[frozenset[int], 
 def _weights(
     config: Config,
     checkpoint: Checkpoint,
-    machine: _Machine,
+    machine: Machine,
     decisions: list[Decision],
     team: Team | None,
     beside: Beside | None,
@@ -352,7 +328,7 @@ def _weights(
     return model, sites, beside(model, BuildContext(ops, dtype, platform.device), checkpoint.context_length)
 
 
-def _info(machine: _Machine, runner: ModelRunner, kv_dtype: torch.dtype, bytes_per_token: int) -> dict[str, Any]:
+def _info(machine: Machine, runner: ModelRunner, kv_dtype: torch.dtype, bytes_per_token: int) -> dict[str, Any]:
     return {
         "weight_bytes": runner.model.weight_bytes,
         "kv_bytes_per_token": bytes_per_token,
@@ -363,9 +339,11 @@ def _info(machine: _Machine, runner: ModelRunner, kv_dtype: torch.dtype, bytes_p
     }
 
 
-def _sharing(config: Config, backend: AttentionBackend, decisions: list[Decision]) -> Sharing | None:
+def _sharing(config: Config, backend: AttentionBackend, decisions: list[Decision], *, alone: bool) -> Sharing | None:
     """What it costs to attend once to pages that rows share; None: it is not done."""
     sharing, why = attention.sharing_of(backend)
+    if not alone:
+        sharing, why = None, "ranks run one kind of graph each, of rows that attend for themselves"
     if config.runtime.disable_cascade_attention:
         sharing, why = None, "as asked"
     decisions.append(Decision("cascade_attention", "off" if sharing is None else "on", why))
@@ -376,7 +354,7 @@ def _bounded(config: Config, checkpoint: Checkpoint, decisions: list[Decision]) 
     """As the model with the context that is served: tables of positions need not be longer."""
     _, total = total_memory()
     context = resolve.context_length(config.model.context_length, checkpoint.context_length, total)
-    return replace(checkpoint, context_length=_take(decisions, context))
+    return replace(checkpoint, context_length=take(decisions, context))
 
 
 def build_executor(config: Config, checkpoint: Checkpoint, team: Team, receive: Callable[[], Told]) -> Executor:
@@ -388,25 +366,34 @@ def build_executor(config: Config, checkpoint: Checkpoint, team: Team, receive: 
     """
     decisions: list[Decision] = []
     checkpoint = _bounded(config, checkpoint, decisions)
-    machine = _machine(config, checkpoint, decisions)
+    machine = machine_of(config, checkpoint, decisions)
     model = _loaded(config, checkpoint, machine, decisions, team)
     kept = kept_of(config, checkpoint, machine.platform, machine.ops, machine.dtype, model, decisions)
     team.loaded(_read(model))
+    whole, platform, mine = Together(model, team.groups), machine.platform, kept.facts(checkpoint, machine)
     told = receive()
+    if isinstance(told, Rehearse):
+        alike(told.facts, mine, team.groups.rank)
+        sizes = kept.page, checkpoint.context_length, machine.running, machine.chunk
+        need = Need(Rehearsed(whole), kept.backend, machine.ops, kept.dtype, *sizes, False, kept.scales)
+        warm.rehearse(need, platform, told.shapes, team.measured)
+        told = receive()
     if not isinstance(told, Pages):
         raise ConfigError("rank 0 ended its start", param="tp_size")
-    mine = kept.facts(checkpoint)
-    other = [f"{what} {mine[what]}, rank 0 has {value}" for what, value in told.facts.items() if mine[what] != value]
-    if other:
-        raise ConfigError(f"rank {team.groups.rank}: {'; '.join(other)}", param="tp_size")
-    device = machine.platform.device
+    alike(told.facts, mine, team.groups.rank)
+    device = platform.device
     sites = None if told.adapters is None else Sites(model, machine.ops, machine.dtype, *told.adapters)
     own = model.stage.own if isinstance(model, Decoder) and model.stage is not None else None
     pool = KVPool(model.memory, told.num_pages, kept.page, kept.dtype, device, kept.scales, own)
     shift = balancing.shifter_of(model, checkpoint, machine.spread, team)
-    whole = Together(model, team.groups)
-    recorded = _recorded(config, machine, whole, kept, pool, told.most, decisions)
-    return Executor(whole, kept.backend, pool, machine.ops, machine.running, shift, team.busy, recorded, sites)
+    common = whole, kept.backend, pool, machine.ops, machine.running, shift, team.busy
+    if platform.facts.meets:
+        found = platform.memory()[0], told.graph_bytes, False, sites is not None, machine.eager, whole.comm
+        place = choice.Place(model, kept.backend, pool, machine.ops, platform.facts, *found)
+        sizes = machine.running, told.most, machine.chunk
+        ways = choice.shared_ways(choice.choose(config.runtime, place, *sizes, decisions))
+        return Executor(*common, None, sites, platform, ways)
+    return Executor(*common, _recorded(config, machine, whole, kept, pool, told.most, decisions), sites)
 
 
 def _desk(config: Config, model: Model, ops: Ops, running: int) -> Callable[[LastTokens], Desk] | None:
@@ -421,7 +408,7 @@ def _read(model: Model) -> int:
     return model.bytes_read if isinstance(model, Decoder) else 0
 
 
-def _taken(model: Model, sites: Sites | None, machine: _Machine) -> int:
+def _taken(model: Model, sites: Sites | None, machine: Machine) -> int:
     """Bytes of weights; a host takes those of adapters when they come, and a device has copies of some experts."""
     on_host, found = machine.platform.facts.on_host, model.weight_bytes
     tower = tower_of(model)
@@ -433,7 +420,7 @@ def _taken(model: Model, sites: Sites | None, machine: _Machine) -> int:
 
 
 def _build_pooled(
-    config: Config, checkpoint: Checkpoint, machine: _Machine, decisions: list[Decision], phase: _Phase
+    config: Config, checkpoint: Checkpoint, machine: Machine, decisions: list[Decision], phase: _Phase
 ) -> Built:
     """A model that does not generate: no pages, no sampling, whole texts."""
     platform, pooling = machine.platform, checkpoint.pooling
@@ -480,7 +467,7 @@ def _build_pooled(
     return Built(runner, checkpoint.context_length, running, chunk, chunk, chunk, 0, None, None, decisions, info)
 
 
-def _products(config: Config, checkpoint: Checkpoint, machine: _Machine, decisions: list[Decision]) -> Ops:
+def _products(config: Config, checkpoint: Checkpoint, machine: Machine, decisions: list[Decision]) -> Ops:
     """The table for whole texts: on a host with torch's products of float32, which are faster for many rows."""
     stored = checkpoint.gguf is not None or config.model.quantization is not None
     wide = machine.dtype == torch.float32 and not stored
@@ -499,7 +486,7 @@ def _products(config: Config, checkpoint: Checkpoint, machine: _Machine, decisio
 
 
 def _loaded(
-    config: Config, checkpoint: Checkpoint, machine: _Machine, decisions: list[Decision], team: Team | None = None,
+    config: Config, checkpoint: Checkpoint, machine: Machine, decisions: list[Decision], team: Team | None = None,
     chosen: Chosen | None = None,
 ) -> Model:  # fmt: skip
     platform, begun = machine.platform, perf_counter()
@@ -539,6 +526,8 @@ def _attends(
     return attention.BACKENDS.get(name)(ops, specs, device, kv_dtype)
 
 
-def _take(decisions: list[Decision], decision: Decision) -> Any:
-    decisions.append(decision)
-    return decision.value
+def alike(theirs: dict[str, str], own: dict[str, str], rank: int) -> None:
+    """Raises ConfigError where a rank has something else than rank 0."""
+    other = [f"{what} {own[what]}, rank 0 has {value}" for what, value in theirs.items() if own[what] != value]
+    if other:
+        raise ConfigError(f"rank {rank}: {'; '.join(other)}", param="tp_size")

@@ -25,6 +25,10 @@ class RecordError(RuntimeError):
     """The step does something that a recording cannot see; the text names it. The step must then run eagerly."""
 
 
+class RecordingEnded(RecordError):
+    """Nothing is recorded any more: others who would have to record it too are not there."""
+
+
 class Interrupted(Exception):
     """A recording was left because a step waits; it may be tried again."""
 

@@ -25,6 +25,7 @@ SETTINGS = (
     *("load_format", "dtype", "quantization", "context_length", "model_impl"),
     *("page_size", "kv_cache_dtype", "max_running_requests", "chunked_prefill_size"),
     *("device", "attention_backend", "ops", "enable_deterministic_inference"),
+    *("disable_step_graph", "disable_piecewise_graph", "piecewise_graph_max_tokens", "check_step_graph"),
     *("kt_num_gpu_experts", "kt_method", "kt_max_deferred_experts_per_token", "kt_expert_placement_strategy"),
     *("ep_num_redundant_experts", "enable_eplb"),
     *("enable_lora", "max_lora_rank", "max_loras_per_batch", "max_loaded_loras"),

@@ -29,14 +29,15 @@ LOOK = 0.25  # seconds between looks at ranks that may be stopped
 
 
 class Said(msgspec.Struct, frozen=True):
-    """What a rank says of itself: `here`, `loaded`, `busy` for so many seconds, `failed` and why; and of models that
-    draw `done`, or `broke` and why, of the pass of that number."""
+    """What a rank says of itself: `here`, `loaded`, `measured`, `busy` for so many seconds, `failed` and why; and of
+    models that draw `done`, or `broke` and why, of the pass of that number."""
 
     what: str
     why: str = ""
     bytes_read: int = 0  # of the checkpoint's files
     seconds: float = 0.0
     number: int = 0
+    memory: tuple[int, int] | None = None  # (free, all) bytes of its own device, beside the largest step
 
 
 Heard = Callable[["Child", Said], None]

@@ -18,7 +18,7 @@ from phloem.core.messages import Failed, FromEngine, Ready, Stats, Submit, ToEng
 from phloem.core.ranges import parse_bytes
 from phloem.core.renoising import Renoising
 from phloem.core.targets import Targets
-from phloem.engine import drafted, parallel, worker
+from phloem.engine import cards, drafted, parallel, worker
 from phloem.engine.canvas import CanvasRunner
 from phloem.engine.compiled import CompiledModel
 from phloem.engine.renoise import RenoisingRunner
@@ -116,7 +116,8 @@ class EngineCore:
             runner = RenoisingRunner(runner, built.denoising, checkpoint.vocab_size)
         elif built.denoising is not None:
             runner = CanvasRunner(runner, built.denoising)
-        self._watchdog = Watchdog(built.runner, config.schedule.watchdog_timeout)
+        hung = (lambda seconds: None) if self._ranks is None else self._ranks.hung
+        self._watchdog = Watchdog(built.runner, config.schedule.watchdog_timeout, hung)
         cache = _cache(config, checkpoint, built)
         settings = _settings(config, checkpoint, built, speculates)
         self._grammars = _grammars(config, checkpoint)
@@ -373,6 +374,7 @@ def refuse(config: Config, checkpoint: Checkpoint) -> None:
         return
     assemble.check(speculation.wanted(config))
     several = parallel.ranks_of(config) > 1
+    cards.refuse(config)
     refuse_unserved(config, checkpoint, several=several)
     served.check(config.lora, several=several)
     if several or max(sizes) > 1 or config.nodes.node_rank:
@@ -404,6 +406,8 @@ def serve(
     leftovers.sweep()
     try:
         _check(config, checkpoint)
+        if checkpoint.pictures is None or config.runtime.base_gpu_id is not None:
+            cards.take(config, 0)
         usual = EngineCore if checkpoint.pictures is None else PictureCore
         kind = EncoderCore if config.disagg.encoder_only else usual
         core = kind(config, checkpoint, send)

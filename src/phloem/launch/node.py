@@ -285,14 +285,14 @@ class _Member:
     # --- what is told of ranks, each in a thread of its own
 
     def _said(self, child: Child, said: Said) -> None:
-        if said.what not in ("here", "loaded"):
+        if said.what not in ("here", "loaded", "measured"):
             return
         with self._lock:
-            memory = None
+            memory = said.memory
             if said.what == "loaded":
                 self._loaded.add(child.rank)
                 memory = machine.memory() if len(self._loaded) == self._nodes.each else None
-        if memory is not None:
+        if said.what == "loaded" and memory is not None:
             self._forget_place()  # all have what lay there open
         self._tell(Word(child.rank, said.what, bytes_read=said.bytes_read, memory=memory))
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from phloem.checkpoint.describe import described
 from phloem.core.resolve import Decision
+from phloem.engine import cards
 from phloem.engine.parallel import End, Team, decode_told, mesh_of
 from phloem.engine.worker import build_executor
 from phloem.launch.rank_pipe import RankPipe, carried_out, ordered
@@ -30,6 +31,9 @@ class _Pipe(RankPipe):
     def loaded(self, bytes_read: int) -> None:
         self.say("loaded", bytes_read=bytes_read)
 
+    def measured(self, free: int, total: int) -> None:
+        self.say("measured", memory=(free, total))
+
     def busy(self, seconds: float) -> None:
         self.say("busy", seconds=seconds)
 
@@ -50,12 +54,14 @@ def main() -> int:
     pipe = _Pipe(order["pipe"], rank, order["ring"])
 
     def work() -> None:
+        cards.take(config, rank)
         pipe.say("here")
         board = order["board"]
         way = Way(order["comm"], Path(order["place"]), None if board is None else (*board,), order["here"])
         groups = join(config, rank, way)
         decision = Decision("tp_size", config.runtime.tp_size, "as rank 0 says")
-        team = Team(mesh_of(config, rank), groups, pipe.tell, pipe.loaded, decision, busy=pipe.busy)
+        says: dict[str, Any] = {"busy": pipe.busy, "measured": pipe.measured}
+        team = Team(mesh_of(config, rank), groups, pipe.tell, pipe.loaded, decision, **says)
         executor = build_executor(config, described(config.model), team, pipe.receive)
         gc.freeze()
         executor.run(pipe.receive)

@@ -30,8 +30,17 @@ class RankPipe:
         self._frames = Frames()
         self._ahead: list[bytes] = []
 
-    def say(self, what: str, why: str = "", *, bytes_read: int = 0, seconds: float = 0.0, number: int = 0) -> None:
-        self._socket.sendall(frame(msgspec.msgpack.encode(Said(what, why, bytes_read, seconds, number))))
+    def say(
+        self,
+        what: str,
+        why: str = "",
+        *,
+        bytes_read: int = 0,
+        seconds: float = 0.0,
+        number: int = 0,
+        memory: tuple[int, int] | None = None,
+    ) -> None:
+        self._socket.sendall(frame(msgspec.msgpack.encode(Said(what, why, bytes_read, seconds, number, memory))))
 
     def next(self) -> bytes | None:
         """The next message; None when the other end has gone."""

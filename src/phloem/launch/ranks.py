@@ -16,14 +16,17 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from phloem import platforms
 from phloem.checkpoint.describe import described
 from phloem.core.errors import ConfigError, EngineDead, PhloemError
 from phloem.core.nodes import Nodes
 from phloem.core.resolve import Decision
-from phloem.distributed.choose import choose, connect
+from phloem.distributed.choose import choose, connect, on_host
 from phloem.distributed.comm import Board, Gloo
 from phloem.distributed.groups import Groups
+from phloem.distributed.nccl import Nccl
 from phloem.distributed.shm import SharedMemory
+from phloem.engine import cards
 from phloem.engine.parallel import Busy, End, LostStep, Team, Told, encode_told, mesh_of, ranks_of
 from phloem.launch.agree import facts_of
 from phloem.launch.child import LEAVE_SECONDS, Child, Said, end, meeting_place, watch
@@ -65,6 +68,10 @@ class Ranks(Protocol):
         """Raises EngineDead, with the reason, when a rank has gone."""
         ...
 
+    def hung(self, seconds: float) -> None:
+        """A step takes longer than any should."""
+        ...
+
     def explain(self, error: EngineDead) -> EngineDead:
         """What a collective raised, or the end of the rank that was behind it."""
         ...
@@ -79,7 +86,7 @@ class Way:
     """By what a rank finds the others of its groups.
 
     Args:
-        comm: `shm` or `gloo`, for groups whose ranks are all on this node.
+        comm: `shm` or `gloo`, for groups whose ranks are all on this node; `nccl`: for all groups.
         place: a folder that all ranks of this node know.
         board: (host, port) where ranks of several nodes find each other; None: there is one node.
         here: this machine's address, as other nodes reach it.
@@ -98,10 +105,17 @@ def join(config: Config, rank: int, way: Way) -> Groups:
     runtime, patience, nodes = config.runtime, config.schedule.watchdog_timeout, Nodes.of(config)
     board = None if way.board is None else Board(*way.board, START_SECONDS, way.listening)
 
+    device = cards.take(config, rank) if way.comm == Nccl.name else None  # in this thread
+
     def end_of(group: Group, at: int) -> Comm:
+        size, beside = len(group.members), f"{group.name}.{Nccl.name}"
         if board is None or not nodes.apart(group.members):
-            return connect(way.comm, at, len(group.members), way.place / group.name, patience)
-        return Gloo(at, len(group.members), board.part(group.name), patience, way.here)
+            host = connect(on_host(way.comm), at, size, way.place / group.name, patience)
+            store: Any = way.place / beside
+        else:
+            host = Gloo(at, size, board.part(group.name), patience, way.here)
+            store = board.part(beside)
+        return host if device is None else Nccl(at, size, store, device, patience, host)
 
     return Groups.join(rank, runtime.pp_size, runtime.tp_size, end_of, runtime.attn_dp_size * runtime.attn_cp_size)
 
@@ -115,6 +129,7 @@ class _News:
         self.bytes_read: dict[int, int] = {}
         self.busy: dict[int, float] = {}
         self.memory: list[tuple[int, int]] = []  # of further nodes, whose ranks have their weights
+        self.devices: list[tuple[int, int]] = []  # of ranks with a device each, beside the largest step
 
     def add(
         self, rank: int, what: str, bytes_read: int, memory: tuple[int, int] | None = None, seconds: float = 0.0
@@ -123,7 +138,8 @@ class _News:
             self.said.add((rank, what))
             self.busy[rank] = max(seconds, self.busy.get(rank, 0.0))
             self.bytes_read[rank] = max(bytes_read, self.bytes_read.get(rank, 0))
-            self.memory += [] if memory is None else [memory]
+            kept = self.devices if what == "measured" else self.memory
+            kept += [] if memory is None else [memory]
             self.changed.notify_all()
 
 
@@ -145,11 +161,14 @@ class RankProcesses:
         self._placed = RayNodes(config, self._unplaced) if config.nodes.use_ray else None
         config = config if self._placed is None else self._placed.config
         self._news, self._nodes = _News(), Nodes.of(config)
+        self._measures = False  # each has a device, whose memory it measures
         self.bytes_read: list[int] = []  # by each rank, of the checkpoint's files, once all have loaded
         self.ranks: list[Child] = []  # of this node
         self._watcher = threading.Thread(target=self._watch, name="phloem-ranks", daemon=True)
         try:
-            name, why = choose(config.runtime.tp_comm)
+            facts = platforms.facts_of(platforms.named(config.runtime.device))
+            name, why = choose(config.runtime.tp_comm, meets=facts.meets)
+            self._measures = name == Nccl.name
             self._further = self._listen(config)
             groups = self._groups = self._meet(config, name)
         except BaseException as error:
@@ -188,7 +207,7 @@ class RankProcesses:
             "config": config.flat(), "place": str(place), "comm": name, "board": way.board, "here": way.here,
             "ring": None,
         }  # fmt: skip
-        if name == SharedMemory.name and self.ranks:
+        if on_host(name) == SharedMemory.name and self.ranks:
             ring, readers = place / "told", len(self.ranks)
             self._ring = RingWriter(ring, readers, self._wake, config.schedule.watchdog_timeout)
             order["ring"] = str(ring), readers
@@ -254,6 +273,11 @@ class RankProcesses:
         if self._cause:
             raise EngineDead(self._cause)
 
+    def hung(self, seconds: float) -> None:
+        """Ranks that meet on their hosts find it by themselves; a card waits for ever."""
+        if self._measures:
+            self._lost(f"a step has been running for {seconds:.0f} s (watchdog_timeout): the card of a rank hangs")
+
     def explain(self, error: EngineDead) -> EngineDead:
         if isinstance(error, LostStep):
             return error
@@ -288,7 +312,9 @@ class RankProcesses:
         self.bytes_read = [bytes_read, *(self._news.bytes_read[rank] for rank in range(1, self.size))]
 
     def _least_memory(self) -> tuple[int, int] | None:
-        found = self._news.memory
+        if self._measures:
+            self._all_said("measured", None)
+        found = self._news.devices if self._measures else self._news.memory
         return (min(free for free, _ in found), min(total for _, total in found)) if found else None
 
     def _all_said(self, what: str, timeout: float | None, ranks: Sequence[int] = ()) -> None:
@@ -304,7 +330,7 @@ class RankProcesses:
     # --- in threads of those who tell of it
 
     def _heard(self, rank: Child, said: Said) -> None:
-        self._news.add(rank.rank, said.what, said.bytes_read, seconds=said.seconds)
+        self._news.add(rank.rank, said.what, said.bytes_read, said.memory, said.seconds)
 
     def _heard_of(self, node: Node, word: Word | Echo) -> None:
         if isinstance(word, Echo):
@@ -338,7 +364,7 @@ class RankProcesses:
 
 def decision_of(config: Config, name: str, why: str) -> Decision:
     """What is printed of the ranks: how many, and by what they meet."""
-    runtime, nodes = config.runtime, Nodes.of(config)
+    runtime, nodes, carded = config.runtime, Nodes.of(config), name == Nccl.name
     parts = [f"{runtime.pp_size} stages of layers (pp_size)"] if runtime.pp_size > 1 else []
     parts += [f"experts over {runtime.ep_size} of them (ep_size)"] if runtime.ep_size > 1 else []
     if runtime.attn_dp_size > 1:
@@ -349,7 +375,10 @@ def decision_of(config: Config, name: str, why: str) -> Decision:
         parts.append("rows go to the ranks of their experts alone (moe_a2a_backend)")
     if nodes.size > 1:
         placed = ", placed by Ray" if config.nodes.use_ray else ""
-        parts.append(f"{nodes.size} nodes (nnodes){placed}, whose ranks meet by gloo")
-    where = "those of one" if nodes.size > 1 else "ranks"
+        parts.append(f"{nodes.size} nodes (nnodes){placed}, whose ranks meet by {name if carded else 'gloo'}")
+    where = "those of one" if nodes.size > 1 and not carded else "ranks"
+    if carded:
+        numbers = ", ".join(str(cards.card_of(config, rank)) for rank in nodes.ranks(0))
+        parts.append(f"a graphics card each, here {numbers}")
     parts += [f"{where} meet by {name} ({why})", "rank 0 chooses the tokens"]
     return Decision("tp_size", runtime.tp_size, "; ".join(["as asked", *parts]))

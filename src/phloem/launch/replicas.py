@@ -86,7 +86,16 @@ def refuse(config: Config) -> None:
 
 def engine_of(config: Config) -> EngineLink:
     """An engine in a process of its own, or several behind one link. Raises ConfigError, as `refuse`."""
-    return EngineProcess(config) if config.runtime.dp_size == 1 else Replicas(config, lambda _: EngineProcess(config))
+    if config.runtime.dp_size == 1:
+        return EngineProcess(config)
+    return Replicas(config, lambda rank: EngineProcess(placed(config, rank)))
+
+
+def placed(config: Config, rank: int) -> Config:
+    """What a replica is told: where devices have numbers, its ranks' follow those of the replica before."""
+    runtime = config.runtime
+    ahead = rank * runtime.pp_size * runtime.tp_size * runtime.gpu_id_step
+    return config.with_(base_gpu_id=(runtime.base_gpu_id or 0) + ahead)
 
 
 class Replicas(EngineLink):

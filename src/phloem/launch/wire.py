@@ -85,10 +85,10 @@ class Bye(msgspec.Struct, frozen=True, tag=True):
 
 class Word(msgspec.Struct, frozen=True, tag=True):
     """What a rank has said (`launch.child.Said`), or what became of it. `memory`: (free, all) bytes of the machine,
-    once all ranks of the node have their weights."""
+    once all ranks of the node have their weights; of a rank that has `measured`, of its device."""
 
     rank: int
-    what: Literal["here", "loaded", "gone"]
+    what: Literal["here", "loaded", "measured", "gone"]
     why: str = ""
     bytes_read: int = 0
     memory: tuple[int, int] | None = None

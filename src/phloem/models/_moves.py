@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -55,7 +55,8 @@ class ExpertMoves:
             return Arrived(ranks, own, [], [])
         named, fresh = _flat(block, own), _flat(block, read)
         if read:
-            few = WeightIndex(fresh, index.ctx, index.embedding)
+            # What brought weights to the device in one go has ended.
+            few = WeightIndex(fresh, replace(index.ctx, stager=None), index.embedding)
             sources, _ = open_sources(self._checkpoint, few, self._model.checkpoint_name, whole=False)
             few.pull(sources, str(self._checkpoint.path), None)
             if self._checkpoint.gguf is not None:

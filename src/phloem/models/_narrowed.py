@@ -14,6 +14,7 @@ from phloem.quant._grid import Grid
 if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
     from phloem.models._common import Decoder
+    from phloem.quant._source import Source
 
 
 def load_forms(model: Decoder, checkpoint: Checkpoint) -> None:
@@ -25,7 +26,7 @@ def load_forms(model: Decoder, checkpoint: Checkpoint) -> None:
     index = model.index
     stored, _ = open_sources(checkpoint, index, model.checkpoint_name, whole=False)
     index.join(stored)
-    sources = {
+    sources: dict[str, Source] = {
         name: source
         if isinstance(source := stored.get(name), Grid)
         else DummySource(name, index.stored_shape(name), shifted=True, role=places[0][0].role, device=index.ctx.device)

@@ -5,7 +5,7 @@ Each module has `is_available() -> (bool, reason)` and a class `Platform(threads
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, cast
 
 from phloem.core.errors import ConfigError
 from phloem.core.resolve import Decision
@@ -103,6 +103,20 @@ class Kind(Protocol):
     def __call__(self, threads: int | None, /) -> Platform: ...
 
 
+class Cards(Protocol):
+    """Of platforms whose devices ranks have one each of (`StepFacts.meets`)."""
+
+    @staticmethod
+    def cards() -> int:
+        """How many this process sees."""
+        ...
+
+    @staticmethod
+    def take(card: int, /) -> torch.device:
+        """The device of that number, which is the calling thread's from now on."""
+        ...
+
+
 AVAILABLE: Registry[Callable[[], tuple[bool, str]]] = Registry("phloem.platforms", "device", "is_available")
 PLATFORMS: Registry[Kind] = Registry("phloem.platforms", "device", "Platform")
 
@@ -139,6 +153,12 @@ def named(requested: str) -> str:
 def facts_of(name: str) -> StepFacts:
     """How steps run on the devices of that name. Raises ConfigError if there are none."""
     return PLATFORMS.get(name).facts
+
+
+def cards_of(name: str) -> Cards | None:
+    """How ranks take devices of that name; None: they have none each. Raises ConfigError if there are none."""
+    kind = PLATFORMS.get(name)
+    return cast("Cards", kind) if kind.facts.meets else None
 
 
 def choose(requested: str, threads: int | None, *, compiles: bool = False) -> tuple[Platform, Decision]:

@@ -38,6 +38,7 @@ class StepFacts:
     `records_idle`: steps are recorded while nothing is asked for.
     `compiles`: steps are compiled whole, by the table's `compiler`, and nothing runs op by op.
     `exchanges`: packages that move rows between such devices, to the ranks of their experts.
+    `meets`: by what ranks that have such a device each meet (`distributed.choose`); "": there are no such ranks.
     """
 
     on_host: bool = False
@@ -46,6 +47,7 @@ class StepFacts:
     records_idle: bool = False
     compiles: bool = False
     exchanges: tuple[str, ...] = ()
+    meets: str = ""
 
 
 def in_host_memory(device: torch.device) -> bool:

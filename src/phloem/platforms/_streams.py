@@ -17,7 +17,7 @@ from torch import Tensor
 from phloem.platforms._facts import in_host_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -30,6 +30,7 @@ class Arriving:
 
     host: list[Tensor]
     event: Any
+    check: Callable[[], None] | None = None  # raises where the values are worth nothing
 
     def done(self) -> bool:
         return bool(self.event.query())
@@ -37,6 +38,8 @@ class Arriving:
     def wait(self) -> list[NDArray[Any]]:
         """Wait for the copy (for no other work of the device) and give the values."""
         self.event.synchronize()
+        if self.check is not None:
+            self.check()
         return [tensor.numpy() for tensor in self.host]
 
 
@@ -51,6 +54,8 @@ class Streams:
         self._cuda = cuda
         self._pin = pin
         self._copy = cuda.Stream(device)
+        # Asked when values have come. Where several devices meet, those that were ended give what nobody computed.
+        self.check: Callable[[], None] | None = None
         self._buffers: list[Tensor | None] = [None] * ring
         self._used: list[Any] = [None] * ring  # event after the last copy out of the buffer
         self._next = 0
@@ -101,7 +106,25 @@ class Streams:
                 host.append(target.copy_(tensor, non_blocking=True))
             event = self._cuda.Event()
             event.record(self._copy)
-        return Arriving(host, event)
+        return Arriving(host, event, self.check)
+
+    def apart(self) -> None:
+        """From now on what the calling thread gives the device is beside the computing stream."""
+        self._cuda.set_stream(self._cuda.Stream(self.device))
+
+    def mark(self) -> Any:
+        """What the calling thread has given the device so far, for `follow`."""
+        event = self._cuda.Event()
+        event.record()
+        return event
+
+    def follow(self, mark: Any, tensors: Sequence[Tensor]) -> None:
+        """What the calling thread gives the device from now on comes behind it, and may use what it has made."""
+        stream = self._cuda.current_stream(self.device)
+        stream.wait_event(mark)
+        for tensor in tensors:
+            if not in_host_memory(tensor.device):
+                tensor.record_stream(stream)
 
     def _sent(self) -> None:
         """The buffer is used up to here; the next step takes the next one."""

@@ -73,10 +73,20 @@ class Platform:
     default_mixed_chunk = 2048
     worthwhile_chunk = 1024
     quantised_kv_dtype = None
-    facts: ClassVar[StepFacts] = StepFacts(records_idle=True, exchanges=("deep_ep",))
+    facts: ClassVar[StepFacts] = StepFacts(records_idle=True, exchanges=("deep_ep",), meets="nccl")
 
     def __init__(self, threads: int | None) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
+
+    @staticmethod
+    def cards() -> int:
+        """As `platforms.Cards`; so is `take`. CUDA_VISIBLE_DEVICES decides which there are, and their order."""
+        return torch.cuda.device_count()
+
+    @staticmethod
+    def take(card: int) -> torch.device:
+        torch.cuda.set_device(card)
+        return torch.device("cuda", card)
 
     def stager(self) -> Stager:
         return Stager(self.device)
@@ -97,7 +107,8 @@ class Platform:
         torch.cuda.empty_cache()
 
     def begin_steps(self) -> None:
-        """Nothing: this thread hardly computes."""
+        """The thread that runs steps is not the one that took the card, and the current one is a thread's own."""
+        torch.cuda.set_device(self.device)
 
     def table(self, requested: str | None, *, float32: bool = False) -> tuple[Ops, str]:
         del float32  # these kernels compute in the type of what they are given

@@ -21,7 +21,7 @@ def is_available() -> tuple[bool, str]:
 
 class Platform(cuda.Platform):
     name = "rocm"
-    facts: ClassVar[StepFacts] = StepFacts(records_idle=True)
+    facts: ClassVar[StepFacts] = StepFacts(records_idle=True, meets="nccl")
 
     def target(self) -> tuple[str, int | str, int]:
         props = torch.cuda.get_device_properties(self.device)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from phloem.core.errors import ModelLoadError
-from phloem.quant._narrow import FLOAT8_BLOCK, Codes, Narrow, group_width
+from phloem.kernels.narrow import FLOAT8_BLOCK, Codes, Narrow, group_width
 from phloem.quant._report import VALUES, Report
 from phloem.quant._source import Index, Source, everything
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from phloem.kernels.narrow import Narrow
 from phloem.quant._grid import Grid, Opened, groups_of, kind_of
-from phloem.quant._narrow import Narrow
 
 if TYPE_CHECKING:
     from collections.abc import Callable

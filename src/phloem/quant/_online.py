@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from phloem.kernels.narrow import Codes, Narrow
 from phloem.quant._bits import TWICE_E2M1
 from phloem.quant._grid import BLOCK, Opened
 from phloem.quant._groups import FLOAT_KINDS, GroupQuantised
-from phloem.quant._narrow import Codes, Narrow
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,10 +48,6 @@ class Rounded:
             raise TypeError(f"{self.name} is dense: it has no quantised bytes")
         return self._of_rows(lambda opened: opened.blocks(_EVERYTHING, self.kind)).numpy()
 
-    def narrow(self) -> Narrow | str:
-        """What kernels for narrow weights can be given; "": nothing, and nobody asked."""
-        return ""
-
     def _of_rows(self, give: Callable[[Opened], Tensor]) -> Tensor:
         """What `give` makes of some rows at a time, for all of them: intermediates are several times their size."""
         parts = self.source.dense(torch.float32).split(max(1, _ELEMENTS_AT_ONCE // self.shape[1]))
@@ -59,7 +55,7 @@ class Rounded:
 
 
 class Float8Rounded(Rounded):
-    """e4m3 with a scale per output."""
+    """e4m3 with a scale per output (`kernels.narrow.GivesCodes`)."""
 
     def __init__(self, source: WeightSource) -> None:
         super().__init__(source, "dense", _as_float8)
@@ -73,6 +69,9 @@ class Float8Rounded(Rounded):
         # As bytes: not every device joins float8.
         values = torch.cat([codes.view(torch.uint8) for codes, _ in found]).view(torch.float8_e4m3fn)
         return Codes(values, torch.cat([scale for _, scale in found]))
+
+    def refused(self, why: str) -> None:
+        """Nobody counts what was plain in the file."""
 
 
 def _stays(source: WeightSource) -> bool:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from phloem.quant._narrow import Codes, Narrow
+    from phloem.kernels.narrow import Codes, Narrow
 
 LARGEST = 1e18  # of a weight: no training gives it, and the norm behind it could not square it in float32
 Index = tuple[int | slice, ...]  # one entry per axis of the stored tensor; slices have start, stop and step

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from phloem.core.errors import ModelLoadError
+from phloem.kernels.narrow import FLOAT8_BLOCK, Narrow
 from phloem.quant._bits import twice_e2m1
 from phloem.quant._grid import Grid, Opened, groups_of
-from phloem.quant._narrow import FLOAT8_BLOCK, Narrow
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

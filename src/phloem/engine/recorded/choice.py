@@ -11,6 +11,7 @@ import torch
 from phloem.core import resolve
 from phloem.core.memory import Latent
 from phloem.core.resolve import Decision
+from phloem.engine.recorded.agreed import AgreedRecorder
 from phloem.engine.recorded.decode import DecodeGraphs
 from phloem.engine.recorded.flexible import FlexibleSteps
 from phloem.engine.recorded.pieces import PieceGraphs
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 
     from phloem.attention import AttentionBackend
     from phloem.core.config import Config, RuntimeConfig
+    from phloem.distributed.comm import Comm
     from phloem.engine.inputs import Step
-    from phloem.engine.recorded.graphs import StepGraphs
+    from phloem.engine.recorded.graphs import RecordedStep, StepGraphs
     from phloem.engine.stages import Together
     from phloem.kernels.graph import GraphRecorder
     from phloem.kernels.ops import Ops
@@ -60,12 +62,24 @@ class RecordedWay(Protocol):
         ...
 
 
+class SharedWay(RecordedWay, Protocol):
+    """One of which ranks know by which recording a step runs."""
+
+    def found(self, step: Step) -> RecordedStep[Any, Any] | None:
+        """The recording that `run` takes."""
+        ...
+
+    def replayed(self, step: Step, found: RecordedStep[Any, Any], ready: Callable[[], None]) -> Tensor:
+        """As `run`, by that one."""
+        ...
+
+
 @dataclass(frozen=True)
 class Place:
     """What steps run with. `free`: bytes of device memory left when weights and KV pool are there; `graph_bytes`: how
     many of them graphs may take (None: nothing was measured, and only pieces have a bound, a part of `free`); `shares`:
     attention to pages that rows share is done once for all of them; `adapts`: rows may have adapters; `eager`: why
-    nothing can be recorded.
+    nothing can be recorded; `together`: by what all ranks record the same, where several do.
     """
 
     model: Model
@@ -78,6 +92,7 @@ class Place:
     shares: bool = False
     adapts: bool = False
     eager: str = ""
+    together: Comm | None = None
 
 
 def choose(
@@ -111,6 +126,15 @@ def choose(
     return [way for way in (shared, decode, pieces) if way is not None]
 
 
+def shared_ways(ways: Sequence[RecordedWay]) -> list[SharedWay]:
+    """Those of them, in their order."""
+    return [way for way in ways if isinstance(way, DecodeGraphs | PieceGraphs)]
+
+
+def _agreed(recorder: GraphRecorder, place: Place, budget: int | None) -> GraphRecorder:
+    return recorder if place.together is None else AgreedRecorder(recorder, place.together, budget)
+
+
 def among_ranks(
     config: Config, whole: Together, place: Place, running: int, pages: int, chunk: int, decisions: list[Decision]
 ) -> FlexibleSteps | None:
@@ -138,7 +162,8 @@ def among_ranks(
 
 
 def _when(place: Place) -> str:
-    return "the likely sizes before ready, the others in pauses" if place.facts.records_idle else "on first use"
+    when = "the likely sizes before ready, the others in pauses" if place.facts.records_idle else "on first use"
+    return when if place.together is None else f"{when}; on all ranks together, with their sums"
 
 
 def _decode_graphs(
@@ -147,7 +172,10 @@ def _decode_graphs(
     assert recorder is not None
     budget = None if place.graph_bytes is None else place.graph_bytes // (4 if place.shares else 2)
     whole, check = (place.model, place.backend, place.pool, place.facts), runtime.check_step_graph
-    return DecodeGraphs(recorder, *whole, running, pages, check=check, budget=budget, shared=shared)
+    recorder = _agreed(recorder, place, budget)
+    return DecodeGraphs(
+        recorder, *whole, running, pages, check=check, budget=budget, shared=shared, leaves=place.together is None
+    )
 
 
 def _no_recorder(runtime: RuntimeConfig, place: Place) -> str:
@@ -202,16 +230,18 @@ def _pieces(
     decisions.append(decision)
     if refusal is not None or recorder is None or not isinstance(model, CutModel):
         return None
+    budget = place.free // BUDGET_SHARE if place.graph_bytes is None else place.graph_bytes // 2
     return PieceGraphs(
-        recorder,
+        _agreed(recorder, place, budget),
         model,
         place.backend,
         place.pool,
         decision.value,
         decodes=decodes,
-        budget=place.free // BUDGET_SHARE if place.graph_bytes is None else place.graph_bytes // 2,
+        budget=budget,
         check=runtime.check_step_graph,
         inline=not place.facts.records_idle,
+        leaves=place.together is None,
     )
 
 

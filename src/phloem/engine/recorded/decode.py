@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from phloem.attention import begin
 from phloem.engine.forward import run_forward
 from phloem.engine.inputs import FixedInputs
-from phloem.engine.recorded.graphs import StepGraphs
+from phloem.engine.recorded.graphs import RecordedStep, StepGraphs
 from phloem.engine.recorded.looks import Looks, Watched
 from phloem.kernels.graph import check_replay
 from phloem.kvcache.routes import noting
@@ -70,7 +70,8 @@ class DecodeGraphs:
     """Recorded decode steps of one runner, used by its thread alone (`recorded.choice.RecordedWay`).
 
     `limit`: most rows; `max_pages`: most pages of a row; `check`: compare each with an eager step; `budget`: bytes that
-    they may take; `shared`: they are of steps whose rows share pages.
+    they may take; `shared`: they are of steps whose rows share pages; `leaves`: a recording may be left for a step that
+    waits, not where other ranks make it too.
     """
 
     def __init__(
@@ -85,10 +86,11 @@ class DecodeGraphs:
         check: bool = False,
         budget: int | None = None,
         shared: bool = False,
+        leaves: bool = True,
     ) -> None:
         self.decision = "shared_step_graphs" if shared else "step_graphs"
         self._shared = shared
-        looks = Looks() if facts.records_idle else None
+        looks = Looks(leaves=leaves) if facts.records_idle else None
         self._step = DecodeStep(recorder, model, backend, pool, facts.on_host, max_pages, shared, looks)
         self._max_pages = max_pages
         self._check = check
@@ -106,14 +108,20 @@ class DecodeGraphs:
 
     def run(self, step: Step, ready: Callable[[], None]) -> Tensor | None:
         """Hidden states [R, N] of a decode step, valid until the next one; None: another way runs it."""
+        found = self.found(step)
+        return None if found is None else self.replayed(step, found, ready)
+
+    def found(self, step: Step) -> RecordedStep[FixedInputs, Tensor] | None:
+        """The graph that runs it; None: there is none."""
         batch = step.batch
         if not batch.is_decode or batch.prompt_targets or not step.recordable or step.pages > self._max_pages:
             return None
         if self._shared and not step.shared:
             return None
-        found = self.graphs.get(batch.num_rows)
-        if found is None:
-            return None
+        return self.graphs.get(batch.num_rows)
+
+    def replayed(self, step: Step, found: RecordedStep[FixedInputs, Tensor], ready: Callable[[], None]) -> Tensor:
+        """As `run`, by this graph."""
         step.put(found.inputs, found.size)
         ready()
         hidden_BN = found.replay()
@@ -121,7 +129,7 @@ class DecodeGraphs:
             check_replay(found.graph, [hidden_BN], lambda: [self._step.eager(found.inputs)])
         if self._step.pool.routes is not None:
             self._step.pool.routes.show(found.inputs.routes)
-        return hidden_BN[: batch.num_rows]
+        return hidden_BN[: step.batch.num_rows]
 
     def drop(self) -> None:
         self.graphs.drop()

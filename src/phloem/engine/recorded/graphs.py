@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from phloem.engine.memory import is_out_of_memory
 from phloem.engine.recorded.looks import Looks
-from phloem.kernels.graph import Interrupted, RecordError
+from phloem.kernels.graph import Interrupted, RecordError, RecordingEnded
 from phloem.utils import log
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ class StepGraphs(Generic[I, O]):
         self.sizes = sizes if sizes is not None else bucket_sizes(limit)
         self.refused: str | None = None  # why nothing more is recorded
         self.given_up: dict[int, str] = {}  # sizes that could not be recorded, and why
+        self.announce: Callable[[int], None] | None = None  # called before each attempt to record a size
         self.longest = 0.0  # seconds that a recording took at most
         self.seconds = 0.0  # that all of them took
         self._make = make
@@ -132,6 +133,21 @@ class StepGraphs(Generic[I, O]):
         first = bisect.bisect_right(self.sizes, size)
         near = self.sizes[first : bisect.bisect_right(self.sizes, 2 * size)]
         return next((self._steps[other] for other in near if other in self._steps), None)
+
+    def of(self, size: int) -> RecordedStep[I, O]:
+        """The graph of a bucket that is recorded, as another rank knows. Raises KeyError."""
+        return self._steps[size]
+
+    def once(self, size: int) -> None:
+        """One attempt to record it, as another rank asks for."""
+        begun = self.looks.clock()
+        try:
+            made = self._make(size)
+        except Exception as error:
+            if not (isinstance(error, RecordError) or is_out_of_memory(error)):
+                raise
+            return
+        self._keep(size, made, self.looks.clock() - begun)
 
     def due(self) -> bool:
         """Whether a bucket without a graph has been wanted often enough."""
@@ -223,9 +239,14 @@ class StepGraphs(Generic[I, O]):
         begun, reason = self.looks.clock(), ""
         for _ in range(ATTEMPTS):
             try:
+                if self.announce is not None:
+                    self.announce(size)
                 with self.looks.recording():
                     made = self._make(size)
             except Interrupted:
+                return None
+            except RecordingEnded as error:
+                self.refused = str(error)
                 return None
             except RecordError as error:
                 reason = str(error)

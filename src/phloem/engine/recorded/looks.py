@@ -28,10 +28,11 @@ RECENT = 4  # recordings that tell how long the next one takes
 
 
 class Looks:
-    """Of one way of running steps by recordings, used by its thread alone. `clock`: seconds, for tests."""
+    """Of one way of running steps by recordings, used by its thread alone. `clock`: seconds, for tests. `leaves`:
+    recordings may be left; not where other ranks make them too, so that nobody looks while one is made."""
 
-    def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
-        self.clock = clock
+    def __init__(self, clock: Callable[[], float] = perf_counter, leaves: bool = True) -> None:
+        self.clock, self._leaves = clock, leaves
         self.waiting: Callable[[], bool] = lambda: False  # whether a step waits
         self._until = inf  # a recording that requests wait for is left then
         self._seconds: deque[float] = deque(maxlen=RECENT)
@@ -81,8 +82,8 @@ class Looks:
             self._until, self.waiting = inf, waiting
 
     def look(self) -> None:
-        """Between two layers. Raises `Interrupted` where a recording is to be left; outside of one nothing happens."""
-        if not self._recording:
+        """Between two layers. Raises `Interrupted` where a recording is to be left; else nothing happens."""
+        if not (self._recording and self._leaves):
             return
         now = self.clock()
         self._stretch, self._last = max(self._stretch, now - self._last), now

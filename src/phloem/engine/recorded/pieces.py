@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from phloem.attention import begin
-from phloem.engine.recorded.graphs import StepGraphs
+from phloem.engine.recorded.graphs import RecordedStep, StepGraphs
 from phloem.engine.recorded.looks import Looks
 from phloem.kernels.graph import RecordError, check_replay
 from phloem.layers.context import ForwardBatch
@@ -68,6 +68,7 @@ class PieceGraphs:
         budget: bytes that all pieces together may take; None for no bound.
         check: compare the pieces of each step with the same pieces run eagerly.
         inline: as in `StepGraphs`.
+        leaves: a recording may be left for a step that waits; not where other ranks make it too.
     """
 
     decision = "piecewise_graphs"
@@ -84,11 +85,12 @@ class PieceGraphs:
         budget: int | None = None,
         check: bool = False,
         inline: bool = True,
+        leaves: bool = True,
     ) -> None:
         self._model, self._backend, self._pool = model, backend, pool
         self._decodes = decodes
         self._check = check
-        looks = Looks()
+        looks = Looks(leaves=leaves)
         self._attention = _Between(limit, looks)
         self._trunk = Trunk(recorder, model, pool.device, self._attention)
         self.graphs: StepGraphs[TokenInputs, tuple[Tensor, Tensor]] = StepGraphs(
@@ -104,13 +106,20 @@ class PieceGraphs:
 
     def run(self, step: Step, ready: Callable[[], None]) -> Tensor | None:
         """Hidden states [L, N] of the wanted rows; None: another way runs the step."""
-        tokens = step.batch.num_tokens
+        found = self.found(step)
+        return None if found is None else self.replayed(step, found, ready)
+
+    def found(self, step: Step) -> RecordedStep[TokenInputs, tuple[Tensor, Tensor]] | None:
+        """The pieces that run it; None: there are none."""
         if not step.recordable or (step.batch.is_decode and not self._decodes):
             return None
-        found = self.graphs.get(tokens)
-        if found is None:
-            return None
-        fixed, inputs = found.inputs, step.inputs
+        return self.graphs.get(step.batch.num_tokens)
+
+    def replayed(
+        self, step: Step, found: RecordedStep[TokenInputs, tuple[Tensor, Tensor]], ready: Callable[[], None]
+    ) -> Tensor:
+        """As `run`, by these pieces."""
+        tokens, fixed, inputs = step.batch.num_tokens, found.inputs, step.inputs
         for into, source in ((fixed.input_ids, inputs.input_ids), (fixed.positions, inputs.positions)):
             into[:tokens] = source
             into[tokens:] = 0

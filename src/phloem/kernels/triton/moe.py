@@ -577,6 +577,8 @@ def experts_op(
 ) -> Tensor:
     """The op table's entry for experts of any kind: gated ones of two activations here, others in plain torch."""
     if biases is not None or not spec.gated or spec.scale_input or spec.activation not in KINDS:
+        if x_TN.is_meta:  # plain torch reads who was chosen; who asks which kernels are launched has no values
+            return torch.empty_like(x_TN)
         return models.experts(x_TN, ids_Tk, weights_Tk, widened(gate_up), widened(down), spec, biases)
     ids_Tk = ids_Tk - spec.first if spec.first else ids_Tk
     return _stacked(x_TN, ids_Tk, weights_Tk, gate_up, down, spec.experts, KINDS[spec.activation])

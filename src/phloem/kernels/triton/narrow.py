@@ -14,11 +14,11 @@ from torch import Tensor
 
 from phloem.kernels import reference as ref
 from phloem.kernels import reference_formats as formats
+from phloem.kernels.narrow import FLOAT8_BLOCK, Codes, GivesCodes, Narrow, narrow_of
 from phloem.kernels.triton import pages
 from phloem.kernels.triton._device import capability
 from phloem.kernels.triton.gemm_int import pack_int4
 from phloem.kernels.triton.weights import Float8Blocks, Float8Rows, Form, Int4Weight
-from phloem.quant._narrow import FLOAT8_BLOCK, Codes, Narrow, narrow_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -158,14 +158,9 @@ def _unpacked(parts: Sequence[WeightSource], dtype: torch.dtype, device: torch.d
         rows = sum(part.shape[0] for part in parts)
         return torch.empty((rows, *parts[0].shape[1:]), dtype=dtype, device=device)
     for part in parts if why else ():
-        if not isinstance(narrow_of(part), str):
-            _refuse(part, why)
+        if isinstance(part, GivesCodes) and not isinstance(part.narrow(), str):
+            part.refused(why)
     return ref.prepare_linear(parts, dtype, device)
-
-
-def _refuse(part: Any, why: str) -> None:
-    if hasattr(part, "refused"):
-        part.refused(why)
 
 
 def _made(parts: Sequence[WeightSource], dtype: torch.dtype, device: torch.device) -> Form:

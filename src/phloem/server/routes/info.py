@@ -128,7 +128,7 @@ async def server_info(request: Request) -> Response:
         "internal_states": await _states(door),
     }
     # What slime compares of an engine that it has not started.
-    answer |= {"enable_memory_saver": True, "base_gpu_id": 0, "gpu_id_step": 1}
+    answer |= {"enable_memory_saver": True, "base_gpu_id": answer["base_gpu_id"] or 0}
     answer["node_rank"] = answer["node_rank"] or 0
     if answer["max_running_requests"] is None:
         answer["max_running_requests"] = engine.get("max_running_requests")

@@ -154,6 +154,10 @@ def current_stream(device: Any = None) -> Stream:
     return _here.stream
 
 
+def set_stream(chosen: Stream) -> None:
+    _here.stream = chosen
+
+
 @contextlib.contextmanager
 def stream(chosen: Stream) -> Generator[None]:
     before, _here.stream = current_stream(), chosen

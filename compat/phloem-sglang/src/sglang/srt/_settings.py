@@ -18,7 +18,6 @@ class Setting(NamedTuple):
 
 _OWN = "-Phloem chooses by itself, and says at start what and why"
 _FILES = "!weights come from files, and then by updates"
-_GPU = "-it places processes on GPUs"
 _ROW = tuple[str, Any, str]
 _MODEL: tuple[_ROW, ...] = (
     ("model_path", None, "=model_path"),
@@ -168,8 +167,8 @@ _PARALLEL: tuple[_ROW, ...] = (
     ("node_rank", 0, "=node_rank"),
     ("dist_init_addr", None, "=dist_init_addr"),
     ("dist_timeout", None, "=dist_timeout"),
-    ("base_gpu_id", 0, _GPU),
-    ("gpu_id_step", 1, _GPU),
+    ("base_gpu_id", 0, "=base_gpu_id"),
+    ("gpu_id_step", 1, "=gpu_id_step"),
 )
 _LORA: tuple[_ROW, ...] = (
     ("enable_lora", None, "=enable_lora"),

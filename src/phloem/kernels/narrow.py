@@ -7,7 +7,7 @@ outputs, N inputs; a scale stands for a tile of `high` rows and `wide` columns.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,10 +36,26 @@ class Codes:
     zero: Tensor | None = None  # float32, as the scale
 
 
+@runtime_checkable
+class GivesCodes(Protocol):
+    """A `WeightSource` that may be narrow."""
+
+    def narrow(self) -> Narrow | str:
+        """What it can give, or why not; "": it is stored plainly."""
+        ...
+
+    def codes(self) -> Codes:
+        """What `narrow` has promised."""
+        ...
+
+    def refused(self, why: str) -> None:
+        """The op table takes it unpacked all the same."""
+        ...
+
+
 def narrow_of(part: Any) -> Narrow | str:
-    """What a source (`WeightSource`) can give, or why not; "": it is stored plainly."""
-    found = getattr(part, "narrow", None)
-    return "" if found is None else found()
+    """As `GivesCodes.narrow`, of any `WeightSource`."""
+    return part.narrow() if isinstance(part, GivesCodes) else ""
 
 
 def group_width(width: int, cols: slice) -> int:

@@ -333,11 +333,18 @@ def _describe_directory(path: Path, name: str, load_format: str, model_impl: str
         chosen=chosen,
         seen=_sighted(seen, model_type, load_format != "dummy" and model_impl == "auto" and stored is None),
         name=name,
-        architectures=tuple(whole.get("architectures") or ()),
+        architectures=_architectures(whole, folder / "config.json"),
         files=files,
         consolidated=consolidated,
     )
     return replace(found, eos_ids=_with_ends(found, tokenizer_end(folder)))
+
+
+def _architectures(whole: dict[str, Any], path: Path) -> tuple[str, ...]:
+    names = whole.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ModelLoadError(f"{path}: architectures is {names!r:.60}, expected a list of names")
+    return tuple(names)
 
 
 def _model_type(whole: dict[str, Any], path: Path) -> str:

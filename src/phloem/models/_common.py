@@ -113,6 +113,8 @@ def layer_types(config: dict[str, Any], sliding: list[bool]) -> list[bool]:
     named = config.get("layer_types")
     if not named:
         return sliding
+    if not isinstance(named, list) or not all(isinstance(kind, str) for kind in named):
+        raise ModelLoadError(f"layer_types is {named!r:.60}, expected a list of names")
     unknown = sorted(set(named) - {"sliding_attention", "full_attention"})
     if unknown or len(named) != len(sliding):
         raise ModelLoadError(f"layer_types: {len(named)} entries for {len(sliding)} layers, unknown: {unknown}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 PARAM = "speculative_draft_model_path"
 Shapes = dict[str, tuple[int, ...]]
+_MATRICES = ("fc.weight", "lm_head.weight", "markov_head.markov_w1.weight", "markov_head.markov_w2.weight")
+_ROWS = ("d2t", "t2d", "hidden_norm.weight", "norm.weight")
 
 
 def draft_of(wanted: Wanted) -> Checkpoint:
@@ -40,10 +42,29 @@ def draft_of(wanted: Wanted) -> Checkpoint:
 
 
 def shapes_of(checkpoint: Checkpoint) -> Shapes:
-    """Every tensor of a checkpoint without the `model.` that some writers put before the names."""
+    """Every tensor of a checkpoint without the `model.` that some writers put before the names. Raises ConfigError for
+    tensors of heads that have not as many dimensions as they have everywhere."""
     if checkpoint.format != "safetensors":
         raise ConfigError(f"{checkpoint.path}: heads that draft are read from safetensors", param=PARAM)
-    return {name.removeprefix("model."): shape for path in checkpoint.files for name, shape in shapes_in(path).items()}
+    found = {name.removeprefix("model."): shape for path in checkpoint.files for name, shape in shapes_in(path).items()}
+    for names, count in ((_MATRICES, 2), (_ROWS, 1)):
+        for name in names:
+            if len(found.get(name, (0,) * count)) != count:
+                raise ConfigError(
+                    f"{checkpoint.path}: {name} is {list(found[name])}, expected {count} dimensions", param=PARAM
+                )
+    return found
+
+
+def whole(config: dict[str, Any], name: str, where: str) -> int:
+    """What a configuration says under `name`, 0 where it says nothing. Raises ConfigError for what is no whole number
+    from 0."""
+    value = config.get(name)
+    if value is None or value is False:
+        return 0
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ConfigError(f"{where}: {name} is {value!r:.60}, expected a whole number from 0", param=PARAM)
+    return value
 
 
 def check_no_block(shapes: Shapes, draft: Checkpoint) -> None:
@@ -80,7 +101,7 @@ def check_head(shapes: Shapes, draft: Checkpoint, target: Checkpoint, wide: int,
 def check_layers(shapes: Shapes, draft: Checkpoint) -> None:
     """That there is one layer. Raises ConfigError."""
     layers = {name.split(".")[1] for name in shapes if name.startswith("layers.")}
-    if len(layers) > 1 or int(draft.config.get("num_hidden_layers", 1)) > 1:
+    if len(layers) > 1 or whole(draft.config, "num_hidden_layers", str(draft.path)) > 1:
         raise ConfigError(f"{draft.path}: heads of more than one layer are not run", param=PARAM)
 
 

@@ -23,7 +23,16 @@ from phloem.models._common import layer_types
 from phloem.models._dflash import DFlash, DFlashFacts, Sight
 from phloem.models._draft import AuxTap, Shared
 from phloem.speculation.drafters._base import Loader as Base
-from phloem.speculation.drafters._files import PARAM, Shapes, decoder_of, draft_of, head_context, ids_of, shapes_of
+from phloem.speculation.drafters._files import (
+    PARAM,
+    Shapes,
+    decoder_of,
+    draft_of,
+    head_context,
+    ids_of,
+    shapes_of,
+    whole,
+)
 
 if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
@@ -97,7 +106,7 @@ def read(config: dict[str, Any], where: str) -> Said:
     if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 < scale < math.inf:
         raise ConfigError(f"{where}: input_embedding_scale is {scale!r}, expected a number above 0", param=PARAM)
     layers = tuple(one + before for one in ids)
-    return Said(layers, f"{named} {ids}", Block(size, mask, anchor), sights(config, kind is not None), float(scale))
+    return Said(layers, f"{named} {ids}", Block(size, mask, anchor), sights(config, kind is not None, where), float(scale))
 
 
 def _check_known(config: dict[str, Any], said: dict[str, Any], where: str) -> None:
@@ -113,12 +122,12 @@ def _check_known(config: dict[str, Any], said: dict[str, Any], where: str) -> No
             raise ConfigError(f"{where}: {name} is {value!r}: such drafters are not run", param=PARAM)
 
 
-def sights(config: dict[str, Any], speculators: bool) -> tuple[Sight, ...]:
+def sights(config: dict[str, Any], speculators: bool, where: str) -> tuple[Sight, ...]:
     """What each layer sees. A layer in a window sees of its block what stands before a place, unless the file says
-    otherwise (`is_causal`, `sliding_window_non_causal`)."""
+    otherwise (`is_causal`, `sliding_window_non_causal`). Raises ConfigError."""
     count = int(config["num_hidden_layers"])
-    window = int(config.get("sliding_window") or 0) if config.get("use_sliding_window", False) else 0
-    first = int(config.get("max_window_layers", count))
+    window = whole(config, "sliding_window", where) if config.get("use_sliding_window", False) else 0
+    first = whole(config, "max_window_layers", where) if config.get("max_window_layers") is not None else count
     slides = layer_types(config, [bool(window) and number >= first for number in range(count)])
     causal = config.get("is_causal")
     if speculators:
@@ -134,7 +143,7 @@ class Drafter(Base):
     def __init__(self, wanted: Wanted, target: Checkpoint) -> None:
         self.draft, self.target, self.vocab = draft_of(wanted), target, target.vocab_size
         self.shapes, where = shapes_of(self.draft), str(self.draft.path)
-        _check_kind(self.shapes, where)
+        _check_kind(self.shapes, self.draft.config, where)
         self.said = read(self.draft.config, where)
         block = self.said.block
         if wanted.counted and wanted.drafts > block.most:
@@ -156,7 +165,7 @@ class Drafter(Base):
         if not all(0 <= number < count for number in said.layers):
             why = "the last layer's output is not kept" if max(said.layers) == count else "these layers are not there"
             raise ConfigError(f"{path}: {said.named} of a model of {count} layers: {why}", param=PARAM)
-        told = int(self.draft.config.get("num_target_layers") or count)
+        told = whole(self.draft.config, "num_target_layers", str(path)) or count
         if told != count:
             raise ConfigError(f"{path}: it was made for a model of {told} layers, not of {count}", param=PARAM)
         rows, width = self.shapes["fc.weight"]
@@ -169,9 +178,9 @@ class Drafter(Base):
 
     def _facts(self) -> DFlashFacts:
         config, shapes, path = self.draft.config, self.shapes, self.draft.path
-        found = {int(name.split(".")[1]) for name in shapes if name.startswith("layers.")}
+        found = {name.split(".")[1] for name in shapes if name.startswith("layers.")}
         count = len(self.said.sights)
-        if found != set(range(count)):
+        if found != set(map(str, range(count))):
             raise ConfigError(f"{path}: num_hidden_layers is {count}, and it has {len(found)} layers", param=PARAM)
         if int(config["vocab_size"]) != self.vocab:
             raise ConfigError(
@@ -180,7 +189,7 @@ class Drafter(Base):
         if "mrope_section" in (config.get("rope_scaling") or config.get("rope_parameters") or {}):
             raise ConfigError(f"{path}: rotation by height and width of pictures is not known here", param=PARAM)
         own = shapes["lm_head.weight"][0] if "lm_head.weight" in shapes else self.vocab
-        said = int(config.get("draft_vocab_size") or own)
+        said = whole(config, "draft_vocab_size", str(path)) or own
         if said != own:
             raise ConfigError(f"{path}: draft_vocab_size is {said}, but lm_head has {own} rows", param=PARAM)
         if own != self.vocab and shapes.get("d2t") != (own,):
@@ -189,7 +198,7 @@ class Drafter(Base):
                 param=PARAM,
             )
         rank = shapes[_TERM[0]][1] if _TERM[0] in shapes else 0
-        if rank != int(config.get("markov_rank") or 0) or (rank and _TERM[1] not in shapes):
+        if rank != whole(config, "markov_rank", str(path)) or (rank and _TERM[1] not in shapes):
             raise ConfigError(f"{path}: markov_rank {config.get('markov_rank')}, and tensors of {rank}", param=PARAM)
         norms, states = "layers.0.self_attn.q_norm.weight" in shapes, len(self.said.layers)
         vocab = own if own != self.vocab else 0
@@ -229,7 +238,7 @@ class Drafter(Base):
         return None if bare in _COPIES or (bare == "lm_head.weight" and not self.facts.vocab) else bare
 
 
-def _check_kind(shapes: Shapes, where: str) -> None:
+def _check_kind(shapes: Shapes, config: dict[str, Any], where: str) -> None:
     """That the tensors are a DFlash drafter's. Raises ConfigError."""
     for name in shapes:
         other = next((kind for part, kind in _OTHERS.items() if part in name), None)
@@ -237,7 +246,7 @@ def _check_kind(shapes: Shapes, where: str) -> None:
             raise ConfigError(
                 f"{where}: {name}: of a drafter of {other}, which is not run", param="speculative_algorithm"
             )
-    if "fc.weight" in shapes and "hidden_norm.weight" not in shapes:
+    if "fc.weight" in shapes and "hidden_norm.weight" not in shapes and "dflash_config" not in config:
         rows, width = shapes["fc.weight"]
         kind = {2 * rows: "an EAGLE head: speculative_algorithm EAGLE", 3 * rows: "an EAGLE-3 head: EAGLE3"}.get(width)
         if kind is not None:

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from phloem.checkpoint.quant_config import StoredFormat
+from phloem.kernels.narrow import Codes, Narrow, group_width
 from phloem.models._sources import TensorSource
 from phloem.quant import _groups, method_for
-from phloem.kernels.narrow import Codes, Narrow, group_width
 from phloem.quant._source import View
 
 NAME = "model.layers.0.mlp.up_proj.weight"

@@ -44,10 +44,10 @@ def plan_of(
     steps cannot be recorded."""
     if ops.name not in warm.TABLES:
         return {}, f"the op table {ops.name!r} has no such kernels"
-    if ranks_of(config) > 1:
-        return {}, "several ranks have other sizes than the whole model, and launch their kernels together"
     if eager:
         return {}, f"{eager}: which kernels it needs shows when it runs"
+    if ranks_of(config) > 1:
+        return {}, "several ranks have other sizes than the whole model, and launch their kernels together"
     try:
         return _told(config, checkpoint, platform, ops, dtype, sizes), None
     except PhloemError as error:  # loading will meet the same, and say so

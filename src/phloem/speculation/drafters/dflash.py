@@ -106,7 +106,9 @@ def read(config: dict[str, Any], where: str) -> Said:
     if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 < scale < math.inf:
         raise ConfigError(f"{where}: input_embedding_scale is {scale!r}, expected a number above 0", param=PARAM)
     layers = tuple(one + before for one in ids)
-    return Said(layers, f"{named} {ids}", Block(size, mask, anchor), sights(config, kind is not None, where), float(scale))
+    return Said(
+        layers, f"{named} {ids}", Block(size, mask, anchor), sights(config, kind is not None, where), float(scale)
+    )
 
 
 def _check_known(config: dict[str, Any], said: dict[str, Any], where: str) -> None:

@@ -370,7 +370,7 @@ BAD: dict[str, tuple[dict[str, Tensor | None], dict[str, Any], str]] = {
     "a tensor too many": ({"extra.weight": torch.zeros(3)}, {}, "tensors that no such head has"),
     "DFlash 2": ({"candidate_selector.hidden_projection.weight": torch.zeros(4, 32)}, {}, "a drafter of DFlash 2"),
     "Domino": ({"correction_head.weight": torch.zeros(4, 32)}, {}, "a drafter of Domino"),
-    "half of a term": ({"markov_head.markov_w1.weight": torch.zeros(384, 4)}, {"markov_rank": 4}, "no tensor markov_head"),
+    "half a term": ({"markov_head.markov_w1.weight": torch.zeros(384, 4)}, {"markov_rank": 4}, "no tensor markov_head"),
     "a rank without a term": ({}, {"markov_rank": 4}, "markov_rank 4, and tensors of 0"),
     "another term": ({}, {"markov_rank": 4, "markov_head_type": "gated"}, "markov_head_type 'gated'"),
     "a speculator that does not say": ({}, SPARK, "it does not say sample_from_anchor"),

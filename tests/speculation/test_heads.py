@@ -228,11 +228,17 @@ def changed(path: Path, head: Path, tensors: dict[str, Tensor | None], **config:
     return str(path)
 
 
+STATES = "eagle_aux_hidden_state_layer_ids"
 BAD: dict[str, tuple[str, dict[str, Tensor | None], dict[str, Any], str]] = {
     "an EAGLE-3 head as EAGLE": ("EAGLE", {}, {}, "this is an EAGLE3 head, and run as EAGLE none of its drafts"),
     "no fc": ("EAGLE3", {"fc.weight": None}, {}, "no tensor fc.weight"),
     "another hidden size": ("EAGLE3", {"fc.weight": torch.zeros(48, 144)}, {}, "hidden size is 32"),
     "another vocabulary": ("EAGLE3", {"t2d": torch.zeros(500, dtype=torch.bool)}, {"vocab_size": 500}, "not of 384"),
+    "a row for a map": ("EAGLE3", {"t2d": torch.zeros(1, dtype=torch.bool)}, {}, "a vocabulary of 1, not of 384"),
+    "a row for a matrix": ("EAGLE3", {"fc.weight": torch.zeros(32)}, {}, "fc.weight is [32], expected 2 dimensions"),
+    "a number for settings": ("EAGLE3", {}, {"eagle_config": 5}, "eagle_config is 5, expected an object"),
+    "a word for layers": ("EAGLE3", {}, {"eagle_config": {STATES: ["x"] * 3}}, "is ['x', 'x', 'x'], expected a list"),
+    "a number for layers": ("EAGLE3", {}, {"eagle_config": {STATES: 5}}, "is 5, expected a list of layers"),
     "no map": ("EAGLE3", {"d2t": None}, {}, "no d2t"),
     "a map of another length": ("EAGLE3", {"d2t": torch.zeros(5, dtype=torch.int64)}, {}, "no d2t of that length"),
     "a map out of the vocabulary": ("EAGLE3", {"d2t": torch.full((96,), 300)}, {}, "d2t leads to tokens"),

@@ -145,6 +145,37 @@ def test_settings_as_specforge_has_them(tmp_path: Path) -> None:
             drafter_config(describe(str(tiny_checkpoint("llama", tmp_path / "m", num_hidden_layers=6))), given, {})
 
 
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"num_hidden_layers": "x"}, "num_hidden_layers is 'x', expected a whole number from 1"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, expected a whole number from 1"),
+        ({"block_size": "x"}, "block_size is 'x', expected a whole number"),
+        ({"dflash_config": 5}, "dflash_config is 5, expected an object"),
+        ({"dflash_config": {"mask_token_id": "x"}}, "mask_token_id is 'x', expected a whole number"),
+        ({"dflash_config": {"target_layer_ids": 2}}, "target_layer_ids is 2, expected a list"),
+        ({"layer_types": ["full_attention"]}, "layer_types: 1 entries for 5 layers"),
+        ({"layer_types": 5}, "layer_types is 5, expected a list"),
+        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, "layers in windows are served"),
+        ({"markov_rank": 4}, "markov_rank: drafters of DSpark's kind"),
+    ],
+)
+def test_a_drafters_file_of_other_kinds_is_refused(tmp_path: Path, given: dict[str, Any], why: str) -> None:
+    """What would be left out, and trained as something else, too."""
+    model = describe(str(tiny_checkpoint("llama", tmp_path / "m", num_hidden_layers=6)))
+    options = Options(**{**SETTINGS, "target_model_path": "m", "train_data_path": "t"})
+    with pytest.raises(ConfigError, match=why):
+        drafter_config(model, options, given)
+    usual = {
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "markov_rank": None,
+        "block_size": None,
+    }
+    assert drafter_config(model, options, usual)["layer_types"] == ["full_attention"] * options.draft_num_hidden_layers
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, questions to it, and a training on its answers."""

@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 LEAST_STATES = 3  # that a drafter of blocks reads, however few layers it has
 CHUNK = 512  # tokens whose logits over the whole vocabulary are there at once
 _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+# Of a drafter's file, and from where on they may be.
+_NUMBERS = {
+    **{"num_hidden_layers": 1, "block_size": 0, "mask_token_id": 0, "markov_rank": 0},
+    **{"sliding_window": 0, "max_window_layers": 0},
+}
 _SAME = ("head_dim", "num_key_value_heads", "rope_theta", "rope_scaling", "rope_parameters", "bos_token_id")
 
 
@@ -189,9 +194,9 @@ def drafter_config(checkpoint: Checkpoint, options: Options, given: dict[str, An
     `given`: as `head_config` has it; what it says counts more than options.
 
     Raises:
-        ConfigError: as `head_config`, or layers that are not there.
+        ConfigError: as `head_config`, layers that are not there, or a drafter that is not trained here.
     """
-    layers = given.get("num_hidden_layers", options.draft_num_hidden_layers)
+    layers = _layers_checked(given, options.draft_num_hidden_layers)
     head = head_config(checkpoint, checkpoint.vocab_size, {**given, "num_hidden_layers": 1})
     left_out = ("draft_vocab_size", "eagle_config", "mlp_bias")
     said: dict[str, Any] = given.get("dflash_config") or {}
@@ -204,7 +209,8 @@ def drafter_config(checkpoint: Checkpoint, options: Options, given: dict[str, An
     mask = mask if mask is not None or options.mask_token_id < 0 else options.mask_token_id
     if mask is not None and not 0 <= mask < checkpoint.vocab_size:
         raise ConfigError(f"mask_token_id {mask} is none of {checkpoint.vocab_size} tokens", param="mask_token_id")
-    size = int(given.get("block_size", said.get("block_size", options.block_size)))
+    sizes = (given.get("block_size"), said.get("block_size"), options.block_size)
+    size = next(size for size in sizes if size is not None)
     if not 2 <= size <= MOST_DRAFTS + 1:
         raise ConfigError(f"block_size is {size}: expected 2 to {MOST_DRAFTS + 1}", param="block_size")
     heads, kv_heads = head["num_attention_heads"], head.get("num_key_value_heads")
@@ -225,6 +231,37 @@ def drafter_config(checkpoint: Checkpoint, options: Options, given: dict[str, An
         "initializer_range": RANGE,
         **{key: given[key] for key in ("layer_types", "is_causal") if given.get(key)},
     }
+
+
+def _layers_checked(given: dict[str, Any], usual: int) -> int:
+    """How many layers a drafter has, `usual` where its file says nothing, once what the file says is of the kinds that
+    it has to be, and trained here. Raises ConfigError."""
+    said: Any = given.get("dflash_config") or {}
+    if not isinstance(said, dict):
+        raise _bad(f"dflash_config is {said!r:.60}, expected an object")
+    found = cast("dict[str, Any]", said)
+    for name, value in {**given, **found}.items():
+        if name not in _NUMBERS or value is None or value is False:
+            continue
+        if type(value) is not int or value < _NUMBERS[name]:
+            raise _bad(f"{name} is {value!r:.60}, expected a whole number from {_NUMBERS[name]}")
+    for name in ("target_layer_ids", "layer_types"):
+        value = {**given, **found}.get(name)
+        if value is not None and not isinstance(value, list):
+            raise _bad(f"{name} is {value!r:.60}, expected a list")
+    layers: int = given.get("num_hidden_layers") or usual
+    if given.get("layer_types") and len(given["layer_types"]) != layers:
+        raise _bad(f"layer_types: {len(given['layer_types'])} entries for {layers} layers")
+    windows = bool(given.get("use_sliding_window") and given.get("sliding_window")) and not given.get("layer_types")
+    if windows and given.get("max_window_layers") is not None and given["max_window_layers"] < layers:
+        raise _bad("layers in windows are served, and not trained here")
+    if given.get("markov_rank"):
+        raise _bad("markov_rank: drafters of DSpark's kind are served, and not trained here")
+    return layers
+
+
+def _bad(why: str) -> ConfigError:
+    return ConfigError(f"draft_model_config: {why}", param="draft_model_config")
 
 
 def free_token(samples: Sequence[Sample], vocab_size: int) -> int:

@@ -200,7 +200,10 @@ class Drafter(Base):
                 param=PARAM,
             )
         rank = shapes[_TERM[0]][1] if _TERM[0] in shapes else 0
-        if rank != whole(config, "markov_rank", str(path)) or (rank and _TERM[1] not in shapes):
+        lacks = [name for name in _TERM if name not in shapes]
+        if len(lacks) == 1:
+            raise ConfigError(f"{path}: no tensor {lacks[0]}, which such a term has", param=PARAM)
+        if rank != whole(config, "markov_rank", str(path)):
             raise ConfigError(f"{path}: markov_rank {config.get('markov_rank')}, and tensors of {rank}", param=PARAM)
         norms, states = "layers.0.self_attn.q_norm.weight" in shapes, len(self.said.layers)
         vocab = own if own != self.vocab else 0

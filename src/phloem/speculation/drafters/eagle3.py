@@ -38,13 +38,17 @@ _MAPS = ("d2t", "t2d")
 
 def layers_read(config: dict[str, Any], count: int) -> tuple[tuple[int, ...], str]:
     """(The layers whose input is read, where that is known from), for a model of `count` layers. Raises ConfigError."""
-    said = config.get("eagle_config") or {}
+    said: Any = config.get("eagle_config") or {}
+    if not isinstance(said, dict):
+        raise ConfigError(f"eagle_config is {said!r:.60}, expected an object", param=PARAM)
     if said.get("use_aux_hidden_state") is False:
         raise ConfigError("eagle_config: a head that reads no auxiliary states is not an EAGLE-3 head", param=PARAM)
     ids = said.get("eagle_aux_hidden_state_layer_ids") or config.get("eagle_aux_hidden_state_layer_ids")
     if not ids:
         return aux_layers(count), "the usual ones"
-    found = tuple(int(number) for number in ids)
+    if not isinstance(ids, list | tuple) or not all(type(number) is int for number in ids):
+        raise ConfigError(f"eagle_aux_hidden_state_layer_ids is {ids!r:.60}, expected a list of layers", param=PARAM)
+    found = tuple(ids)
     inputs = found == aux_layers(count) or max(found) >= count
     layers = found if inputs else tuple(number + 1 for number in found)
     if len(layers) != 3 or not all(0 <= number < count for number in layers):
@@ -80,12 +84,9 @@ class Drafter(Base):
                 f"{path}: {own} tokens of its own for the {self.vocab} of the model, and no d2t of that length",
                 param=PARAM,
             )
-        known = shapes.get("t2d", (self.vocab,))[0]
-        if known != self.vocab or int(config.get("vocab_size", known)) != self.vocab:
-            raise ConfigError(
-                f"{path}: it was made for a vocabulary of {config.get('vocab_size', known)}, not of {self.vocab}",
-                param=PARAM,
-            )
+        for known in (int(config.get("vocab_size", self.vocab)), shapes.get("t2d", (self.vocab,))[0]):
+            if known != self.vocab:
+                raise ConfigError(f"{path}: it was made for a vocabulary of {known}, not of {self.vocab}", param=PARAM)
         norms, carry = "fc_norm.0.weight" in shapes, bool(config.get("norm_output")) and "fc_norm.0.weight" in shapes
         return Eagle3Facts(own, "embed_tokens.weight" in shapes, norms, "fc.bias" in shapes, carry)
 

@@ -154,7 +154,7 @@ def test_settings_as_specforge_has_them(tmp_path: Path) -> None:
         ({"dflash_config": 5}, "dflash_config is 5, expected an object"),
         ({"dflash_config": {"mask_token_id": "x"}}, "mask_token_id is 'x', expected a whole number"),
         ({"dflash_config": {"target_layer_ids": 2}}, "target_layer_ids is 2, expected a list"),
-        ({"layer_types": ["full_attention"]}, "layer_types: 1 entries for 5 layers"),
+        ({"layer_types": ["full_attention"]}, "layer_types: 1 entries for 2 layers"),
         ({"layer_types": 5}, "layer_types is 5, expected a list"),
         ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, "layers in windows are served"),
         ({"markov_rank": 4}, "markov_rank: drafters of DSpark's kind"),

@@ -315,8 +315,8 @@ class SpeculativeConfig:
 
     speculative_algorithm: str | None = opt(
         None,
-        "Whence drafts come: auto (default: suffix on a CPU), none, suffix, ngram, draft_model, eagle, eagle3, mtp, "
-        "dflash (dspark). Others' names: standalone (draft_model), prompt_lookup (ngram), nextn, deepseek_mtp (mtp).",
+        "What drafts: auto (suffix on a CPU), none, suffix, ngram, draft_model, eagle, eagle3, mtp, dflash (dspark). "
+        "Other engines' names: standalone (draft_model), prompt_lookup (ngram), nextn and deepseek_mtp (mtp).",
     )
     speculative_num_steps: int | None = opt(None, "Drafts behind a token, at most: 23, of models 5, dflash 15, else 7.")
     speculative_num_draft_tokens: int | None = opt(None, "The same with the token before them: one more.")

@@ -86,6 +86,7 @@ def test_no_step_of_any_family_does(name: str, tmp_path: Path) -> None:
 HEADS: dict[str, Any] = {"eagle": draft_support.eagle, "eagle3": draft_support.eagle3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["draft_model", "eagle", "eagle3"])
 def test_nor_does_what_drafts(kind: str, tmp_path: Path) -> None:
     """Its passes, its choice, and the states that the model keeps for it, are launched by no other step."""
@@ -210,6 +211,7 @@ def test_a_table_without_such_kernels_and_steps_of_others_are_refused() -> None:
     assert why == "ranks meet: which kernels it needs shows when it runs"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bert", "qwen3", "qwen3_moe"])
 @pytest.mark.parametrize("kind", ["triton", "invariant"])
 def test_no_text_of_a_model_that_does_not_generate_needs_one_after_it_is_ready(

@@ -170,6 +170,7 @@ SPECULATORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.some(1)
 @pytest.mark.parametrize("kind", list(SPECULATORS))
 def test_speculators_files(target: Path, plainly: phloem.Engine, said: Said, tmp_path: Path, kind: str) -> None:
@@ -178,6 +179,7 @@ def test_speculators_files(target: Path, plainly: phloem.Engine, said: Said, tmp
     check(target, plainly, said, Reference(target, drafter, (1, 3, 5), **told))
 
 
+@pytest.mark.slow
 def test_dspark_tells_each_token_by_the_one_before(
     target: Path, plainly: phloem.Engine, said: Said, tmp_path: Path
 ) -> None:
@@ -197,6 +199,7 @@ WINDOWS: dict[str, tuple[dict[str, Any], tuple[tuple[int, bool], ...]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(WINDOWS))
 def test_windows(target: Path, plainly: phloem.Engine, said: Said, tmp_path: Path, kind: str) -> None:
     config, windows = WINDOWS[kind]

@@ -194,11 +194,12 @@ def _build(
     keep_beside(pool, chosen, checkpoint, decisions)
     pages = -(-min(context, sizing.tokens) // page) + 1
     if team is not None:
-        team.tell(Pages(sizing.num_pages, told, pages, sites and sites.sizes, sizing.graph_bytes))
+        lent = None if sites is None else sites.sizes
+        team.tell(Pages(sizing.num_pages, told, pages, lent, sizing.graph_bytes))
     sharing = _sharing(config, backend, decisions, alone=carded is None)
     graph_bytes, draft_bytes = drafts.graph_bytes(helper, sizing.graph_bytes)
     more = platform.memory()[0], graph_bytes, sharing is not None, sites is not None, machine.eager
-    place = choice.Place(model, backend, pool, ops, platform.facts, *more, carded and carded.comm)
+    place = choice.Place(model, backend, pool, ops, platform.facts, *more, None if carded is None else carded.comm)
     rows = max(running, drafter.rows) if platform.facts.on_host else running
     ways = choice.choose(config.runtime, place, rows, pages, chunk, decisions)
     led, leading = _led(config, machine, checkpoint, model, kept, pool, (rows, chunk, pages), team, decisions, ways)

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from phloem import attention
 from phloem.adapters import served
-from phloem.attention import AttentionNeed
 from phloem.checkpoint.kv_scheme import FP8
 from phloem.core import speculation
 from phloem.core.errors import PhloemError
 from phloem.engine import warm
-from phloem.engine.dtypes import backend_names, kept_in, stored_scales, unasked
+from phloem.engine.dtypes import kept_in, stored_scales, unasked
+from phloem.engine.kept import choice_of
 from phloem.engine.parallel import ranks_of
 from phloem.layers.context import BuildContext
 from phloem.models import build_model
@@ -61,9 +60,7 @@ def _told(
     model = build_model(checkpoint.model_type, checkpoint.config, ctx, checkpoint.context_length)
     kv_dtype = unasked(config, checkpoint, model, platform, ops) or kept_in(config, dtype, model)
     scales = _scales(config, checkpoint, model, kv_dtype)
-    page, width = config.cache.page_size, max((keys for keys, _ in scales.values()), default=0)
-    need = AttentionNeed(model.attention_specs, kv_dtype, platform.device, page, width)
-    chosen = attention.choose(backend_names(platform), need, ops, named=config.runtime.attention_backend)
+    chosen = choice_of(config, model, platform, ops, kv_dtype, max((keys for keys, _ in scales.values()), default=0))
     drafts = speculation.wanted(config)
     return {
         "model_type": checkpoint.model_type,
@@ -73,7 +70,7 @@ def _told(
         "ops": ops.name,
         "dtype": str(dtype).removeprefix("torch."),
         "kv_dtype": str(kv_dtype).removeprefix("torch."),
-        "page": page,
+        "page": config.cache.page_size,
         "running": sizes[0],
         "chunk": sizes[1],
         "processes": available_cores(),

@@ -61,27 +61,30 @@ def kept(
     """`dtype`: in which the model computes. Raises ConfigError for what this machine cannot keep or attend to."""
     kv_dtype = unasked(config, checkpoint, model, platform, ops) or kept_in(config, dtype, model)
     scales = kv_scales_of(config, checkpoint, model, kv_dtype, decisions)
-    backend = _backend(config, model, platform, ops, kv_dtype, scales, decisions)
+    # Of latents, what has written and read them knows; no backend does.
+    width = max((len(scales[spec.pool][0]) for spec in model.attention_specs if spec.pool in scales), default=0)
+    backend = _backend(choice_of(config, model, platform, ops, kv_dtype, width), decisions)
     block = max((spec.block for spec in model.attention_specs), default=0) % WHOLE
     page = resolve.page_size(config.cache.page_size, backend.name, backend.page_size, block)
     decisions.append(page)
     return Kept(kv_dtype, scales, backend, page.value)
 
 
-def _backend(
-    config: Config,
-    model: Model,
-    platform: Platform,
-    ops: Ops,
-    kv_dtype: torch.dtype,
-    scales: Mapping[int, LayerScales],
-    decisions: list[Decision],
-) -> AttentionBackend:
-    """The attention backend: the named one, or the platform's first that accepts."""
-    # Of latents, what has written and read them knows; no backend does.
-    width = max((len(scales[spec.pool][0]) for spec in model.attention_specs if spec.pool in scales), default=0)
+def choice_of(
+    config: Config, model: Model, platform: Platform, ops: Ops, kv_dtype: torch.dtype, width: int
+) -> attention.Choice:
+    """The attention backend: the named one, or the platform's first that accepts. `width`: scales that the keys of a
+    layer have at most in a float8 cache; the model may be one without data.
+
+    Raises:
+        ConfigError: none accepts, or the named one does not.
+    """
     need = AttentionNeed(model.attention_specs, kv_dtype, platform.device, config.cache.page_size, width)
-    choice = attention.choose(backend_names(platform), need, ops, named=config.runtime.attention_backend)
+    return attention.choose(backend_names(platform), need, ops, named=config.runtime.attention_backend)
+
+
+def _backend(choice: attention.Choice, decisions: list[Decision]) -> AttentionBackend:
+    """The chosen one, as a decision with the reasons of the others."""
     why = "; ".join([choice.reason, *(f"not {name}: {reason}" for name, reason in choice.declined.items())])
     decisions.append(Decision("attention_backend", choice.backend.name, why))
     return choice.backend

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from dflash_support import MASK, block_states, dflash, dspark, speculator
+from draft_spy import Said, spy_on
 from draft_support import eagle, eagle3, said_by
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import phloem
-from phloem.core.batch import Batch
 from phloem.core.config import Config
 from phloem.core.errors import ConfigError, PhloemError
 from phloem.core.speculation import wanted
@@ -42,31 +41,9 @@ PLAIN: dict[str, Any] = {
 PROMPTS = ["the dog a page table ", "Paris is sugar, and sugar is 1 2 3", "x"]
 
 
-@dataclass
-class Said:
-    """What was drafted: the number of known tokens, how many drafts there was room for, and the drafts."""
-
-    found: list[tuple[int, int, list[int]]] = field(default_factory=list)
-
-
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> Said:
-    kept, run = Said(), BlockWork.run
-
-    def spied(self: BlockWork, batch: Batch) -> tuple[Batch, float]:
-        sent, seconds = run(self, batch)
-        ends = sent.query_lens.cumsum()
-        for row in range(batch.num_rows):
-            more = int(sent.outputs[row] - batch.outputs[row])
-            if more:
-                known = int(batch.prefix_lens[row] + batch.query_lens[row])
-                assert batch.drafts is not None
-                drafts = sent.input_ids[ends[row] - more : ends[row]].tolist()
-                kept.found.append((known, int(batch.drafts[row]), drafts))
-        return sent, seconds
-
-    monkeypatch.setattr(BlockWork, "run", spied)
-    return kept
+    return spy_on(BlockWork, monkeypatch)
 
 
 @pytest.fixture(scope="module")

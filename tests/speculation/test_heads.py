@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from draft_spy import Said, spy_on
 from draft_support import chain, eagle, eagle3, eagle3_run, eagle_run, fused, said_by
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import phloem
-from phloem.core.batch import Batch
 from phloem.core.errors import ConfigError, PhloemError
 from phloem.engine.drafting import DraftWork
 from phloem.speculation.capture import aux_layers
@@ -37,29 +36,9 @@ PLAIN: dict[str, Any] = {
 PROMPTS = ["the dog a page table ", "Paris is sugar, and sugar is 1 2 3", "x"]
 
 
-@dataclass
-class Said:
-    """What was drafted: the number of known tokens, and the drafts behind them, by what stands before."""
-
-    found: list[tuple[int, list[int]]] = field(default_factory=list)
-
-
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> Said:
-    kept, run = Said(), DraftWork.run
-
-    def spied(self: DraftWork, batch: Batch) -> tuple[Batch, float]:
-        sent, seconds = run(self, batch)
-        ends = sent.query_lens.cumsum()
-        for row in range(batch.num_rows):
-            more = int(sent.outputs[row] - batch.outputs[row])
-            if more:
-                known = int(batch.prefix_lens[row] + batch.query_lens[row])
-                kept.found.append((known, sent.input_ids[ends[row] - more : ends[row]].tolist()))
-        return sent, seconds
-
-    monkeypatch.setattr(DraftWork, "run", spied)
-    return kept
+    return spy_on(DraftWork, monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +96,8 @@ def check(target: Path, plain: phloem.Engine, said: Said, want: Drafts, **values
             assert answer["output_ids"] == expected["output_ids"]
             prompt_ids = [one[1] for one in answer["meta_info"]["input_token_logprobs"]]
             tokens = [*prompt_ids, *answer["output_ids"]]
-            assert len(said.found) >= 3 and {len(drafts) for _, drafts in said.found} >= {4}
-            for known, drafts in said.found:
+            assert len(said.found) >= 3 and {len(drafts) for _, _, drafts in said.found} >= {4}
+            for known, _, drafts in said.found:
                 assert drafts == want(target, tokens[:known], len(drafts)), known
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phloem.kernels.calls import IndexCall, PooledStates
 from phloem.kernels.ops import Adapters, AttentionCall, Draw, LatentCall, PagedBatch, Rotation, SharedPages
 from phloem.kernels.specs import ExpertSpec, RouterSpec
 from phloem.kernels.triton import (
@@ -32,6 +33,8 @@ from phloem.kernels.triton import (
     rope,
     route,
     sample,
+    scan,
+    sparse,
     tokens,
 )
 from phloem.kernels.triton.weights import Float8Blocks, Float8Rows
@@ -99,6 +102,18 @@ def _mla(rows: int, tokens: int) -> None:
     q_nope, q_rope, cache = t(tokens, 128, 128), t(tokens, 128, 64), t(1000, 1, 16, 576)
     call = LatentCall(t(128, 128, 512), t(128, 512, 128), 0.1)
     mla.latent_attention(q_nope, q_rope, cache, batch(rows, tokens), call)
+
+
+def _sparse(rows: int, tokens: int, dtype: torch.dtype = BF16, heads: int = 128) -> None:
+    """DeepSeek-V3.2's: 64 cheap heads of 128, of which 2,048 positions come."""
+    q_nope, q_rope = t(tokens, heads, 128, dtype=dtype), t(tokens, heads, 64, dtype=dtype)
+    cache, keys = t(1000, 1, 16, 576, dtype=dtype), t(1000, 1, 16, 128, dtype=dtype)
+    call = LatentCall(t(heads, 128, 512, dtype=dtype), t(heads, 512, 128, dtype=dtype), 0.1)
+    index = IndexCall(t(tokens, 64, 128, dtype=dtype), t(tokens, 128, dtype=dtype), t(tokens, 64, dtype=dtype), 2048)
+    step = batch(rows, tokens)
+    sparse.write_latent(t(tokens, 576, dtype=dtype), cache, step.token_slots)
+    chosen = sparse.choose_keys(index, keys, step)
+    sparse.chosen_latent_attention(q_nope, q_rope, cache, step, call, chosen)
 
 
 def _rope(interleaved: bool, cache_dtype: torch.dtype, scaled: bool) -> None:
@@ -261,6 +276,38 @@ def _short_conv() -> None:
     recurrent.causal_conv(t(32, 2048), t(2048, 3, dtype=F32), t(2048, dtype=F32), state, starts, silu=False)
 
 
+def _states(rows: int, pooled: bool, *shape: int) -> Tensor | PooledStates:
+    if not pooled:
+        return t(rows, *shape, dtype=F32)
+    places = t(rows, dtype=torch.int64)
+    return PooledStates(t(2 * rows + 1, *shape, dtype=F32), places, places, t(rows, dtype=torch.bool))
+
+
+def _mamba2(rows: int, tokens: int, heads: int, groups: int, state: int, dtype: torch.dtype = BF16) -> None:
+    """Heads of 64; bounds on the steps as Nemotron-H has them."""
+    inner, shared = heads * 64, groups * state
+    mixed = t(tokens, inner + 2 * shared + heads, dtype=dtype)
+    x, b, c, dt = mixed.split([inner, shared, shared, heads], -1)
+    x, b, c = x.unflatten(-1, (heads, 64)), b.unflatten(-1, (groups, state)), c.unflatten(-1, (groups, state))
+    vector, starts = t(heads, dtype=F32), t(rows + 1, dtype=I32)
+    steps = scan.step_sizes(dt, vector, 0.001, 0.1)
+    for pooled in (False, True):
+        scan.mamba2_scan(x, steps, vector, b, c, vector, _states(rows, pooled, heads, 64, state), starts)
+
+
+def _mamba1(rows: int, tokens: int, channels: int, dtype: torch.dtype = BF16) -> None:
+    """Jamba's and Falcon Mamba's; 16 numbers a channel."""
+    x, low, starts = (
+        t(tokens, 2 * channels, dtype=dtype)[:, :channels],
+        t(tokens, 288, dtype=dtype),
+        t(rows + 1, dtype=I32),
+    )
+    steps = scan.step_sizes(t(tokens, channels, dtype=dtype), t(channels, dtype=F32), 0.0, float("inf"))
+    rates, skip, (b, c) = t(channels, 16, dtype=F32), t(channels, dtype=F32), low[:, 256:].split(16, -1)
+    for pooled in (False, True):
+        scan.selective_scan(x, steps, rates, b, c, skip, _states(rows, pooled, channels, 16), starts)
+
+
 def cases() -> list[Case]:
     """All of them; kernels that differ only in a compile-time choice count once per choice that models make."""
     plain = _no_float8
@@ -293,10 +340,21 @@ def cases() -> list[Case]:
         Case("extend, shared pages", plain(_attend, 64, 4096, 32, 8, 128, shared=True)),
         Case("MLA decode, DeepSeek-V3", plain(_mla, 32, 32)),
         Case("MLA extend, DeepSeek-V3", plain(_mla, 4, 2048)),
+        Case("chosen keys, decode, 32 rows", plain(_sparse, 32, 32), quick=True),
+        Case("chosen keys, 4 rows, 2048 tokens", plain(_sparse, 4, 2048), quick=True),
+        Case("chosen keys, 16 heads of a rank", plain(_sparse, 4, 2048, BF16, 16)),
+        Case("chosen keys, float32", plain(_sparse, 4, 300, F32)),
         Case("delta net, decode, 32 rows, 32 heads of 128", plain(_delta, 32, 32, False), quick=True),
         Case("Kimi delta, 4 rows, 2048 tokens", plain(_delta, 4, 2048, True), quick=True),
         Case("delta net, float32, 4 rows, 300 tokens, heads of 64 and 96", plain(_odd_delta), quick=True),
         Case("short convolution, 32 rows", plain(_short_conv)),
+        Case("Mamba 2, decode, 32 rows, 80 heads, state 128", plain(_mamba2, 32, 32, 80, 1, 128), quick=True),
+        Case("Mamba 2, 4 rows, 2048 tokens, 128 heads in 8 groups", plain(_mamba2, 4, 2048, 128, 8, 128), quick=True),
+        Case("Mamba 2, 4 rows, 2048 tokens, state 256", plain(_mamba2, 4, 2048, 24, 1, 256)),
+        Case("Mamba 2, float32, 4 rows, 300 tokens", plain(_mamba2, 4, 300, 24, 1, 128, F32)),
+        Case("Mamba 1, decode, 32 rows, 8192 channels", plain(_mamba1, 32, 32, 8192), quick=True),
+        Case("Mamba 1, 4 rows, 2048 tokens", plain(_mamba1, 4, 2048, 8192), quick=True),
+        Case("Mamba 1, float32, 4 rows, 300 tokens", plain(_mamba1, 4, 300, 1536, F32)),
         Case("norms, bf16, 4096", plain(_norms, BF16, 4096), quick=True),
         Case("norms, float32, 2880", plain(_norms, F32, 2880)),
         Case("activations, sum, cap", plain(_elementwise)),

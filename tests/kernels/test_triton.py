@@ -25,7 +25,9 @@ FILES = [
     "narrow",
     "recurrent",
     "sample",
+    "scan",
     "shared",
+    "sparse",
 ]
 
 

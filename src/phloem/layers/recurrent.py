@@ -13,6 +13,7 @@ import torch
 
 from phloem.core.errors import ModelLoadError
 from phloem.core.memory import State
+from phloem.kernels.calls import PooledStates
 from phloem.layers.linear import Linear
 from phloem.layers.norm import AnyNorm, RMSNorm
 from phloem.layers.weight import Layer, Part, Projection, Weight, check_divides, cut_of
@@ -29,15 +30,19 @@ if TYPE_CHECKING:
 FLOAT = "float32"  # a state adds up over a whole text
 
 
-def before(ops: Ops, step: StateStep) -> list[Tensor]:
-    """What a layer's states were before the step, [R, ...] each; zeros for rows that begin."""
+def before(ops: Ops, step: StateStep) -> list[Tensor | PooledStates]:
+    """What a layer's states were before the step, [R, ...] each, zeros for rows that begin; or where they lie, for a
+    table whose ops read and write them there."""
+    if ops.pooled_states:
+        return [PooledStates(tensor, step.reads, step.writes, step.fresh) for tensor in step.tensors]
     return [ops.read_states(tensor, step.reads, step.fresh) for tensor in step.tensors]
 
 
-def keep(ops: Ops, step: StateStep, *after: Tensor) -> None:
-    """Write the states behind the step."""
+def keep(ops: Ops, step: StateStep, *after: Tensor | None) -> None:
+    """Write the states behind the step, but for those that an op has written."""
     for tensor, one in zip(step.tensors, after, strict=True):
-        ops.write_states(tensor, step.writes, one)
+        if one is not None:
+            ops.write_states(tensor, step.writes, one)
 
 
 def pieces(ctx: BuildContext, name: str, sizes: Mapping[str, int]) -> dict[str, Projection]:
@@ -79,7 +84,7 @@ class Convolution(Layer):
         """Of its state: the inputs of the last tokens."""
         return (self.channels, self.taps - 1), FLOAT
 
-    def __call__(self, x_TC: Tensor, state: Tensor, query_start: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, x_TC: Tensor, state: Tensor | PooledStates, query_start: Tensor) -> tuple[Tensor, Tensor | None]:
         bias, weight_CW = None if self.bias is None else self.bias.value, self.weight.value.squeeze(1)
         if self.scale_C is not None:
             weight_CW = self.ops.scale_rows(weight_CW, self.scale_C)

@@ -252,14 +252,21 @@ def _no_float8(run: Callable[..., Any], *args: Any, **options: Any) -> Callable[
     return lambda _: run(*args, **options)
 
 
+def _states(rows: int, pooled: bool, *shape: int) -> Tensor | PooledStates:
+    if not pooled:
+        return t(rows, *shape, dtype=F32)
+    places = t(rows, dtype=torch.int64)
+    return PooledStates(t(2 * rows + 1, *shape, dtype=F32), places, places, t(rows, dtype=torch.bool))
+
+
 def _delta(rows: int, tokens: int, each: bool) -> None:
     heads, size = 32, 128
-    x, state = t(tokens, 3 * heads * size), t(rows, 3 * heads * size, 3, dtype=F32)
+    x, state = t(tokens, 3 * heads * size), _states(rows, True, 3 * heads * size, 3)
     starts, weight = t(rows + 1, dtype=I32), t(3 * heads * size, 4, dtype=F32)
     mixed, _ = recurrent.causal_conv(x, weight, None, state, starts)
     q, k, v = (part.unflatten(-1, (heads, size)) for part in mixed.split(heads * size, -1))
     decay, beta = t(tokens, heads, *([size] if each else []), dtype=F32), t(tokens, heads, dtype=F32)
-    recurrent.gated_delta(q, k, v, decay, beta, t(rows, heads, size, size, dtype=F32), starts, size**-0.5)
+    recurrent.gated_delta(q, k, v, decay, beta, _states(rows, True, heads, size, size), starts, size**-0.5)
 
 
 def _odd_delta() -> None:
@@ -272,15 +279,8 @@ def _odd_delta() -> None:
 
 def _short_conv() -> None:
     """LFM2's, with a bias."""
-    starts, state = t(33, dtype=I32), t(32, 2048, 2, dtype=F32)
+    starts, state = t(33, dtype=I32), _states(32, True, 2048, 2)
     recurrent.causal_conv(t(32, 2048), t(2048, 3, dtype=F32), t(2048, dtype=F32), state, starts, silu=False)
-
-
-def _states(rows: int, pooled: bool, *shape: int) -> Tensor | PooledStates:
-    if not pooled:
-        return t(rows, *shape, dtype=F32)
-    places = t(rows, dtype=torch.int64)
-    return PooledStates(t(2 * rows + 1, *shape, dtype=F32), places, places, t(rows, dtype=torch.bool))
 
 
 def _mamba2(rows: int, tokens: int, heads: int, groups: int, state: int, dtype: torch.dtype = BF16) -> None:

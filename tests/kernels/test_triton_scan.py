@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 from triton_support import DTYPES, assert_close, need_interpreter
 
 from phloem.kernels import reference_scan as ref
@@ -27,9 +28,7 @@ def starts(lengths: list[int]) -> torch.Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
-def mamba2(
-    lengths: list[int], heads: int, size: int, groups: int, state: int, dtype: torch.dtype
-) -> list[torch.Tensor]:
+def mamba2(lengths: list[int], heads: int, size: int, groups: int, state: int, dtype: torch.dtype) -> list[Tensor]:
     """What the op is given: views of one wide tensor, as a layer has them."""
     tokens, inner, shared = sum(lengths), heads * size, groups * state
     mixed = torch.randn(tokens, inner + 2 * shared + 3).to(dtype)[:, : inner + 2 * shared]
@@ -74,7 +73,7 @@ def test_steps_and_decays_of_any_size_overflow_nothing() -> None:
     compare(scan.mamba2_scan(*given, 8), ref.mamba2_scan(*given), torch.float32)  # type: ignore[arg-type]
 
 
-def mamba1(lengths: list[int], channels: int, state: int, dtype: torch.dtype) -> list[torch.Tensor]:
+def mamba1(lengths: list[int], channels: int, state: int, dtype: torch.dtype) -> list[Tensor]:
     tokens = sum(lengths)
     x = torch.randn(tokens, channels + 5).to(dtype)[:, :channels]
     b, c = torch.randn(tokens, 2 * state + 3).to(dtype)[:, 3:].split(state, -1)

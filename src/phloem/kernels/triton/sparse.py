@@ -201,7 +201,7 @@ def _choose_best(
 
 def choose_keys(call: IndexCall, cache: Tensor, batch: PagedBatch, most: int = MOST_SCORES) -> Tensor:
     """As `reference_attention.choose_keys`, positions ascending; `most`: scores of the buffer."""
-    tokens, heads, size = call.q.shape
+    tokens = call.q.shape[0]
     out = torch.empty((tokens, call.count), dtype=torch.int32, device=call.q.device)
     decode, rows = batch.max_query_len == 1, batch.seq_lens.shape[0]
     block_n = 64

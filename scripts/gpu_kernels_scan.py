@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from phloem.kernels import reference_attention as attention_ref
+from phloem.kernels import reference_models as models_ref
 from phloem.kernels import reference_scan as scan_ref
 from phloem.kernels.calls import IndexCall, LatentCall, PooledStates
 
@@ -39,7 +40,7 @@ def _compared(k: Kernels, run: Callable[[Any], Any], want: Callable[[Tensor], An
 
 def mamba2(k: Kernels) -> Pairs:
     """Rows of one token; rows by chunks, by tokens and of none, heads that share b and c."""
-    from phloem.kernels.triton import scan
+    from phloem.kernels.triton import gates, scan
 
     heads, size, groups, state = (4, 20, 2, 24) if k.tiny else (64, 64, 8, 128)
     pairs: Pairs = []
@@ -49,7 +50,7 @@ def mamba2(k: Kernels) -> Pairs:
         decay, skip = -k.randn(heads, dtype=torch.float32).abs() * 4, k.randn(heads, dtype=torch.float32)
         dt, bias = k.randn(tokens, heads), k.randn(heads, dtype=torch.float32)
         steps = scan_ref.step_sizes(dt, bias, 1e-3, 0.5)
-        pairs.append((scan.step_sizes(dt, bias, 1e-3, 0.5), steps))
+        pairs.append((gates.step_sizes(dt, bias, 1e-3, 0.5), steps))
 
         def run(states: Any, x: Tensor = x, given: Any = (steps, decay, b, c, skip), begin: Tensor = begin) -> Any:
             return scan.mamba2_scan(x, *given, states, begin)
@@ -153,4 +154,37 @@ def chosen_keys(k: Kernels) -> Pairs:
     return pairs
 
 
-CHECKS = {"mamba2": mamba2, "mamba1": mamba1, "pooled_states": pooled_states, "chosen_keys": chosen_keys}
+def gates_and_norms(k: Kernels) -> Pairs:
+    """Decays of heads and of channels, norms of groups and of heads, tables of three positions."""
+    from phloem.kernels.triton import gates, rope
+
+    heads, size, tokens = (3, 24, 5) if k.tiny else (32, 128, 300)
+    pairs: Pairs = []
+    for own, log in (((heads,), k.randn(heads)), ((heads, size), k.randn(heads, 1))):
+        given = k.randn(tokens, *own, by=5), k.randn(tokens, heads), k.randn(*own).float(), log.float()
+        pairs += list(zip(gates.delta_gates(*given), scan_ref.delta_gates(*given), strict=True))
+    log = k.randn(heads, dtype=torch.float32)
+    pairs.append((gates.decays(log), scan_ref.decays(log)))
+    for first in (False, True):
+        x, gate = k.randn(tokens, heads * size), k.randn(tokens, heads * size + 8)[:, 8:]
+        weight = k.randn(heads * size, dtype=torch.float32)
+        for group in (0, size):
+            want = models_ref.gated_rms_norm(x.float(), gate, weight, 1e-6, group, first)
+            pairs.append((gates.gated_rms_norm(x, gate, weight, 1e-6, group, first), want))
+        by_head = x.unflatten(1, (heads, size)), gate.unflatten(1, (heads, size)), weight[:size], 1e-6, 0, first
+        want = models_ref.gated_rms_norm(by_head[0].float(), *by_head[1:])
+        pairs.append((gates.gated_rms_norm(*by_head), want))
+    positions, table = k.ints(0, 50, 3, tokens), k.randn(50, 2, 30, dtype=torch.float32)
+    for interleaved in (False, True):
+        given = positions, table, (8, 12, 10), interleaved
+        pairs += list(zip(rope.mrope_table(*given), models_ref.mrope_table(*given), strict=True))
+    return pairs
+
+
+CHECKS = {
+    "gates_and_norms": gates_and_norms,
+    "mamba2": mamba2,
+    "mamba1": mamba1,
+    "pooled_states": pooled_states,
+    "chosen_keys": chosen_keys,
+}

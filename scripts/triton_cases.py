@@ -20,6 +20,7 @@ from phloem.kernels.specs import ExpertSpec, RouterSpec
 from phloem.kernels.triton import (
     activation,
     attention,
+    gates,
     gemm_fp8,
     gemm_int,
     invariant,
@@ -124,6 +125,7 @@ def _rope(interleaved: bool, cache_dtype: torch.dtype, scaled: bool) -> None:
     rope.rope_(q, k, positions, cos_sin, interleaved)
     rope.write_kv(k, v, cache, cache, slots, scales)
     rope.rope_write_kv(q, k, v, Rotation(positions, cos_sin, interleaved), cache, cache, slots, scales)
+    rope.mrope_table(t(3, 64, dtype=I64), cos_sin, (16, 24, 24), interleaved)
     norms = Rotation(positions, cos_sin, interleaved, t(128), t(128), 1e-6)
     rope.rope_write_kv(q, k, v, norms, cache, cache, slots, scales)
 
@@ -265,7 +267,10 @@ def _delta(rows: int, tokens: int, each: bool) -> None:
     starts, weight = t(rows + 1, dtype=I32), t(3 * heads * size, 4, dtype=F32)
     mixed, _ = recurrent.causal_conv(x, weight, None, state, starts)
     q, k, v = (part.unflatten(-1, (heads, size)) for part in mixed.split(heads * size, -1))
-    decay, beta = t(tokens, heads, *([size] if each else []), dtype=F32), t(tokens, heads, dtype=F32)
+    own = (heads, size) if each else (heads,)
+    log = t(heads, *([1] if each else []), dtype=F32)
+    decay, beta = gates.delta_gates(t(tokens, *own), t(tokens, heads), t(*own, dtype=F32), log)
+    gates.gated_rms_norm(v, v, t(size, dtype=F32), 1e-6, 0, True)
     recurrent.gated_delta(q, k, v, decay, beta, _states(rows, True, heads, size, size), starts, size**-0.5)
 
 
@@ -290,7 +295,9 @@ def _mamba2(rows: int, tokens: int, heads: int, groups: int, state: int, dtype: 
     x, b, c, dt = mixed.split([inner, shared, shared, heads], -1)
     x, b, c = x.unflatten(-1, (heads, 64)), b.unflatten(-1, (groups, state)), c.unflatten(-1, (groups, state))
     vector, starts = t(heads, dtype=F32), t(rows + 1, dtype=I32)
-    steps = scan.step_sizes(dt, vector, 0.001, 0.1)
+    steps, vector = gates.step_sizes(dt, vector, 0.001, 0.1), gates.decays(vector)
+    for size, first in ((inner // groups, False), (inner // groups, True)):
+        gates.gated_rms_norm(t(tokens, inner, dtype=dtype), mixed[:, :inner], t(inner, dtype=F32), 1e-6, size, first)
     for pooled in (False, True):
         scan.mamba2_scan(x, steps, vector, b, c, vector, _states(rows, pooled, heads, 64, state), starts)
 
@@ -302,7 +309,7 @@ def _mamba1(rows: int, tokens: int, channels: int, dtype: torch.dtype = BF16) ->
         t(tokens, 288, dtype=dtype),
         t(rows + 1, dtype=I32),
     )
-    steps = scan.step_sizes(t(tokens, channels, dtype=dtype), t(channels, dtype=F32), 0.0, float("inf"))
+    steps = gates.step_sizes(t(tokens, channels, dtype=dtype), t(channels, dtype=F32), 0.0, float("inf"))
     rates, skip, (b, c) = t(channels, 16, dtype=F32), t(channels, dtype=F32), low[:, 256:].split(16, -1)
     for pooled in (False, True):
         scan.selective_scan(x, steps, rates, b, c, skip, _states(rows, pooled, channels, 16), starts)

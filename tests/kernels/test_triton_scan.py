@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 from triton_support import DTYPES, assert_close, need_interpreter
 
+from phloem.kernels import reference_models as models
 from phloem.kernels import reference_scan as ref
 from phloem.kernels.calls import PooledStates
 
 need_interpreter()
-from phloem.kernels.triton import recurrent, scan  # noqa: E402
+from phloem.kernels.triton import gates, recurrent, rope, scan  # noqa: E402
 
 OPS = {
-    **{name: getattr(scan, name) for name in ("mamba2_scan", "selective_scan", "step_sizes")},
+    **{name: getattr(scan, name) for name in ("mamba2_scan", "selective_scan")},
+    **{name: getattr(gates, name) for name in ("step_sizes", "decays", "delta_gates", "gated_rms_norm")},
     **{name: getattr(recurrent, name) for name in ("causal_conv", "gated_delta")},
 }
 
@@ -130,8 +132,63 @@ def test_no_rows_are_no_launch() -> None:
 def test_step_sizes(tokens: int, width: int, bounds: tuple[float, float], dtype: torch.dtype) -> None:
     dt = (torch.randn(tokens, width + 2) * 12).to(dtype)[:, 1 : 1 + width]
     bias = torch.randn(width)
-    got, want = scan.step_sizes(dt, bias, *bounds), ref.step_sizes(dt, bias, *bounds)
+    got, want = gates.step_sizes(dt, bias, *bounds), ref.step_sizes(dt, bias, *bounds)
     torch.testing.assert_close(got, want, atol=0.0, rtol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+@pytest.mark.parametrize(("heads", "each"), [(1, None), (33, None), (3, 20), (2, 300)])
+def test_delta_gates(tokens: int, heads: int, each: int | None, dtype: torch.dtype) -> None:
+    """Of heads, and of each entry of a key."""
+    own = (heads,) if each is None else (heads, each)
+    a, b = (
+        (torch.randn(tokens, heads * ((each or 1) + 1) + 3) * 6)
+        .to(dtype)[:, 3:]
+        .split([heads * (each or 1), heads], -1)
+    )
+    log = torch.randn(heads) if each is None else torch.randn(heads, 1)
+    given = a.unflatten(1, own), b, torch.randn(own), log
+    for got, want in zip(gates.delta_gates(*given), ref.delta_gates(*given), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-7, rtol=4e-6)
+    torch.testing.assert_close(gates.decays(log), ref.decays(log))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "group"), [((0, 8), 0), ((5, 60), 0), ((3, 72), 24), ((4, 3, 20), 0), ((2, 2, 300), 300)]
+)
+def test_gated_rms_norm(shape: tuple[int, ...], group: int, first: bool, dtype: torch.dtype) -> None:
+    """Of strided views: whole rows, groups of them, heads."""
+    x, gate = (torch.randn(*shape[:-1], 2 * shape[-1]).to(dtype)[..., shape[-1] :] for _ in range(2))
+    given = x, gate, torch.randn(shape[-1]), 1e-5, group, first
+    assert_close(gates.gated_rms_norm(*given), models.gated_rms_norm(*given), dtype)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("sections", [(2, 3, 3), (16, 24, 24), (5, 0, 6)])
+@pytest.mark.parametrize("tokens", [0, 1, 7])
+def test_table_of_three_positions(tokens: int, sections: tuple[int, ...], interleaved: bool) -> None:
+    positions, table = torch.randint(0, 40, (3, tokens + 2))[:, 1 : 1 + tokens], torch.randn(40, 2, sum(sections))
+    for got, want in zip(
+        rope.mrope_table(positions, table, sections, interleaved),
+        models.mrope_table(positions, table, sections, interleaved),
+        strict=True,
+    ):
+        assert torch.equal(got, want)
+
+
+def test_no_op_of_the_table_reads_values_but_that_over_whole_texts() -> None:
+    """Whose op is not called: their attention is torch's (`attention/_packed.py`)."""
+    from phloem.kernels import shapes_only
+    from phloem.kernels.ops import Ops
+    from phloem.kernels.triton.table import invariant_table, table
+
+    plain = Ops()
+    for made in (table(), invariant_table()):
+        left = {name for name in shapes_only._FORMS if getattr(made, name) is getattr(plain, name)}
+        assert left == {"packed_attention"}
 
 
 FAMILIES = ["mamba", "mamba2", "jamba", "falcon_h1", "nemotron_h"]

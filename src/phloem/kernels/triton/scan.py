@@ -390,39 +390,3 @@ def selective_scan(
             **early(out),
         )
     return out, held.result
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _step_sizes(
-    dt, bias, out, rows, width, stride, lowest, highest, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr
-):
-    """Grid (tiles of tokens, blocks of columns)."""
-    await_previous(PDL)
-    t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    some = (t < rows)[:, None] & (n < width)[None, :]
-    given = tl.load(dt + t[:, None] * stride + n[None, :], mask=some, other=0.0).to(tl.float32)
-    given += tl.load(bias + n, mask=n < width, other=0.0).to(tl.float32)[None, :]
-    soft = tl.maximum(given, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(given)))
-    # Where exp(x) is small, 1 + exp(x) would lose most of it: the series of the logarithm. Above 20 torch gives x.
-    low = tl.exp(tl.minimum(given, 0.0))
-    series = low * (1.0 - low * (1 / 2 - low * (1 / 3 - low * (1 / 4 - low * (1 / 5 - low / 6)))))
-    soft = tl.where(low < 0.0625, series, soft)
-    soft = tl.where(given > 20.0, given, soft)
-    soft = tl.minimum(tl.maximum(soft, lowest), highest)
-    tl.store(out + t[:, None] * width + n[None, :], soft, mask=some)
-
-
-def step_sizes(dt_TH: Tensor, bias_H: Tensor, lowest: float, highest: float) -> Tensor:
-    """As `reference_scan.step_sizes`."""
-    tokens, width = dt_TH.shape
-    out = torch.empty((tokens, width), dtype=torch.float32, device=dt_TH.device)
-    if out.numel():
-        block_n = min(256, power_of_2(width))
-        block_t = 1024 // block_n if block_n < 256 else 4
-        grid = ceil_div(tokens, block_t), ceil_div(width, block_n)
-        _step_sizes[grid](
-            dt_TH, bias_H, out, tokens, width, dt_TH.stride(0), float(lowest), float(highest),
-            BLOCK_T=block_t, BLOCK_N=block_n, **early(out),
-        )  # fmt: skip
-    return out

@@ -53,10 +53,12 @@ def mamba2(k: Kernels) -> Pairs:
         pairs.append((gates.step_sizes(dt, bias, 1e-3, 0.5), steps))
 
         def run(states: Any, x: Tensor = x, given: Any = (steps, decay, b, c, skip), begin: Tensor = begin) -> Any:
-            return scan.mamba2_scan(x, *given, states, begin)
+            rest: Any = (*given, states, begin)
+            return scan.mamba2_scan(x, *rest)
 
         def want(states: Tensor, x: Tensor = x, given: Any = (steps, decay, b, c, skip), begin: Tensor = begin) -> Any:
-            return scan_ref.mamba2_scan(x.float(), *given, states, begin)
+            rest: Any = (*given, states, begin)
+            return scan_ref.mamba2_scan(x.float(), *rest)
 
         pairs += _compared(k, run, want, len(counts), heads, size, state)
     return pairs
@@ -73,10 +75,12 @@ def mamba1(k: Kernels) -> Pairs:
         given = k.randn(tokens, channels, dtype=torch.float32).abs(), decay, b, c, skip
 
         def run(states: Any, x: Tensor = x, given: Any = given, begin: Tensor = begin) -> Any:
-            return scan.selective_scan(x, *given, states, begin)
+            rest: Any = (*given, states, begin)
+            return scan.selective_scan(x, *rest)
 
         def want(states: Tensor, x: Tensor = x, given: Any = given, begin: Tensor = begin) -> Any:
-            return scan_ref.selective_scan(x.float(), *given, states, begin)
+            rest: Any = (*given, states, begin)
+            return scan_ref.selective_scan(x.float(), *rest)
 
         pairs += _compared(k, run, want, len(counts), channels, state)
     return pairs

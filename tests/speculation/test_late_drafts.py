@@ -33,7 +33,7 @@ PLAIN: dict[str, Any] = {
     "debug_invariants": True,
 }
 PROMPTS = ["the dog a page table ", "Paris is sugar, and sugar is 1 2 3", "x", "the dog a page table and sugar"]
-SCHEMA = '{"type": "array", "items": {"enum": ["xx", "yy"]}, "minItems": 2, "maxItems": 5}'
+SCHEMA = '{"type": "array", "items": {"enum": ["xx", "yy"]}, "minItems": 1, "maxItems": 2}'
 GREEDY: dict[str, Any] = {"max_new_tokens": 24, "temperature": 0.0, "ignore_eos": True}
 DRAWN: dict[str, Any] = {"max_new_tokens": 24, "temperature": 0.9, "sampling_seed": 3, "ignore_eos": True}
 ASKED: dict[str, list[dict[str, Any]]] = {
@@ -41,9 +41,9 @@ ASKED: dict[str, list[dict[str, Any]]] = {
     "drawn": [DRAWN, {**DRAWN, "top_k": 9}, GREEDY, {**DRAWN, "top_p": 0.8}],
     "looked at": [
         {**GREEDY, "ignore_eos": False, "json_schema": SCHEMA},
-        {**DRAWN, "frequency_penalty": 1.5},
+        {**DRAWN, "frequency_penalty": 1.5, "max_new_tokens": 9},
         GREEDY,
-        {**DRAWN, "max_new_tokens": 60},
+        {**DRAWN, "max_new_tokens": 100},
     ],
 }
 

@@ -167,7 +167,8 @@ def test_passes_of_a_model_that_drafts_are_recorded_on_a_device(tmp_path: Path, 
         assert prepared is not None
         slots: Any = SimpleNamespace(columns=SimpleNamespace(greedy=np.ones(4, bool)))
         with torch.inference_mode():
-            made = prepared.make(slots, LastTokens(4, CPU, False, None, drafts=8)).run(batch_of([3, 2, 3], [1, 4, 1]))[0]
+            last = LastTokens(4, CPU, False, None, drafts=8)
+            made = prepared.make(slots, last).run(batch_of([3, 2, 3], [1, 4, 1]))[0]
         found.append((made.input_ids.tolist(), prepared.recorded, [d.name for d in decisions]))
     (drafts, ways, names), (wanted, none, _) = found
     assert drafts == wanted and not none

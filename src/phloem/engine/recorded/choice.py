@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from phloem.core import resolve
-from phloem.core.memory import Latent
 from phloem.core.resolve import Decision
 from phloem.engine.recorded.agreed import AgreedRecorder
 from phloem.engine.recorded.decode import DecodeGraphs
 from phloem.engine.recorded.flexible import FlexibleSteps
 from phloem.engine.recorded.pieces import PieceGraphs
+from phloem.kernels.shapes_only import reads_values
+from phloem.layers.weight import Layer
 from phloem.models import CutModel
 from phloem.utils import log
 
@@ -182,6 +183,12 @@ def _no_recorder(runtime: RuntimeConfig, place: Place) -> str:
     return "as asked" if runtime.disable_step_graph else place.eager or f"the op table {place.ops.name!r} cannot record"
 
 
+def _reading(place: Place) -> list[str]:
+    """The ops that its rows go through and no recording on a device can hold; between pieces they run eagerly."""
+    parts = place.model.parts() if isinstance(place.model, Layer) else ()
+    return sorted({name for part in parts for name in part.row_ops if reads_values(place.ops, name)})
+
+
 def _decode(
     runtime: RuntimeConfig,
     recorder: GraphRecorder | None,
@@ -195,6 +202,8 @@ def _decode(
         refusal = _no_recorder(runtime, place)
     elif not backend.recordable:
         refusal = f"the attention backend {backend.name!r} plans each step on the host"
+    elif recorder.cuts and (reads := _reading(place)):
+        refusal = f"{', '.join(reads)} of the op table {place.ops.name!r} read values on the host"
     if recorder is None or refusal is not None:
         decisions.append(Decision("step_graphs", "off", refusal or ""))
         return None
@@ -220,12 +229,8 @@ def _pieces(
         refusal = f"the op table {place.ops.name!r} records whole decode steps; {why}"
     elif not isinstance(model, CutModel):
         refusal = "the model does not say where its last attention ends"
-    elif any(group.kind == "state" for group in place.pool.groups):
-        refusal = "recurrent layers do not run between pieces"
     elif any(group.kind == "cross" for group in place.pool.groups):
         refusal = "cross-attention does not run between pieces"
-    elif any(isinstance(spec, Latent) for spec in place.pool.memory):
-        refusal = "latent attention does not run between pieces"
     decision = resolve.piecewise_tokens(refusal, runtime.piecewise_graph_max_tokens, chunk)
     decisions.append(decision)
     if refusal is not None or recorder is None or not isinstance(model, CutModel):

@@ -22,8 +22,8 @@ from phloem.core.config import Config
 from phloem.core.request import SamplingParams
 from phloem.core.resolve import Decision
 from phloem.engine.recorded import choice
-from phloem.engine.recorded.looks import Looks
 from phloem.engine.recorded.between import Between
+from phloem.engine.recorded.looks import Looks
 from phloem.engine.recorded.pieces import PieceGraphs, token_buckets
 from phloem.engine.runner import ModelRunner
 from phloem.kernels import reference as ref

@@ -4,21 +4,17 @@ eager ones, bit for bit: tokens, log probabilities, hidden states, and everythin
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from pools import pool_for
-from recorded_support import OPS, READING, STEPS, batches
+from recorded_support import OPS, STEPS, batches
 from tape import TapeRecorder
 
 from phloem.attention import BACKENDS
 from phloem.checkpoint.describe import describe
 from phloem.core.batch import StepOutput
-from phloem.core.config import Config
-from phloem.core.resolve import Decision
-from phloem.engine.recorded import choice
 from phloem.engine.recorded.decode import DecodeGraphs
 from phloem.engine.recorded.pieces import PieceGraphs
 from phloem.engine.runner import ModelRunner

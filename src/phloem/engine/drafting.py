@@ -89,8 +89,7 @@ class Loaded:
 
     model: DraftModel
     first: int  # the pool index of its first memory
-    # What a pass leaves [L, N] for the first memory of the next positions; None: it reads nothing there.
-    carries: Callable[[], Tensor | None] | None
+    carries: bool  # what a pass gives [L, N] stands in its first memory at the next positions, for the next pass
     decision: Decision
     tree: TreeShape | None = None  # it drafts trees of this shape; None: chains
     block: Block | None = None  # it drafts all at once; None: token by token
@@ -113,6 +112,7 @@ class DraftWork:
         last: LastTokens,
     ) -> None:
         self._model, self._carries = loaded.model, loaded.carries
+        self._passed_LN: Tensor | None = None  # of the last pass, until another one is run
         self._forward, self._ops, self._pool, self._slots = forward, ops, pool, slots
         self._last = last
         if last.host is None:  # the last draft of each slot, which the device alone knows, beside the last token
@@ -201,7 +201,8 @@ class DraftWork:
 
     def _passed(self, part: Batch) -> Tensor:
         """Hidden states [L, N] of the rows that want a draft."""
-        return self._forward.run(Step(part, Wanted.of(part), self._pool, self._last), _nothing)
+        self._passed_LN = self._forward.run(Step(part, Wanted.of(part), self._pool, self._last), _nothing)
+        return self._passed_LN
 
     def _carry(self, batch: Batch, rows: NDArray[np.intp], positions: NDArray[np.int32], on: NDArray[np.bool_]) -> None:
         """Of the rows that go on, what the pass gave stands where the next one reads the model's state."""
@@ -210,13 +211,13 @@ class DraftWork:
 
     def _carried(self, table: NDArray[np.int32], positions: NDArray[np.int32], index: NDArray[np.int64]) -> None:
         """Put what the pass gave for these of its rows into these positions of page tables [n, P]."""
-        carried_LN = None if self._carries is None else self._carries()
-        if carried_LN is None:
+        if not self._carries:
             return
+        assert self._passed_LN is not None
         pages, offsets = np.divmod(positions, self._pool.page_size)
         places = (table[np.arange(len(table)), pages] * self._pool.page_size + offsets).astype(np.int32)
         slots_n, index_n = self._last.up([places, index])
-        kept_nN = carried_LN[index_n]
+        kept_nN = self._passed_LN[index_n]
         first, second = (half.unsqueeze(1) for half in kept_nN.chunk(2, -1))
         self._ops.write_kv(first, second, self._pool.keys[0], self._pool.values[0], slots_n)
 

@@ -162,7 +162,8 @@ class TreeWork(DraftWork):
             for group, whole in enumerate(batch.tables)
         )
         came = [tip.source.place for tip in tips if tip.source is not None]
-        self._carried(tables[self._group], positions, np.array(came, np.int64))
+        places = self._places(tables[self._group], positions, np.array(came, np.int64))
+        self._carried(self._last.up(places) if places else [])
         ids, ones = np.array([tip.growth.tokens[tip.node] for tip in tips], np.int32), np.ones(len(tips), np.int32)
         part = replace(self._part(batch, rows, (positions, ones, ids), ones > 0), tables=tables)
         self._sprout(batch, tips, self._passed(part), depth)

@@ -154,11 +154,11 @@ class Layer:
 
     row_ops: ClassVar[tuple[str, ...]] = ()  # of the op table, those that it calls which go through a step's rows
 
-    def parts(self) -> Iterator[Layer]:
+    def every_layer(self) -> Iterator[Layer]:
         """It, and every layer below it."""
         yield self
         for part in _layers(vars(self).values()):
-            yield from part.parts()
+            yield from part.every_layer()
 
     def weights(self) -> Iterator[Weight]:
         """Every slot below this layer, each once, in the order of declaration."""

@@ -103,8 +103,7 @@ def choose(
 
     `running`: most rows of a decode step; `pages`: most pages of a row; `chunk`: most tokens of a step.
     """
-    off = runtime.disable_step_graph or place.eager or place.ops.recorder is None
-    recorder = None if off or place.ops.recorder is None else place.ops.recorder()
+    recorder = _recorder(runtime, place)
     decode = _decode(runtime, recorder, place, running, pages, decisions)
     if decode is not None and recorder is not None and recorder.resizes:
         tokens = min(chunk, FLEXIBLE_TOKENS)
@@ -127,9 +126,20 @@ def choose(
     return [way for way in (shared, decode, pieces) if way is not None]
 
 
+def in_pieces(runtime: RuntimeConfig, place: Place, chunk: int, decisions: list[Decision]) -> list[RecordedWay]:
+    """Steps of a model that has none but those that run in pieces, where it can."""
+    pieces = _pieces(runtime, _recorder(runtime, place), place, chunk, False, decisions)
+    return [] if pieces is None else [pieces]
+
+
 def shared_ways(ways: Sequence[RecordedWay]) -> list[SharedWay]:
     """Those of them, in their order."""
     return [way for way in ways if isinstance(way, DecodeGraphs | PieceGraphs)]
+
+
+def _recorder(runtime: RuntimeConfig, place: Place) -> GraphRecorder | None:
+    off = runtime.disable_step_graph or place.eager or place.ops.recorder is None
+    return None if off or place.ops.recorder is None else place.ops.recorder()
 
 
 def _agreed(recorder: GraphRecorder, place: Place, budget: int | None) -> GraphRecorder:
@@ -185,7 +195,7 @@ def _no_recorder(runtime: RuntimeConfig, place: Place) -> str:
 
 def _reading(place: Place) -> list[str]:
     """The ops that its rows go through and no recording on a device can hold; between pieces they run eagerly."""
-    parts = place.model.parts() if isinstance(place.model, Layer) else ()
+    parts = place.model.every_layer() if isinstance(place.model, Layer) else ()
     return sorted({name for part in parts for name in part.row_ops if reads_values(place.ops, name)})
 
 

@@ -90,7 +90,7 @@ class Head:
     def drafts(self, *plans: tuple[list[int], list[int], int]) -> list[list[list[int]]]:
         """Of steps with these (drafts wanted, tokens read, known tokens) of each row: ids, how many, parents."""
         columns = SimpleNamespace(greedy=np.ones(ROWS, bool))
-        last = LastTokens(ROWS, CPU, False, None)
+        last = LastTokens(ROWS, CPU, False, None, drafts=8)
         found = []
         with torch.inference_mode():
             work: DraftWork = self.prepared.make(SimpleNamespace(columns=columns), last)  # type: ignore[arg-type]

@@ -196,13 +196,13 @@ class Between:
     ) -> Tensor:
         self._look()
         hold, out_BHD = self.cut.hold, self.out("latent", (q_nope.shape[1], call.w_uv.shape[2]), q_nope)
-        held = hold(q_nope), hold(q_rope), hold(latent)
+        q_nope, q_rope, latent = hold(q_nope), hold(q_rope), hold(latent)
         of = next((number for number, mark in self._marks.items() if mark is chosen), None)
 
         def attend() -> None:
             which = None if of is None else self._chosen[of]
-            made = self.step.attend_latent(pool, *(self.true(x) for x in held), call, which)
-            self.true(out_BHD).copy_(made)
+            nope, rope, new = self.true(q_nope), self.true(q_rope), self.true(latent)
+            self.true(out_BHD).copy_(self.step.attend_latent(pool, nope, rope, new, call, which))
 
         self.eagerly(attend)
         return out_BHD

@@ -3,6 +3,7 @@ passes give, bit for bit; recordings fail, are left and are given up as those of
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +36,7 @@ from phloem.speculation.drafters import loader
 from phloem.testing.checkpoints import tiny_checkpoint
 
 CPU = torch.device("cpu")
+READS = ("cpu", "numpy", "tolist", "item", "__bool__", "__int__", "__index__")
 PAGES, ROWS, CHUNK = 8, 4, 24
 
 
@@ -87,20 +89,21 @@ class Head:
         assert prepared is not None
         self.prepared, self.ways = prepared, prepared.recorded
 
+    def work(self, last: LastTokens) -> DraftWork:
+        slots: Any = SimpleNamespace(columns=SimpleNamespace(greedy=np.ones(ROWS, bool)))
+        return self.prepared.make(slots, last)
+
     def drafts(self, *plans: tuple[list[int], list[int], int]) -> list[list[list[int]]]:
         """Of steps with these (drafts wanted, tokens read, known tokens) of each row: ids, how many, parents."""
-        columns = SimpleNamespace(greedy=np.ones(ROWS, bool))
-        last = LastTokens(ROWS, CPU, False, None, drafts=8)
-        found = []
+        found, work = [], self.work(LastTokens(ROWS, CPU, False, None, drafts=8))
         with torch.inference_mode():
-            work: DraftWork = self.prepared.make(SimpleNamespace(columns=columns), last)  # type: ignore[arg-type]
             for counts, lens, known in plans:
-                made = work.run(self._batch(counts, lens, known))[0]
+                made = work.run(self.batch(counts, lens, known))[0]
                 parents = [] if made.parents is None else made.parents.tolist()
                 found.append([made.input_ids.tolist(), made.query_lens.tolist(), parents])
         return found
 
-    def _batch(self, counts: list[int], lens: list[int], known: int) -> Batch:
+    def batch(self, counts: list[int], lens: list[int], known: int) -> Batch:
         rows, ids = len(counts), np.arange(20, 20 + sum(lens), dtype=np.int32)
         ones = np.ones(rows, np.int32)
         starts = np.array([known - length for length in lens], np.int32)
@@ -187,3 +190,30 @@ def test_what_cannot_be_recorded_runs_eagerly(tmp_path: Path) -> None:
             way.graphs.record_all()
         assert way.graphs.facts()["recorded"] == way.graphs.facts()["sizes"]
     assert left.drafts(*PLANS) == Head("eagle", files, None).drafts(*PLANS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
+def test_a_pass_makes_two_copies_and_waits_for_nothing(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its inputs up, and where its drafts and what it leaves go."""
+    pytest.importorskip("transformers")
+    head, last = Head(kind, KINDS[kind][1](tmp_path), TapeRecorder()), LastTokens(ROWS, CPU, False, None, drafts=8)
+    seen: Counter[str] = Counter()
+
+    def counted(real: Any, name: str) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            seen[name] += 1
+            return real(*args, **options)
+
+        return call
+
+    last.up, last.into, last.down = (counted(getattr(last, name), name) for name in ("up", "into", "down"))
+    work, batch = head.work(last), head.batch([3, 3, 3], [1, 1, 1], 9)
+    for name in READS:
+        monkeypatch.setattr(torch.Tensor, name, counted(getattr(torch.Tensor, name), name))
+    with torch.inference_mode():
+        made, _ = work.run(batch, late=True)
+    monkeypatch.undo()
+    assert seen == {"into": 3, "up": 3} and made.query_lens.tolist() == [4, 4, 4]

@@ -93,9 +93,9 @@ class Head:
         slots: Any = SimpleNamespace(columns=SimpleNamespace(greedy=np.ones(ROWS, bool)))
         return self.prepared.make(slots, last)
 
-    def drafts(self, *plans: tuple[list[int], list[int], int]) -> list[list[list[int]]]:
+    def drafts(self, *plans: tuple[list[int], list[int], int], on_host: bool = False) -> list[list[list[int]]]:
         """Of steps with these (drafts wanted, tokens read, known tokens) of each row: ids, how many, parents."""
-        found, work = [], self.work(LastTokens(ROWS, CPU, False, None, drafts=8))
+        found, work = [], self.work(LastTokens(ROWS, CPU, on_host, None, drafts=8))
         with torch.inference_mode():
             for counts, lens, known in plans:
                 made = work.run(self.batch(counts, lens, known))[0]
@@ -217,3 +217,14 @@ def test_a_pass_makes_two_copies_and_waits_for_nothing(
         made, _ = work.run(batch, late=True)
     monkeypatch.undo()
     assert seen == {"into": 3, "up": 3} and made.query_lens.tolist() == [4, 4, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["eagle", "eagle3", "eagle, trees", "dflash"])
+def test_a_device_drafts_what_the_host_does(kind: str, tmp_path: Path) -> None:
+    """Trees too, whose drafts are gone on from where the device chooses: nodes, parents and what is kept."""
+    pytest.importorskip("transformers")
+    files = KINDS[kind][1](tmp_path)
+    there, here = Head(kind, files, None), Head(kind, files, None)
+    assert there.drafts(*PLANS) == here.drafts(*PLANS, on_host=True)
+    same_memory(there.pool, here.pool)

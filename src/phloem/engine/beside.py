@@ -15,6 +15,7 @@ from phloem.engine.blocks import BlockWork
 from phloem.engine.drafting import DraftWork
 from phloem.engine.forward import Eager, Forward
 from phloem.engine.growing import TreeWork
+from phloem.engine.growing_late import LateTrees
 from phloem.engine.recorded import choice
 from phloem.engine.recorded.pieces import PieceGraphs
 from phloem.models._common import Decoder
@@ -117,7 +118,8 @@ def prepare(loaded: Loaded | None, place: Place, decisions: list[Decision]) -> P
             return BlockWork(loaded, forward, backend, pool, slots, last, model, pieces)
         if loaded.tree is None:
             return DraftWork(loaded, forward, backend.ops, pool, slots, last)
-        return TreeWork(loaded, forward, backend.ops, pool, slots, last, given)
+        kind = TreeWork if last.host is not None else LateTrees
+        return kind(loaded, forward, backend.ops, pool, slots, last, given)
 
     return Prepared(loaded, make, given, tuple(ways))
 

@@ -32,7 +32,7 @@ from phloem.kvcache.pool import KVPool
 from phloem.layers.context import BuildContext
 from phloem.models import load_model
 from phloem.platforms._facts import StepFacts
-from phloem.speculation.drafters import loader
+from phloem.speculation import assemble
 from phloem.testing.checkpoints import tiny_checkpoint
 
 CPU = torch.device("cpu")
@@ -71,7 +71,9 @@ class Head:
         ctx = BuildContext(ops, torch.float32, CPU)
         self.model: Any = load_model(target, ctx)
         wanted = Wanted(algorithm, draft_model=None if algorithm == "mtp" else str(head), **{"drafts": 3, **options})
-        self.loaded = loader(algorithm)(wanted, target).load(self.model, ctx, 512)
+        load = assemble.beside(wanted, target)
+        assert load is not None
+        self.loaded = load(self.model, ctx, 512)
         spare = 0 if self.loaded.tree is None else self.loaded.tree.spare_pages(4)
         self.pool = pool_for(self.model.memory, 40 + spare, 4, torch.float32, CPU)
         generator = torch.Generator().manual_seed(5)
@@ -90,7 +92,8 @@ class Head:
         self.prepared, self.ways = prepared, prepared.recorded
 
     def work(self, last: LastTokens) -> DraftWork:
-        slots: Any = SimpleNamespace(columns=SimpleNamespace(greedy=np.ones(ROWS, bool)))
+        greedy = SimpleNamespace(greedy=np.ones(ROWS, bool), temperature=np.zeros(ROWS, np.float32))
+        slots: Any = SimpleNamespace(columns=greedy)
         return self.prepared.make(slots, last)
 
     def drafts(self, *plans: tuple[list[int], list[int], int], on_host: bool = False) -> list[list[list[int]]]:
@@ -192,15 +195,9 @@ def test_what_cannot_be_recorded_runs_eagerly(tmp_path: Path) -> None:
     assert left.drafts(*PLANS) == Head("eagle", files, None).drafts(*PLANS)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
-def test_a_pass_makes_two_copies_and_waits_for_nothing(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its inputs up, and where its drafts and what it leaves go."""
-    pytest.importorskip("transformers")
-    head, last = Head(kind, KINDS[kind][1](tmp_path), TapeRecorder()), LastTokens(ROWS, CPU, False, None, drafts=8)
-    seen: Counter[str] = Counter()
+def counted_run(head: Head, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often a step of three rows with three drafts sends something up, and reads something."""
+    last, seen = LastTokens(ROWS, CPU, False, None, drafts=8), Counter[str]()
 
     def counted(real: Any, name: str) -> Any:
         def call(*args: Any, **options: Any) -> Any:
@@ -216,7 +213,29 @@ def test_a_pass_makes_two_copies_and_waits_for_nothing(
     with torch.inference_mode():
         made, _ = work.run(batch, late=True)
     monkeypatch.undo()
-    assert seen == {"into": 3, "up": 3} and made.query_lens.tolist() == [4, 4, 4]
+    assert made.query_lens.tolist() == [4, 4, 4]
+    return seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
+def test_a_pass_makes_two_copies_and_waits_for_nothing(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its inputs up, and where its drafts and what it leaves go."""
+    pytest.importorskip("transformers")
+    head = Head(kind, KINDS[kind][1](tmp_path), TapeRecorder())
+    assert counted_run(head, monkeypatch) == {"into": 3, "up": 3}
+
+
+@pytest.mark.slow
+def test_a_tree_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    head = Head("eagle, trees", KINDS["eagle, trees"][1](tmp_path), TapeRecorder())
+    found = counted_run(head, monkeypatch)
+    assert found["into"] == 3 and {name: found[name] for name in READS if found[name]} == {"cpu": 1, "numpy": 1}
+    # Of each pass but the first: where to choose from, pages, and tokens and places; of each how likely tokens are.
+    assert found["up"] <= 3 + 2 * 3
 
 
 @pytest.mark.slow

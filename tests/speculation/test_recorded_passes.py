@@ -3,6 +3,8 @@ passes give, bit for bit; recordings fail, are left and are given up as those of
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -247,3 +249,23 @@ def test_a_device_drafts_what_the_host_does(kind: str, tmp_path: Path) -> None:
     there, here = Head(kind, files, None), Head(kind, files, None)
     assert there.drafts(*PLANS) == here.drafts(*PLANS, on_host=True)
     same_memory(there.pool, here.pool)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["eagle, trees", "dflash"])
+def test_what_ends_leaves_no_graphs(kind: str, tmp_path: Path) -> None:
+    """They go with the last reference, without the collector."""
+    pytest.importorskip("transformers")
+    head = Head(kind, KINDS[kind][1](tmp_path), TapeRecorder())
+    work = head.work(LastTokens(ROWS, CPU, False, None, drafts=8))
+    with torch.inference_mode():
+        work.run(head.batch([3, 1], [1, 4], 9))
+    graphs = [weakref.ref(step.graph) for way in head.ways for step in way.graphs._steps.values()]
+    assert graphs and all(one() is not None for one in graphs)
+    gc.collect()
+    gc.disable()
+    try:
+        del head, work
+        assert [one() for one in graphs] == [None] * len(graphs)
+    finally:
+        gc.enable()

@@ -140,14 +140,22 @@ def bench_pieces(dummy: Dummy, counts: list[int], seconds: float) -> list[dict[s
     return rows
 
 
-def _runner(dummy: Dummy, rows: int, context: int) -> Any:
+def _runner(dummy: Dummy, rows: int, context: int, sizes: list[int]) -> tuple[Any, dict[str, Any]]:
+    """A runner whose decode steps of these sizes are recorded by now (on a card it would record in pauses, of which a
+    measurement has none), and what became of the recordings."""
     from phloem.engine.runner import ModelRunner
     from phloem.platforms._facts import StepFacts
 
     streams = gpu_card.CARD.streams()
     facts = StepFacts(records_idle=streams is not None)
+    way = dummy.graphs(rows, context)
+    way.graphs.sizes[:] = sizes
+    with torch.inference_mode():
+        way.graphs.record_all()
+    told = {"recorded": [size for size in sizes if way.graphs.refusal(size) is None]}
+    told |= {"given_up": dict(way.graphs.given_up)} if way.graphs.given_up else {}
     whole = dummy.model, dummy.backend, dummy.pool, dummy.ops
-    return ModelRunner(*whole, rows, facts=facts, recorded=[dummy.graphs(rows, context)], streams=streams)
+    return ModelRunner(*whole, rows, facts=facts, recorded=[way], streams=streams), told
 
 
 def bench_runner(dummy: Dummy, rows: int, context: int, steps: int, device_ms: float) -> dict[str, Any]:
@@ -160,7 +168,7 @@ def bench_runner(dummy: Dummy, rows: int, context: int, steps: int, device_ms: f
     from phloem.core.batch import Admission
     from phloem.core.request import SamplingParams
 
-    runner = _runner(dummy, rows, context + steps + 64)
+    runner, graphs = _runner(dummy, rows, context + steps + 64, [rows])
     width = -(-(context + steps + 8) // dummy.page_size)
     table = (np.arange(rows * width) % (dummy.pool.num_pages[0] - 1) + 1).reshape(rows, width).astype(np.int32)
     slots, ones = np.arange(rows, dtype=np.int32), np.ones(rows, np.int32)
@@ -191,14 +199,14 @@ def bench_runner(dummy: Dummy, rows: int, context: int, steps: int, device_ms: f
         return time.perf_counter() - begun
 
     try:
-        warm = min(8, steps // 2)  # the policy records the graph in these
+        warm = min(8, steps // 2)
         run(0, warm)
         wall = run(warm, steps) / (steps - warm)
         last = min(steps, warm + TRACED_STEPS)
         seen = device_figures(gpu_card.CARD.trace(lambda: run(warm, last)), last - warm, top=5)
     finally:
         runner.close()
-    found = {"rows": rows, "context": context, "wall_ms": wall * 1e3, "tok_per_s": rows / wall}
+    found = {"rows": rows, "context": context, "wall_ms": wall * 1e3, "tok_per_s": rows / wall, "graphs": graphs}
     if seen is None:
         return {**found, "gpu_idle": max(0.0, 1 - device_ms / 1e3 / wall)}
     return {**found, "gpu_idle": seen["device_idle"], "launches": seen["launches"], "top_kernels": seen["top"]}
@@ -238,7 +246,8 @@ def bench_serving(dummy: Dummy, rate: float, seconds: float, prompt: int, output
     from phloem.scheduler.scheduler import Scheduler, ScheduleSettings
 
     vocab, context = dummy.config["vocab_size"], prompt + output + 64
-    runner = _runner(dummy, running, context)
+    sizes = [1 << power for power in range(running.bit_length()) if 1 << power < running]
+    runner, graphs = _runner(dummy, running, context, [*sizes, running])
     came: dict[str, float] = {}
     seen: dict[str, list[float]] = {}
     failures: list[str] = []
@@ -280,6 +289,7 @@ def bench_serving(dummy: Dummy, rate: float, seconds: float, prompt: int, output
     gaps = [b - a for times in seen.values() for a, b in pairwise(times)]
     return {
         "rate": rate,
+        "graphs": graphs,
         "requests": len(arrivals),
         "failed": len(failures),
         "failures": sorted(set(failures))[:3],

@@ -1,4 +1,4 @@
-"""What the sections of scripts/gpu_check.py ask of a card beside running kernels, and what stands in for it in a dry run.
+"""What the sections of scripts/gpu_check.py ask of a card beside running kernels; a dry run has something in its place.
 
 Nothing else asks whether there is a card: a dry run goes through the same lines as a run on one, with events that read
 the host's clock, memory of a card that is pretended, and a trace in which the host's operators stand for kernels.

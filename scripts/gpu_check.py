@@ -106,12 +106,12 @@ class Check:
         return 0
 
     def wanted(self) -> list[str]:
+        """Sections by the order of the plan. A section's own name means that one alone, else all that begin so."""
         names = of_call(self.args.call) if self.args.call else list(SECTIONS)
         only = [one for one in self.args.only.split(",") if one]
-        # A section's own name means that one alone, else every one that begins so.
-        return [
-            name for name in names if not only or any(name == one or (one not in SECTIONS and name.startswith(one)) for one in only)
-        ]
+        exact = {one for one in only if one in SECTIONS}
+        begin = tuple(one for one in only if one not in SECTIONS)
+        return [name for name in names if not only or name in exact or (begin and name.startswith(begin))]
 
     def run(self) -> None:
         for name in self.wanted():
@@ -119,7 +119,7 @@ class Check:
         self.write()
 
     def section(self, name: str) -> None:
-        """Run one section, if the card and the time suffice; whatever comes of it is noted, and the next one can run."""
+        """Run one section, if the card and the time suffice; what comes of it is noted, and the next one can run."""
         one, needs = SECTIONS[name], SECTIONS[name].seconds * (0.0 if self.tiny else 0.6)
         why = fits(one, self.report["machine"].get("memory_gib", 0.0))
         if not why and self.left - ENDING < needs:
@@ -189,17 +189,9 @@ class Check:
         rows: list[dict[str, Any]] = self.report.setdefault(name, [])
 
         def answered(question: dict[str, Any], answer: dict[str, Any] | str) -> None:
-            why = answer if isinstance(answer, str) else answer.get("failed") or ""
-            found = [] if isinstance(answer, str) else answer.get("outcomes", [])
-            if dead := "" if isinstance(answer, str) else answer.get("dead", ""):
-                if not any(not row["ok"] for row in found):
-                    why = f"afterwards the device did no more: {dead}"
-            if why:
-                label = f"{question['name']} ({question['dtype']})"
-                blank = {"error": float("inf"), "limit": 0.0, "seconds": 0.0}
-                found = [*found, {"name": label, "ok": False, **blank, "message": why[:1000]}]
+            found = outcomes(question, answer)
             for row in found:
-                error = f"error {row['error']:.2g} (limit {row['limit']:.2g})"
+                error = "" if row["error"] is None else f"error {row['error']:.2g} (limit {row['limit']:.2g})"
                 print(f"  {'ok' if row['ok'] else 'WRONG':5} {row['name']:44} {error} {row['message']}", flush=True)
             rows.extend(found)
             self.write(often=True)
@@ -229,7 +221,7 @@ class Check:
     def _clean(self, name: str, memory: set[str]) -> None:
         """End what a section left running, and remove what it left lying."""
         left = [f"ended {line}" for line in gpu_watch.end(self._mark)]
-        left += [f"removed {MEMORY_PLACE}/{one}" for one in gpu_watch.forget(memory, everything=not self.tiny)]
+        left += [f"removed {gpu_watch.MEMORY}/{one}" for one in gpu_watch.forget(memory, everything=not self.tiny)]
         shutil.rmtree(self._place / name, ignore_errors=True)
         if left:
             self.report["left"][name] = "; ".join(left)
@@ -254,7 +246,21 @@ class Check:
         shutil.rmtree(self._place, ignore_errors=True)
 
 
-MEMORY_PLACE = gpu_watch.MEMORY
+def outcomes(question: dict[str, Any], answer: dict[str, Any] | str) -> list[dict[str, Any]]:
+    """The rows of one question. `answer` is a text where there came none: why."""
+    if isinstance(answer, str):
+        found, why = [], answer
+    else:
+        found, why = list(answer.get("outcomes", [])), str(answer.get("failed", ""))
+        if "dead" in answer and not why and all(row["ok"] for row in found):
+            if found:
+                found[-1] |= {"ok": False, "message": f"afterwards the device did no more: {answer['dead']}"}
+            else:
+                why = f"the device did no more: {answer['dead']}"
+    if why:
+        name = f"{question['name']} ({question['dtype']})"
+        found.append({"name": name, "ok": False, "error": None, "limit": None, "seconds": None, "message": why[:1000]})
+    return found
 
 
 def commit(args: argparse.Namespace) -> str:
@@ -279,7 +285,9 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=CALL_SECONDS, help="it has ended by then")
     parser.add_argument("--limit", type=float, default=0.0, help="seconds for each section; default: by the plan")
     parser.add_argument("--question", type=float, default=0.0, help=f"seconds for a kernel or model: {QUESTION:.0f}")
-    parser.add_argument("--workers", type=int, default=0, help=f"that check kernels beside each other: {WORKERS}, dry 1")
+    parser.add_argument(
+        "--workers", type=int, default=0, help=f"that check kernels beside each other: {WORKERS}, dry 1"
+    )
     parser.add_argument("--commit", default="", help="of what is checked, where git cannot be asked")
     parser.add_argument("--engine-device", default="", help="of the engines that are started")
     parser.add_argument("--pretend-gib", type=float, default=141.0, help="the memory of a dry run's card")

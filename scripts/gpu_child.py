@@ -1,4 +1,4 @@
-"""A section of scripts/gpu_check.py in a process of its own, or a worker that answers for one kernel or model at a time.
+"""A section of scripts/gpu_check.py in a process of its own, or a worker that checks one kernel or model at a time.
 
     python scripts/gpu_child.py SECTION --seconds S [--tiny]      runs one section of gpu_sections.py
     python scripts/gpu_child.py worker KIND [--tiny]              a question a line: {"kind", "name", "dtype", "tiny"}
@@ -56,7 +56,7 @@ def describe(error: BaseException) -> str:
 
 
 def section(args: argparse.Namespace) -> int:
-    """Run it; a package that is missing, or too little memory, is told as what it is, other errors with their traceback."""
+    """Run it; a missing package, or too little memory, is told as that, other errors with their traceback."""
     from gpu_sections import Sections
 
     if missing := absent(SECTIONS[args.what].packages):
@@ -97,9 +97,9 @@ def worker(args: argparse.Namespace) -> int:
     """Answer questions until there are no more."""
     try:
         import gpu_kernels
+        import gpu_models
         import torch
 
-        import gpu_models
         from phloem.kernels.triton import table
     except ImportError as error:
         tell({"missing": str(error)})
@@ -145,12 +145,16 @@ def broken(device: Any) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("worker", *SECTIONS))
-    parser.add_argument("kind", nargs="?", choices=("kernels", "models"), default="kernels", help="of a worker's questions")
+    parser.add_argument(
+        "kind", nargs="?", choices=("kernels", "models"), default="kernels", help="of a worker's questions"
+    )
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--floors", default="", help="JSON of those that were measured")
     parser.add_argument("--engine-device", default="", help="of the engines that a section starts")
-    parser.add_argument("--pretend-gib", type=float, default=141.0, help="memory of the card that a tiny run stands for")
+    parser.add_argument(
+        "--pretend-gib", type=float, default=141.0, help="memory of the card that a tiny run stands for"
+    )
     args = parser.parse_args()
     with contextlib.suppress(AttributeError, ValueError):
         faulthandler.register(signal.SIGUSR1, all_threads=True)

@@ -83,7 +83,11 @@ def _row(goal: Goal, mine: dict[str, Any], peers: dict[str, Any], where: str) ->
     ours = _of(mine, goal)
     theirs = {name: value for name, one in peers.items() if (value := _of(one, goal)) is not None}
     if ours is None or not theirs:
-        return {**bound, "ours": ours, "verdict": f"open: {'not measured' if ours is None else 'no peer to compare with'}"}
+        return {
+            **bound,
+            "ours": ours,
+            "verdict": f"open: {'not measured' if ours is None else 'no peer to compare with'}",
+        }
     who = (min if goal.most else max)(theirs, key=lambda name: theirs[name])
     ratio = ours / theirs[who]
     verdict = _verdict(ratio, goal.bound, goal.most)

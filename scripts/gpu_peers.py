@@ -3,10 +3,10 @@
     python scripts/gpu_peers.py CONFIG.json [--engines phloem,vllm,sglang] [--workloads one,32,128,shared] [--seconds S]
 
 Every engine serves random weights in the shapes of a config.json on the same device, behind `/v1/completions` with
-token ids; one client sends the same requests to each. Where the device holds all of them at once, with the same room for
-tokens, they take turns, round by round; else they run one after another. Two rounds of every workload with ids of their
-own: the first is cold. `phloem-apart` is this engine with shared pages read for every row. One JSON object goes to
-standard output; an engine that does not start, or that ends, or for which no time is left, is told under `skipped`.
+token ids; one client sends the same requests to each. Where the device holds all of them at once, with the same room
+for tokens, they take turns, round by round; else they run one after another. Two rounds of every workload with ids of
+their own: the first is cold. `phloem-apart` is this engine with shared pages read for every row. One JSON object goes
+to standard output; an engine that does not start, or ends, or for which no time is left, is told under `skipped`.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from phloem.bench._http import Http, run  # noqa: E402
 ENGINES = ("phloem", "phloem-apart", "vllm", "sglang")
 ROUNDS = 2
 TOKENS = 110_000  # that each may keep: 128 requests of 640, with room; 14 GiB for Llama-8B
+ENDING = 8.0  # seconds that a server is given to end
 SHARE_GIB = 38.0  # of the device for each: 15 of weights, the tokens, graphs and what libraries take
 
 
@@ -112,7 +113,7 @@ class Serving:
         self.engine, self.port = engine, free_port()
         line = command(engine, folder, self.port, device, share)
         path = os.pathsep.join(filter(None, (SOURCE, os.environ.get("PYTHONPATH"))))
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the server
         self._begun = time.perf_counter()
         self._process = subprocess.Popen(
             line, stdout=self._log, stderr=self._log, env={**os.environ, "PYTHONPATH": path}, start_new_session=True
@@ -160,7 +161,7 @@ def _answers(port: int) -> bool:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """The engine and whatever it started: its own session."""
-    for kind, patience in ((signal.SIGTERM, 8.0), (signal.SIGKILL, 8.0)):
+    for kind, patience in ((signal.SIGTERM, ENDING), (signal.SIGKILL, ENDING)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, kind)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -338,7 +339,9 @@ class _Race:
             one = run(timed())
         except (RuntimeError, OSError, ValueError) as error:  # TimeoutError is an OSError
             late = isinstance(error, TimeoutError)
-            why = serving.ended() or ("no answer until the time was over" if late else f"{type(error).__name__}: {error}")
+            why = serving.ended() or (
+                "no answer until the time was over" if late else f"{type(error).__name__}: {error}"
+            )
             self.give_up(engine, f"{load.name}, round {seed + 1}: {why}")
         else:
             self.found["engines"][engine]["rounds"].setdefault(load.name, []).append(one)

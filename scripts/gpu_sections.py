@@ -1,5 +1,5 @@
-"""The sections of scripts/gpu_check.py that measure. Each runs in a process of its own (gpu_child.py), tells what it has
-found as soon as it has, and returns all of it."""
+"""The sections of scripts/gpu_check.py that measure. Each runs in a process of its own (gpu_child.py), tells what it
+has found as soon as it has, and returns all of it."""
 
 from __future__ import annotations
 
@@ -282,7 +282,7 @@ class Sections:
         return self._servers(("phloem", "phloem-apart"), ("shared",))
 
     def peers(self) -> dict[str, Any]:
-        """This engine and those that are installed beside it, under the same requests; goals, by them or another run."""
+        """This engine and those that are installed, under the same requests; goals, by them or by another run."""
         import gpu_goals
         import gpu_peers
 

@@ -89,7 +89,7 @@ class Child:
     """A process in a session of its own, and what it says."""
 
     def __init__(self, command: list[str], mark: str, environment: dict[str, str], say: Callable[[str], None]) -> None:
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the child
         self._mark, self._say = mark, say
         self._told: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self.process = subprocess.Popen(
@@ -129,7 +129,7 @@ class Child:
             raise TimeoutError from None
 
     def why(self, hung: float | None = None) -> str:
-        """Why it ended, or with `hung` (seconds) where it stood when it was ended; "" if it ended well. It is gone then."""
+        """Why it ended, or with `hung` (seconds) where it stood when it was ended; "" if it ended well."""
         if hung is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.process.pid, signal.SIGUSR1)  # it writes its stacks

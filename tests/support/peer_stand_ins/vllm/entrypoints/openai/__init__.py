@@ -1,0 +1,1 @@
+"""A stand-in; see `peer_server.py`."""

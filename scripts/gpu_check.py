@@ -6,8 +6,8 @@
     python scripts/gpu_check.py --only kernels       correctness of the kernels alone
     python scripts/gpu_check.py --dry-run --out DIR  on a CPU, tiny: shows that the script works, and nothing else
 
-It needs torch, Triton and numpy, for serving msgspec as well, for the comparison transformers; what is missing is said
-and left out. Weights are random, nothing is downloaded. Each section is a process, ended when its time is over; each
+It needs torch, Triton, numpy and msgspec, for servers what `--plan` names, for the comparison transformers; what is
+missing is said and left out. Weights are random, nothing is downloaded. Each section is a process, ended when its time is over; each
 kernel is checked where it can end no other. What is found is written as it is found. Exit status: 0 all right, 1
 something is wrong, 2 no GPU.
 """
@@ -320,7 +320,8 @@ def main(argv: list[str] | None = None) -> int:
     check.run()
     wrong = failures(check.report)
     print(markdown(check.report))
-    print(f"{check.stem}.json, .md; " + (f"{len(wrong)} WRONG" if wrong else "all right"))
+    skipped = f", {len(check.report['skipped'])} skipped" if check.report["skipped"] else ""
+    print(f"{check.stem}.json, .md; " + (f"{len(wrong)} WRONG" if wrong else "all right") + skipped)
     return 1 if wrong else 0
 
 

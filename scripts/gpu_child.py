@@ -57,11 +57,12 @@ def describe(error: BaseException) -> str:
 
 def section(args: argparse.Namespace) -> int:
     """Run it; a missing package, or too little memory, is told as that, other errors with their traceback."""
-    from gpu_sections import Sections
-
     if missing := absent(SECTIONS[args.what].packages):
         tell({"skipped": f"missing: {', '.join(missing)}"})
+        tell({"left_mib": 0.0})
         return 0
+    from gpu_sections import Sections
+
     run = Sections(args, tell)
     if run.card is not None:
         tell({"free_gib": run.card.free() / 2**30})

@@ -50,11 +50,11 @@ class Section:
 
 _GUESS = "estimated"
 _LIST = (
-    Section("kernels", 1, 120, 8, ("triton",), "every kernel against plain torch, each where it can harm no other",
+    Section("kernels", 1, 120, 8, ("triton", "msgspec"), "every kernel against plain torch, each where it can harm no other",
             f"{_GUESS}: 2 s to compile each, four at a time"),
     Section("models", 1, 60, 8, ("triton", "msgspec"), "tiny models: eager steps, recorded ones, pieces, in two types",
             f"{_GUESS}: as the kernels, half of them compiled by then"),
-    Section("floors", 1, 15, 14, (), "a copy of 4 GiB, products of 8,192", "3 s of measuring, and the start of torch"),
+    Section("floors", 1, 15, 14, ("msgspec",), "a copy of 4 GiB, products of 8,192", "3 s of measuring, and the start of torch"),
     Section("llama", 1, 75, 22, ENGINE, "decode of 1 to 256 rows, early launches and not, prefill, pieces, runner, "
             "requests at random", "0.5 s a measurement, 12 s of requests; compiling estimated"),
     Section("qwen", 1, 95, 66, ENGINE, "as llama, with experts and the trial of many rows",
@@ -73,7 +73,7 @@ _LIST = (
             "five starts of 30 s with kernels kept, rounds of 4 s; the first of each model compiles"),
     Section("ranks", 3, 75, 14, ENGINE, "what the way of several ranks costs one; two, where there are two cards",
             f"{_GUESS}: one process, 7 turns of 24 steps, two engines of 8 layers"),
-    Section("transformers", 3, 100, 38, ("transformers",), "a static cache and compiled steps, beside llama",
+    Section("transformers", 3, 100, 38, ("msgspec", "transformers"), "a static cache and compiled steps, beside llama",
             f"{_GUESS}: torch.compile takes most of it"),
 )  # fmt: skip
 SECTIONS = {section.name: section for section in _LIST}
@@ -110,6 +110,7 @@ def plan(commit: str = "COMMIT") -> list[str]:
     lines += [f"## Wheels to carry: {total / 1e6:.1f} MB of {CARRIED / 1e6:.0f}", ""]
     lines += ["For Python 3.12 on Linux x86-64, beside torch 2.11, Triton 3.6, transformers and what these bring:", ""]
     lines += ["    " + " ".join(list(WHEELS)[:9]), "    " + " ".join(list(WHEELS)[9:]), ""]
+    lines += ["Without msgspec nothing but the start runs; without the others, sections that need them are left out."]
     lines += [
         f"Each peer takes about {PEER_SECONDS:.0f} s more, and packages that do not fit beside these: without them the"
     ]

@@ -7,9 +7,9 @@
     python scripts/gpu_check.py --dry-run --out DIR  on a CPU, tiny: shows that the script works, and nothing else
 
 It needs torch, Triton, numpy and msgspec, for servers what `--plan` names, for the comparison transformers; what is
-missing is said and left out. Weights are random, nothing is downloaded. Each section is a process, ended when its time is over; each
-kernel is checked where it can end no other. What is found is written as it is found. Exit status: 0 all right, 1
-something is wrong, 2 no GPU.
+missing is said and left out. Weights are random, nothing is downloaded. Each section is a process, ended when its time
+is over; each kernel is checked where it can end no other. What is found is written as it is found. Exit status: 0 all
+right, 1 something is wrong, 2 no GPU.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ WHEELS = {
     "websockets": 227,
     "watchfiles": 459,
     "python-dotenv": 24,
+    "opentelemetry-api": 61,
 }
 
 
@@ -50,11 +51,12 @@ class Section:
 
 _GUESS = "estimated"
 _LIST = (
-    Section("kernels", 1, 120, 8, ("triton", "msgspec"), "every kernel against plain torch, each where it can harm no other",
+    Section("kernels", 1, 120, 8, ("triton", "msgspec"), "every kernel against plain torch, each apart from the others",
             f"{_GUESS}: 2 s to compile each, four at a time"),
     Section("models", 1, 60, 8, ("triton", "msgspec"), "tiny models: eager steps, recorded ones, pieces, in two types",
             f"{_GUESS}: as the kernels, half of them compiled by then"),
-    Section("floors", 1, 15, 14, ("msgspec",), "a copy of 4 GiB, products of 8,192", "3 s of measuring, and the start of torch"),
+    Section("floors", 1, 15, 14, ("msgspec",), "a copy of 4 GiB, products of 8,192",
+            "3 s of measuring, and the start of torch"),
     Section("llama", 1, 75, 22, ENGINE, "decode of 1 to 256 rows, early launches and not, prefill, pieces, runner, "
             "requests at random", "0.5 s a measurement, 12 s of requests; compiling estimated"),
     Section("qwen", 1, 95, 66, ENGINE, "as llama, with experts and the trial of many rows",

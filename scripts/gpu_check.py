@@ -40,7 +40,7 @@ from gpu_watch import Child, Pool, watch  # noqa: E402
 
 ENDING = 20.0  # seconds of the limit that are kept for ending what hangs, and for writing
 QUESTION = 90.0  # seconds for one kernel or model: compiling is most of them
-WORKERS = 4
+WORKERS = max(1, min(6, (os.cpu_count() or 2) // 2))
 LOST_GIB = 1.0  # of the device's free memory, between two sections
 _MACHINE = """
 import json, platform, sys
@@ -236,7 +236,7 @@ class Check:
             self._written = time.monotonic()
             self.report["seconds"] = time.monotonic() - self.begun
             self.stem.parent.mkdir(parents=True, exist_ok=True)
-            for end, text in ((".json", json.dumps(self.report, indent=1) + "\n"), (".md", markdown(self.report))):
+            for end, text in ((".json", json.dumps(self.report, indent=1) + "\n"), (".md", page(self.report))):
                 part = self.stem.with_name(self.stem.name + end + ".part")
                 part.write_text(text)
                 part.replace(self.stem.with_name(self.stem.name + end))
@@ -244,6 +244,14 @@ class Check:
     def close(self) -> None:
         gpu_watch.end(self._mark, 1.0)
         shutil.rmtree(self._place, ignore_errors=True)
+
+
+def page(report: dict[str, Any]) -> str:
+    """The report for people; what keeps it from being made costs nothing but itself."""
+    try:
+        return markdown(report)
+    except Exception as error:
+        return f"# {'Dry run' if report['dry_run'] else 'GPU check'}\n\nno page: {type(error).__name__}: {error}\n"
 
 
 def outcomes(question: dict[str, Any], answer: dict[str, Any] | str) -> list[dict[str, Any]]:
@@ -286,7 +294,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=0.0, help="seconds for each section; default: by the plan")
     parser.add_argument("--question", type=float, default=0.0, help=f"seconds for a kernel or model: {QUESTION:.0f}")
     parser.add_argument(
-        "--workers", type=int, default=0, help=f"that check kernels beside each other: {WORKERS}, dry 1"
+        "--workers", type=int, default=0, help=f"that check kernels beside each other: {WORKERS}, dry: 1"
     )
     parser.add_argument("--commit", default="", help="of what is checked, where git cannot be asked")
     parser.add_argument("--engine-device", default="", help="of the engines that are started")
@@ -314,12 +322,12 @@ def main(argv: list[str] | None = None) -> int:
     if code := check.machine():
         return code
     if not args.dry_run:
-        watcher = threading.Timer(args.seconds + 10.0, out_of_time, (check, "the script itself hangs"))
+        watcher = threading.Timer(check.left + 10.0, out_of_time, (check, "the script itself hangs"))
         watcher.daemon = True
         watcher.start()
     check.run()
     wrong = failures(check.report)
-    print(markdown(check.report))
+    print(page(check.report))
     skipped = f", {len(check.report['skipped'])} skipped" if check.report["skipped"] else ""
     print(f"{check.stem}.json, .md; " + (f"{len(wrong)} WRONG" if wrong else "all right") + skipped)
     return 1 if wrong else 0

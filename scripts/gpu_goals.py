@@ -7,6 +7,7 @@ the page says in every line: another day, another process, perhaps another clock
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def reached(found: dict[str, Any]) -> list[dict[str, Any]]:
     rows = [_row(goal, mine, peers, where) for goal in GOALS]
     for load, rounds in found["engines"][MINE]["rounds"].items():
         if len(rounds) > 1:
-            first, last = (float(one["output_tok_per_s"]) for one in (rounds[0], rounds[-1]))
+            first, last = (max(1e-9, float(one["output_tok_per_s"])) for one in (rounds[0], rounds[-1]))
             row = {"goal": f"{load}: cold tok/s over warm", "ours": first, "theirs": last, "who": MINE, "run": "this"}
             rows.append(row | {"ratio": first / last, "bound": COLD, "verdict": _verdict(first / last, COLD, False)})
     return rows
@@ -89,7 +90,7 @@ def _row(goal: Goal, mine: dict[str, Any], peers: dict[str, Any], where: str) ->
             "verdict": f"open: {'not measured' if ours is None else 'no peer to compare with'}",
         }
     who = (min if goal.most else max)(theirs, key=lambda name: theirs[name])
-    ratio = ours / theirs[who]
+    ratio = ours / theirs[who] if theirs[who] else (math.inf if ours else 1.0)
     verdict = _verdict(ratio, goal.bound, goal.most)
     return {**bound, "ours": ours, "theirs": theirs[who], "who": who, "ratio": ratio, "verdict": verdict}
 

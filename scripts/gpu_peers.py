@@ -38,6 +38,9 @@ from phloem.bench._http import Http, run  # noqa: E402
 ENGINES = ("phloem", "phloem-apart", "vllm", "sglang")
 ROUNDS = 2
 TOKENS = 110_000  # that each may keep: 128 requests of 640, with room; 14 GiB for Llama-8B
+# After a round, before the next engine's: what an engine does when it has nothing to do (ours records steps) is not to
+# lie in another one's figures.
+SETTLE = 1.5
 ENDING = 8.0  # seconds that a server is given to end
 SHARE_GIB = 38.0  # of the device for each: 15 of weights, the tokens, graphs and what libraries take
 
@@ -327,6 +330,8 @@ class _Race:
                 for engine in order[seed % max(1, len(order)) :] + order[: seed % max(1, len(order))]:
                     self._round(engine, load, seed)
                     self._tell(self.found)
+                    if len(order) > 1 and time.perf_counter() + SETTLE < self._until:
+                        time.sleep(SETTLE)
 
     def _round(self, engine: str, load: Load, seed: int) -> None:
         serving = self._running[engine]

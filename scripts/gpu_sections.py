@@ -264,7 +264,7 @@ class Sections:
     def ranks(self) -> dict[str, Any]:
         """The way of several ranks on one card, against one rank; and two ranks, where there are two cards."""
         shape = gpu_models.TINY_LLAMA if self.tiny else {**gpu_models.LLAMA_8B, "num_hidden_layers": 8}
-        less = ["--turns", "1"] if self.tiny else []
+        less = ["--turns", "1", "--tokens", "6"] if self.tiny else []
         found: dict[str, Any] = {}
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "config.json"

@@ -21,6 +21,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.syspath_prepend(str(STAND_INS))
     paths = [str(STAND_INS), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+    monkeypatch.setattr(gpu_peers, "SETTLE", 0.0)
     return monkeypatch
 
 
@@ -154,6 +155,16 @@ def test_without_peers_another_run_is_compared_with_and_said_to_be_one() -> None
     assert len(lines) == len(gpu_goals.GOALS) and all("against another run" in line for line in lines)
     assert "figures are of another run, 2026-11-27 at dd7f28f" in gpu_goals.page(found)[-1]
     assert gpu_goals.earlier("pretended card of 141 GiB") == {} and gpu_goals.earlier("NVIDIA H100 80GB HBM3")
+
+
+def test_figures_of_nothing_are_compared_without_dividing_by_them() -> None:
+    found = run_of(phloem={}, vllm={"itl_ms_p99": 0.0})
+    rows = {row["goal"]: row for row in gpu_goals.reached(found)}
+    assert (
+        rows["32 in flight, ITL p99"]["ratio"] == float("inf") and rows["32 in flight, ITL p99"]["verdict"] == "missed"
+    )
+    rows = {row["goal"]: row for row in gpu_goals.reached(run_of(phloem={"itl_ms_p99": 0.0}, vllm={"itl_ms_p99": 0.0}))}
+    assert rows["32 in flight, ITL p99"]["verdict"] == "reached"
 
 
 def test_what_was_not_measured_is_open() -> None:

@@ -143,6 +143,16 @@ def test_a_kernel_that_ends_its_process_costs_itself_alone(workers: str, tmp_pat
         assert (tmp_path / "stub.py.starts").read_text() == "xxxx"
 
 
+def test_a_page_that_cannot_be_made_costs_no_figure(tmp_path: Path) -> None:
+    check = check_of(
+        tmp_path, "tell(found={'no such': 'thing'}, done=True); tell(left_mib=0)", "--only", "floors,llama"
+    )
+    check.run()
+    report = json.loads((tmp_path / "out" / "gpu-check-test.json").read_text())
+    assert report["llama"] == {"no such": "thing"} and not report["errors"]
+    assert "no page: KeyError" in (tmp_path / "out" / "gpu-check-test.md").read_text()
+
+
 def test_workers_that_do_not_start_are_told_once(tmp_path: Path) -> None:
     check = check_of(tmp_path, 'print("no torch", file=sys.stderr); sys.exit(1)', "--only", "kernels,models")
     check.run()

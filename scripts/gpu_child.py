@@ -1,6 +1,6 @@
 """A section of scripts/gpu_check.py in a process of its own, or a worker that checks one kernel or model at a time.
 
-    python scripts/gpu_child.py SECTION --seconds S [--tiny]      runs one section of gpu_sections.py
+    python scripts/gpu_child.py SECTION [--until T] [--tiny]      runs one section of gpu_sections.py
     python scripts/gpu_child.py worker KIND [--tiny]              a question a line: {"kind", "name", "dtype", "tiny"}
 
 What it finds goes to standard output as it is found, one JSON object a line behind `@@ `. A worker whose device no
@@ -150,7 +150,7 @@ def main() -> int:
         "kind", nargs="?", choices=("kernels", "models"), default="kernels", help="of a worker's questions"
     )
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument("--until", type=float, default=time.monotonic() + 600.0, help="by time.monotonic()")
     parser.add_argument("--floors", default="", help="JSON of those that were measured")
     parser.add_argument("--engine-device", default="", help="of the engines that a section starts")
     parser.add_argument(

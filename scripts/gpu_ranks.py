@@ -12,6 +12,7 @@ then the second rank's process is killed. One JSON object goes to standard outpu
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import signal
@@ -163,6 +164,7 @@ def _rank() -> int:
 
 
 def main() -> int:
+    faulthandler.register(signal.SIGUSR1)  # where it stands, if it has to be ended
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("one", "two"))
     parser.add_argument("path", type=Path)

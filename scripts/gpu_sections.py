@@ -19,6 +19,7 @@ from typing import Any
 
 import gpu_card
 import gpu_models
+import gpu_watch
 import torch
 
 from phloem.platforms._facts import own_float8
@@ -46,7 +47,7 @@ class Sections:
         self.device = self.card.device
         self.dtype = torch.float32 if self.tiny else torch.bfloat16
         self.float8 = own_float8()
-        self.until = time.monotonic() + args.seconds
+        self.until = float(args.until)
         self._tell = tell
 
     @property
@@ -204,7 +205,11 @@ class Sections:
                 done.send_signal(signal.SIGUSR1)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     done.wait(0.3)
-                done.kill()
+            finally:
+                # With what it started: an engine would keep the memory that the next one is to have.
+                for pid in [*gpu_watch.descendants(done.pid), done.pid]:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
                 done.wait()
             out.seek(0)
             err.seek(0)

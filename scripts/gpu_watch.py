@@ -41,6 +41,20 @@ def marked(mark: str) -> list[int]:
     return found
 
 
+def descendants(pid: int) -> list[int]:
+    """The process's children, theirs, and so on."""
+    parents: dict[int, list[int]] = {}
+    for place in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            parents.setdefault(int(place.read_text().rpartition(")")[2].split()[1]), []).append(int(place.parent.name))
+    found, todo = [], [pid]
+    while todo:
+        children = parents.get(todo.pop(), [])
+        found += children
+        todo += children
+    return found
+
+
 def end(mark: str, patience: float = PATIENCE) -> list[str]:
     """End what carries the mark; gives what had to be ended, by its command line."""
     told: dict[int, str] = {}
@@ -135,7 +149,7 @@ class Child:
                 os.kill(self.process.pid, signal.SIGUSR1)  # it writes its stacks
             time.sleep(0.3)
             self.close()
-            return f"not done after {hung:.0f} s; {self.tail()}"
+            return f"not done after {hung:.0f} s; {self.stood()}"
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(PATIENCE)
         code = self.process.returncode
@@ -147,11 +161,19 @@ class Child:
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
         return f"{how}: {self.tail()}"
 
+    def stood(self, most: int = 700) -> str:
+        """The stack that it wrote when it was asked, innermost first; else the end of its errors."""
+        *_, found = ("", *self._errors(1 << 16).split("Current thread")[1:])
+        return _joined("Current thread" + found)[:most] if found else self.tail()
+
     def tail(self, most: int = 700) -> str:
         """The end of what it wrote as errors."""
+        return _joined(self._errors(most))
+
+    def _errors(self, most: int) -> str:
         size = self._log.seek(0, os.SEEK_END)
         self._log.seek(max(0, size - most))
-        return " | ".join(line for line in self._log.read().decode(errors="replace").split("\n") if line.strip())
+        return self._log.read().decode(errors="replace")
 
     def close(self) -> None:
         """End it, if it has not ended, without asking."""
@@ -159,6 +181,10 @@ class Child:
             os.killpg(self.process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(PATIENCE)
+
+
+def _joined(text: str) -> str:
+    return " | ".join(line.strip() for line in text.split("\n") if line.strip())
 
 
 def watch(child: Child, seconds: float, heard: Say) -> str:

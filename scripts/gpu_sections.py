@@ -194,7 +194,8 @@ class Sections:
         """Run a script of these; what its last line says. It is ended when this section's time is over."""
         command = [sys.executable, str(HERE / script), *arguments]
         before = {key: value for key, value in os.environ.items() if key != "TRITON_CACHE_DIR"}
-        limit = max(20.0, self.left - 5.0)
+        limit, part = max(20.0, self.left - 5.0), f"{os.getpid()}-{time.monotonic_ns()}"
+        environment[gpu_watch.PART] = part
         # By files, not pipes: what the script itself started could keep a pipe open when it has gone.
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
             done = subprocess.Popen(command, env=before | environment, stdout=out, stderr=err, text=True)
@@ -207,9 +208,7 @@ class Sections:
                     done.wait(0.3)
             finally:
                 # With what it started: an engine would keep the memory that the next one is to have.
-                for pid in [*gpu_watch.descendants(done.pid), done.pid]:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+                gpu_watch.end(part, 1.0, gpu_watch.PART)
                 done.wait()
             out.seek(0)
             err.seek(0)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 DATA = "@@ "
-MARK = "PHLOEM_GPU_CHECK_MARK"
+MARK, PART = "PHLOEM_GPU_CHECK_MARK", "PHLOEM_GPU_CHECK_PART"  # of a section's processes, and of some of those
 PATIENCE = 4.0  # seconds between asking processes to end and ending them
 MEMORY = Path("/dev/shm")
 _OURS = re.compile(r"phloem-[a-z]+-(\d+)\.")
@@ -31,9 +31,9 @@ _OURS = re.compile(r"phloem-[a-z]+-(\d+)\.")
 Say = Callable[[dict[str, Any]], None]
 
 
-def marked(mark: str) -> list[int]:
+def marked(mark: str, kind: str = MARK) -> list[int]:
     """Processes that carry the mark and have not ended."""
-    wanted, found = f"{MARK}={mark}\0".encode(), []
+    wanted, found = f"{kind}={mark}\0".encode(), []
     for place in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if wanted in (place / "environ").read_bytes() and int(place.name) != os.getpid():
@@ -41,31 +41,17 @@ def marked(mark: str) -> list[int]:
     return found
 
 
-def descendants(pid: int) -> list[int]:
-    """The process's children, theirs, and so on."""
-    parents: dict[int, list[int]] = {}
-    for place in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            parents.setdefault(int(place.read_text().rpartition(")")[2].split()[1]), []).append(int(place.parent.name))
-    found, todo = [], [pid]
-    while todo:
-        children = parents.get(todo.pop(), [])
-        found += children
-        todo += children
-    return found
-
-
-def end(mark: str, patience: float = PATIENCE) -> list[str]:
+def end(mark: str, patience: float = PATIENCE, kind: str = MARK) -> list[str]:
     """End what carries the mark; gives what had to be ended, by its command line."""
     told: dict[int, str] = {}
     until = time.monotonic() + patience
-    for kind in (signal.SIGTERM, signal.SIGKILL):
-        while left := marked(mark):
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        while left := marked(mark, kind):
             for pid in left:
-                if pid not in told or kind == signal.SIGKILL:
+                if pid not in told or how == signal.SIGKILL:
                     told.setdefault(pid, _line(pid))
                     with contextlib.suppress(ProcessLookupError, PermissionError):
-                        os.kill(pid, kind)
+                        os.kill(pid, how)
             if time.monotonic() > until:
                 break
             time.sleep(0.05)

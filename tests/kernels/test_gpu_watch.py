@@ -278,3 +278,33 @@ def test_sections_are_chosen_by_name_or_beginning(tmp_path: Path) -> None:
 
     assert chosen() == list(gpu_plan.SECTIONS) and chosen("--call", "3") == ["switches", "ranks", "transformers"]
     assert chosen("--only", "llama") == ["llama"] and chosen("--only", "qw,floors") == ["floors", "qwen", "qwen-fp8"]
+
+
+def test_a_script_of_a_section_goes_with_what_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that dies leaves an engine that would keep the memory which the next one is to have."""
+    code = f"""
+import sys; sys.path[:0] = [{str(SCRIPTS)!r}, {str(SCRIPTS.parent / "src")!r}]
+import argparse, json, time, gpu_sections, gpu_watch
+from pathlib import Path
+gpu_sections.HERE = Path({str(tmp_path)!r})
+args = argparse.Namespace(tiny=True, pretend_gib=24.0, until=time.monotonic() + 60, engine_device="", floors="")
+told = []
+run = gpu_sections.Sections(args, told.append)
+for script in ("dies.py", "fails.py", "tells.py"):
+    try:
+        told.append(run._child(script, "x"))
+    except RuntimeError as error:
+        told.append(str(error))
+print(json.dumps(told))
+"""
+    start = STUB.replace("time.sleep(600)", "time.sleep(601)") + "outlive()\n"
+    (tmp_path / "dies.py").write_text(start + "os.kill(os.getpid(), signal.SIGKILL)")
+    (tmp_path / "fails.py").write_text(start + "sys.exit('no memory')")
+    (tmp_path / "tells.py").write_text(start + "print('words'); print(json.dumps(dict(ready_s=1.5)))")
+    mark = f"test-{os.getpid()}-{time.monotonic_ns()}"
+    monkeypatch.setenv(gpu_watch.MARK, mark)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    dies, fails, tells = json.loads(done.stdout.splitlines()[-1])
+    assert dies.startswith("dies.py: killed by SIGKILL") and fails == "fails.py: exit status 1; no memory"
+    assert tells == {"ready_s": 1.5} and not gpu_watch.marked(mark)

@@ -29,7 +29,7 @@ def timed(device: torch.device, run: Callable[[], Any], least: int, seconds: flo
 
 
 def _sync(device: torch.device) -> None:
-    gpu_card.CARD.wait()
+    gpu_card.here().wait()
 
 
 @dataclass
@@ -146,7 +146,7 @@ def _runner(dummy: Dummy, rows: int, context: int, sizes: list[int]) -> tuple[An
     from phloem.engine.runner import ModelRunner
     from phloem.platforms._facts import StepFacts
 
-    streams = gpu_card.CARD.streams()
+    streams = gpu_card.here().streams()
     facts = StepFacts(records_idle=streams is not None)
     way = dummy.graphs(rows, context)
     way.graphs.sizes[:] = sizes
@@ -203,7 +203,7 @@ def bench_runner(dummy: Dummy, rows: int, context: int, steps: int, device_ms: f
         run(0, warm)
         wall = run(warm, steps) / (steps - warm)
         last = min(steps, warm + TRACED_STEPS)
-        seen = device_figures(gpu_card.CARD.trace(lambda: run(warm, last)), last - warm, top=5)
+        seen = device_figures(gpu_card.here().trace(lambda: run(warm, last)), last - warm, top=5)
     finally:
         runner.close()
     found = {"rows": rows, "context": context, "wall_ms": wall * 1e3, "tok_per_s": rows / wall, "graphs": graphs}
@@ -314,7 +314,7 @@ def bench_transformers(
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(model_config, dtype=dtype).eval()
     forward = model.forward
-    if not gpu_card.CARD.pretended:
+    if not gpu_card.here().pretended:
         forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=False)
     results: list[dict[str, Any]] = []
     for rows in batches:

@@ -121,24 +121,29 @@ class Pretended(Card):
         return found
 
 
-CARD: Card = Pretended()
+_chosen: list[Card] = [Pretended()]
 
 
 def use(card: Card) -> Card:
     """Make this the card of the process."""
-    global CARD
-    CARD = card
+    _chosen[0] = card
     return card
+
+
+def here() -> Card:
+    """The card of the process."""
+    return _chosen[0]
 
 
 def timed(run: Callable[[], Any], least: int, seconds: float) -> list[float]:
     """Seconds of single runs, between events of the card: `least` runs (2 in short ones), or `seconds`."""
+    card = here()
     run()
-    CARD.wait()
+    card.wait()
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < (least if seconds > 0.1 else 2) or time.perf_counter() < end:
-        begin, after = CARD.event(), CARD.event()
+        begin, after = card.event(), card.event()
         begin.record()
         run()
         after.record()

@@ -41,6 +41,7 @@ from gpu_watch import Child, Pool, watch  # noqa: E402
 ENDING = 20.0  # seconds of the limit that are kept for ending what hangs, and for writing
 QUESTION = 90.0  # seconds for one kernel or model: compiling is most of them
 WORKERS = max(1, min(6, (os.cpu_count() or 2) // 2))
+DRY_SECONDS = 3600.0  # the interpreter takes its time
 LOST_GIB = 1.0  # of the device's free memory, between two sections
 _MACHINE = """
 import json, platform, sys
@@ -130,7 +131,7 @@ class Check:
             return
         print(f"== {name}", flush=True)
         begun, memory, self._mark = time.monotonic(), gpu_watch.in_memory(), next(self._marks)
-        limit = one.seconds * LIMIT + (2 * PEER_SECONDS if name == "peers" else 0.0)
+        limit = one.seconds * LIMIT * (5 if self.tiny else 1) + (2 * PEER_SECONDS if name == "peers" else 0.0)
         limit = min(self.left - ENDING, self.args.limit or limit)
         try:
             if name in ("kernels", "models"):
@@ -175,7 +176,8 @@ class Check:
         # What another engine cannot do here is no fault of ours.
         where = "skipped" if name == "transformers" else "errors"
         of = f"{name} {told['of']}" if "of" in told else name
-        self.report[where][of] = told["error"]
+        before = f"{self.report[where][of]}; then: " if of in self.report[where] else ""
+        self.report[where][of] = before + told["error"]
         print(f"  WRONG: {told['error']}", flush=True)
 
     def _free(self, name: str, free: float) -> None:
@@ -291,7 +293,12 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, tiny, under Triton's interpreter")
     parser.add_argument("--only", default="", help=f"sections by prefix, with commas: {', '.join(SECTIONS)}")
     parser.add_argument("--checks", default="", help="of the kernels, only these, with commas")
-    parser.add_argument("--seconds", type=float, default=CALL_SECONDS, help="it has ended by then")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=0.0,
+        help=f"it has ended by then: {CALL_SECONDS:.0f}, of a dry run {DRY_SECONDS:.0f}",
+    )
     parser.add_argument("--limit", type=float, default=0.0, help="seconds for each section; default: by the plan")
     parser.add_argument("--question", type=float, default=0.0, help=f"seconds for a kernel or model: {QUESTION:.0f}")
     parser.add_argument(
@@ -304,6 +311,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.dry_run and args.out == parser.get_default("out"):
         parser.error("a dry run needs --out: its numbers must not stand among results")
+    args.seconds = args.seconds or (DRY_SECONDS if args.dry_run else CALL_SECONDS)
     args.workers = args.workers or (1 if args.dry_run else WORKERS)
     return args
 

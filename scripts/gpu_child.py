@@ -64,8 +64,7 @@ def section(args: argparse.Namespace) -> int:
     from gpu_sections import Sections
 
     run = Sections(args, tell)
-    if run.card is not None:
-        tell({"free_gib": run.card.free() / 2**30})
+    tell({"free_gib": run.card.free() / 2**30})
     try:
         found = getattr(run, args.what.replace("-", "_"))()
     except ImportError as error:
@@ -86,12 +85,16 @@ def leave_nothing(run: Any) -> None:
     """What a section's objects still hold on the device, once they are gone, hangs in a circle; in an engine it would
     be memory that is lost."""
     gc.collect()
-    if run.card is not None:
+    try:
         run.card.empty()
         left = run.card.allocated()
-        tell({"left_mib": left / 2**20})
-        if left > LEFT_BYTES:
-            tell({"error": f"memory stays allocated: {left / 2**20:.0f} MiB", "of": "left memory behind"})
+    except Exception as error:  # an illegal access ends all work on the device; what led to it has been told
+        tell({"error": describe(error), "of": "ended its device"})
+        tell({"left_mib": 0.0})
+        return
+    if left > LEFT_BYTES:
+        tell({"error": f"memory stays allocated: {left / 2**20:.0f} MiB", "of": "left memory behind"})
+    tell({"left_mib": left / 2**20})
 
 
 def worker(args: argparse.Namespace) -> int:

@@ -143,6 +143,14 @@ def test_a_kernel_that_ends_its_process_costs_itself_alone(workers: str, tmp_pat
         assert (tmp_path / "stub.py.starts").read_text() == "xxxx"
 
 
+def test_what_was_told_first_stays_first(tmp_path: Path) -> None:
+    body = 'tell(error="an illegal memory access"); print("no context", file=sys.stderr); os._exit(9)'
+    check = check_of(tmp_path, body, "--only", "floors")
+    check.run()
+    told = written(tmp_path)["errors"]["floors"]
+    assert told.startswith("an illegal memory access; then: exit status 9") and told.endswith("no context")
+
+
 def test_a_page_that_cannot_be_made_costs_no_figure(tmp_path: Path) -> None:
     check = check_of(
         tmp_path, "tell(found={'no such': 'thing'}, done=True); tell(left_mib=0)", "--only", "floors,llama"

@@ -171,7 +171,7 @@ def test_a_model_section_that_breaks_keeps_what_it_found(fault: str, why: str, t
     assert report["floors"]["flops_16"] > 0 and list(report["errors"]) == list(told)
     assert "fill_cache" in fault or report["llama"]["decode"]  # the rows before the fault
     if "hang" in fault:
-        assert "bench_pieces" in told["llama"] or "sleep" in told["llama"]  # where it stood
+        assert "in _break" in told["llama"] and "in _model" in told["llama"]  # where it stood
 
 
 @pytest.mark.some(3)

@@ -112,6 +112,10 @@ def plan(commit: str = "COMMIT") -> list[str]:
     lines += [f"## Wheels to carry: {total / 1e6:.1f} MB of {CARRIED / 1e6:.0f}", ""]
     lines += ["For Python 3.12 on Linux x86-64, beside torch 2.11, Triton 3.6, transformers and what these bring:", ""]
     lines += ["    " + " ".join(list(WHEELS)[:9]), "    " + " ".join(list(WHEELS)[9:]), ""]
+    lines += [
+        "    python3 -m pip install -q --no-index --no-deps --target SITE WHEELS/*.whl; export PYTHONPATH=SITE",
+        "",
+    ]
     lines += ["Without msgspec nothing but the start runs; without the others, sections that need them are left out."]
     lines += [
         f"Each peer takes about {PEER_SECONDS:.0f} s more, and packages that do not fit beside these: without them the"

@@ -224,7 +224,7 @@ class Check:
     def _clean(self, name: str, memory: set[str]) -> None:
         """End what a section left running, and remove what it left lying."""
         left = [f"ended {line}" for line in gpu_watch.end(self._mark)]
-        left += [f"removed {gpu_watch.MEMORY}/{one}" for one in gpu_watch.forget(memory, everything=not self.tiny)]
+        left += [f"removed {gpu_watch.MEMORY}/{one}" for one in gpu_watch.forget(memory, alone=not self.tiny)]
         shutil.rmtree(self._place / name, ignore_errors=True)
         if left:
             self.report["left"][name] = "; ".join(left)

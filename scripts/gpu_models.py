@@ -325,7 +325,7 @@ def _check_graphs(name: str, ours: Dummy) -> Outcome:
     for lengths in ([38, 6], [38, 6, 20]):
         eager = ours.forward(ours.inputs([1] * len(lengths), lengths))
         replayed = None
-        for _ in range(8):  # the policy records a bucket only when it is wanted again
+        for _ in range(8 if ours.device.type == "cuda" else 3):  # a bucket is recorded when it is wanted again
             replayed = graphs.run(ours.step([1] * len(lengths), lengths), lambda: None)
         if replayed is None:
             reason = graphs.graphs.refusal(len(lengths)) or "not recorded"
@@ -347,14 +347,15 @@ def _check_pieces(name: str, ours: Dummy, limit: float) -> Outcome:
         pieces.graphs.sizes[:] = [8, 32, 48]
     pieces.graphs.record_all()
     full_only = "num_experts" in ours.config and ours.dtype != torch.float32
-    for queries, lengths in (
-        ([31], [31]),
+    steps = (
         ([27, 5], [27, 5]),
         ([1, 1, 31], [38, 6, 40]),
-        ([48], [60]),
         ([1, 7], [20, 30]),
+        ([31], [31]),
+        ([48], [60]),
         ([32], [32]),
-    ):
+    )
+    for queries, lengths in steps if ours.device.type == "cuda" else steps[:3]:
         if full_only and sum(queries) not in pieces.graphs.sizes:
             continue
         step = ours.step(queries, lengths)

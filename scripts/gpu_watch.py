@@ -12,6 +12,7 @@ import json
 import os
 import queue
 import re
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -27,6 +28,7 @@ MARK, PART = "PHLOEM_GPU_CHECK_MARK", "PHLOEM_GPU_CHECK_PART"  # of a section's 
 PATIENCE = 4.0  # seconds between asking processes to end and ending them
 MEMORY = Path("/dev/shm")
 _OURS = re.compile(r"phloem-[a-z]+-(\d+)\.")
+_PYTHON = ("phloem-", "psm_", "torch_", "sem.", "nccl-")  # as this engine, Python, torch and NCCL name theirs
 
 Say = Callable[[dict[str, Any]], None]
 
@@ -72,15 +74,16 @@ def in_memory() -> set[str]:
     return set()
 
 
-def forget(before: set[str], everything: bool) -> list[str]:
-    """Remove what has come to shared memory since, and give the names: with `everything` of any name (the machine is
-    ours alone), else what processes of this engine left that have gone."""
+def forget(before: set[str], alone: bool) -> list[str]:
+    """Remove what has come to shared memory since, and give the names: where the machine is ours `alone` whatever such
+    programs make, else what processes of this engine left that have gone. Drivers' files stay."""
     found: list[str] = []
     for name in sorted(in_memory() - before):
         ours = _OURS.match(name)
-        if everything or (ours is not None and not Path(f"/proc/{ours[1]}").exists()):
+        gone = ours is not None and not Path(f"/proc/{ours[1]}").exists()
+        if gone or (alone and name.startswith(_PYTHON)):
             with contextlib.suppress(OSError):
-                (MEMORY / name).unlink()
+                shutil.rmtree(MEMORY / name) if (MEMORY / name).is_dir() else (MEMORY / name).unlink()
                 found.append(name)
     return found
 

@@ -316,3 +316,15 @@ print(json.dumps(told))
     dies, fails, tells = json.loads(done.stdout.splitlines()[-1])
     assert dies.startswith("dies.py: killed by SIGKILL") and fails == "fails.py: exit status 1; no memory"
     assert tells == {"ready_s": 1.5} and not gpu_watch.marked(mark)
+
+
+def test_what_drivers_and_others_keep_in_shared_memory_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_watch, "MEMORY", tmp_path)
+    for name in ("old", "cuda.shm.0.1", "psm_1", f"phloem-ranks-{os.getpid()}.1.1-x", "phloem-ranks-999999999.1.1-x"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "a folder").mkdir()
+    (tmp_path / "phloem-ranks-999999998.1.1-y").mkdir()
+    gone = ["phloem-ranks-999999998.1.1-y", "phloem-ranks-999999999.1.1-x"]
+    assert gpu_watch.forget({"old"}, alone=False) == gone
+    assert gpu_watch.forget({"old"}, alone=True) == [f"phloem-ranks-{os.getpid()}.1.1-x", "psm_1"]
+    assert gpu_watch.in_memory() == {"old", "cuda.shm.0.1", "a folder"}

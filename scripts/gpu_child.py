@@ -42,12 +42,10 @@ def absent(packages: tuple[str, ...]) -> list[str]:
     """Which of these cannot be imported."""
     found: list[str] = []
     for name in packages:
-        try:
+        there = False
+        with contextlib.suppress(ImportError, ValueError):
             there = importlib.util.find_spec(name) is not None
-        except (ImportError, ValueError):
-            there = False
-        if not there:
-            found.append(name)
+        found += [] if there else [name]
     return found
 
 

@@ -93,7 +93,7 @@ def command(engine: str, folder: Path, port: int, device: str, share: float = 0.
         more += ["--max-total-tokens", str(TOKENS)] if share else []
         start = [sys.executable, "-m", "phloem", "serve", str(folder), "--load-format", "dummy"]
         return [*start, "--port", str(port), *more]
-    if importlib.util.find_spec(engine) is None:
+    if not installed(engine):
         raise ImportError(f"{engine} is not installed")
     common = ["--load-format", "dummy", "--port", str(port), "--served-model-name", "m"]
     if engine == "vllm":
@@ -101,6 +101,13 @@ def command(engine: str, folder: Path, port: int, device: str, share: float = 0.
         return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *common, *more]
     more = ["--max-total-tokens", str(TOKENS)] if share else []
     return [sys.executable, "-m", "sglang.launch_server", "--model-path", str(folder), *common, *more]
+
+
+def installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def free_port() -> int:
@@ -132,8 +139,10 @@ class Serving:
             time.sleep(0.1)
         return time.perf_counter() - self._begun
 
-    def ended(self) -> str:
-        """How, if it has."""
+    def ended(self, patience: float = 0.0) -> str:
+        """How, if it has within so many seconds: a connection breaks before its process is gone."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(patience)
         code = self._process.poll()
         return "" if code is None else f"the server ended ({code}): {self.tail()}"
 
@@ -344,7 +353,7 @@ class _Race:
             one = run(timed())
         except (RuntimeError, OSError, ValueError) as error:  # TimeoutError is an OSError
             late = isinstance(error, TimeoutError)
-            why = serving.ended() or (
+            why = serving.ended(0.0 if late else 2.0) or (
                 "no answer until the time was over" if late else f"{type(error).__name__}: {error}"
             )
             self.give_up(engine, f"{load.name}, round {seed + 1}: {why}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import os
 import signal
@@ -290,7 +289,7 @@ class Sections:
         import gpu_goals
         import gpu_peers
 
-        there = [name for name in ("vllm", "sglang") if importlib.util.find_spec(name) is not None]
+        there = [name for name in ("vllm", "sglang") if gpu_peers.installed(name)]
         found = self._servers(("phloem", *there), tuple(gpu_peers.LOADS))
         if not there:
             found["earlier"] = gpu_goals.earlier(self.card.name())

@@ -134,14 +134,16 @@ assert fits(40, gpu_models.QWEN3_30B_A3B) == []
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-# --- faults in true sections, by tests/support/faults
+# --- faults in true sections, by tests/support/faults_put_in.py
 
 
 def _broken(tmp_path: Path, only: str, *arguments: str, **environment: str) -> dict[str, Any]:
     """The report of a run in which something breaks, and no process of which is left."""
     before = gpu_watch.in_memory()
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text("import faults_put_in\n")
     arguments = ("--dry-run", "--only", only, "--out", str(tmp_path), *arguments)
-    done = _run(*arguments, places=("faults", "peer_stand_ins"), **environment)
+    done = _run(*arguments, places=(str(tmp_path / "site"), ".", "peer_stand_ins"), **environment)
     assert done.returncode in (0, 1), done.stdout[-4000:] + done.stderr[-2000:]
     (file,) = tmp_path.glob("*.json")
     assert not [one for one in gpu_watch.in_memory() - before if one.endswith("-fault")]

@@ -1,4 +1,4 @@
-"""Processes that find this break as they are told: Python imports it when it starts.
+"""Processes that import this as they start (a `sitecustomize` on their path) break as they are told.
 
 `ABSENT=msgspec,gguf`: these packages cannot be imported. `FAULTS=gpu_bench:bench_decode=raise@2;...`: at its second
 call (every one, without a number) the function of that module, or method of a class of it, raises; or `memory`: is out

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Generator
-
 import pytest
 import torch
-from triton_support import DTYPES, assert_close, need_interpreter
+from triton_support import DTYPES, assert_close, filled_with_nan, need_interpreter
 
 from phloem.kernels import reference_experts as ref
 from phloem.kernels import reference_formats as formats
@@ -205,23 +202,6 @@ def test_experts_that_were_chosen_elsewhere(tokens: int, spec: ExpertSpec) -> No
     assert_close(got, models.experts(x, ids, weights, gate_up, down, spec), torch.float32)
     if plain is not None:
         assert_close(plain, ref.chosen_experts(x, ids, weights, gate_up, down), torch.float32)
-
-
-def test_experts_with_biases_are_those_of_plain_torch() -> None:
-    x, gate_up, down, spec = torch.randn(6, 24), torch.randn(3 * 32, 24), torch.randn(3 * 24, 16), ExpertSpec(3)
-    ids, weights, biases = torch.randint(3, (6, 2)).int(), torch.rand(6, 2), (torch.randn(3 * 32), torch.randn(3 * 24))
-    want = models.experts(x, ids, weights, gate_up, down, spec, biases)
-    assert torch.equal(moe.experts_op(x, ids, weights, gate_up, down, spec, biases), want)
-
-
-@contextlib.contextmanager
-def filled_with_nan() -> Generator[None]:
-    """What is allocated and not written is NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def test_moe_in_float8(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,12 +18,14 @@ import triton.language as tl
 from torch import Tensor
 
 from phloem.kernels import reference_models as models
-from phloem.kernels.triton._base import power_of_2
+from phloem.kernels.triton._base import ceil_div, power_of_2
 from phloem.kernels.triton.early import await_previous, early
 
 if TYPE_CHECKING:
     from phloem.kernels.specs import RouterSpec
 
+FEW_TOKENS = 4  # up to which nothing is sorted: each pair reads its expert's rows for itself
+CHOSEN_EXPERTS = 256  # up to which each program of few tokens can route for itself
 SORTED_TOKENS = 64  # up to which one program can route and sort all tokens
 SORTED_CELLS = 8192  # tokens times experts that such a program can hold
 
@@ -96,6 +98,30 @@ def _route(
     at = token * TOP_K + choice
     tl.store(weights + at, value * scaling, mask=choice < TOP_K)
     tl.store(ids + at, chosen, mask=choice < TOP_K)
+
+
+@triton.jit
+def choose(logits, experts, turn, TOP_K: tl.constexpr, RENORMALISE: tl.constexpr, BLOCK_E: tl.constexpr):
+    """(Expert, weight) of a token's choice number `turn`, as `_route` has them: the one that so many are better than."""
+    expert = tl.arange(0, BLOCK_E)
+    x = tl.load(logits + expert, mask=expert < experts, other=float("-inf")).to(tl.float32)
+    top = tl.max(x, axis=0)
+    score = tl.exp(x - top)
+    whole = tl.sum(score, axis=0)
+    score = score / whole
+    rank = tl.zeros([BLOCK_E], tl.int32)
+    for start in range(0, BLOCK_E, 16):
+        other = start + tl.arange(0, 16)
+        y = tl.load(logits + other, mask=other < experts, other=float("-inf")).to(tl.float32)
+        rival = (tl.exp(y - top) / whole)[None, :]
+        equal = (rival == score[:, None]) & (other[None, :] < expert[:, None])
+        rank += tl.sum(((rival > score[:, None]) | equal).to(tl.int32), axis=1)
+    # Where logits are NaN none is better than another: any expert will do, but there must be such a one.
+    place = tl.minimum(tl.min(tl.where(rank == turn, expert, BLOCK_E - 1), axis=0), experts - 1)
+    value = tl.sum(tl.where(expert == place, score, 0.0), axis=0)
+    if RENORMALISE:
+        value = value / tl.sum(tl.where(rank < TOP_K, score, 0.0), axis=0)
+    return place, value
 
 
 def route(
@@ -342,6 +368,11 @@ def sort_by_expert(ids_Tk: Tensor, experts: int, tile: int) -> tuple[Tensor, Ten
         **early(ids_Tk),
     )
     return order, tile_expert
+
+
+def tile_size(pairs: int, experts: int) -> int:
+    """Rows of a GEMM tile: about the pairs that an expert gets, between the tensor cores' least and 128."""
+    return max(16, min(128, power_of_2(ceil_div(pairs, experts))))
 
 
 def most_tiles(pairs: int, experts: int, tile: int) -> int:

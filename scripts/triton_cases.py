@@ -216,6 +216,12 @@ def _route(experts: int, top_k: int, sigmoid: bool, bias: bool) -> None:
     moe.route(t(64, experts), top_k, sigmoid, sigmoid=sigmoid, bias_E=correction, scaling=2.5)
 
 
+def _late_router() -> None:
+    """gpt-oss's, and Llama 4's."""
+    route.route_op(t(64, 32), None, RouterSpec(4, "chosen_softmax"))
+    route.route_op(t(64, 16), None, RouterSpec(1, "chosen_sigmoid"))
+
+
 def _grouped_router() -> None:
     """DeepSeek-V3's."""
     spec = RouterSpec(8, "sigmoid", True, eps=1e-20, scale=2.5, groups=8, keep=4)
@@ -372,6 +378,7 @@ def cases() -> list[Case]:
         Case("MoE, int4 in groups of 32 with zero points, 64 tokens", plain(_moe_int4, 64, 32, True)),
         Case("MoE, int4 in groups of 32 with zero points, 4096 tokens", plain(_moe_int4, 4096, 32, True)),
         Case("router, sigmoid, correction, 8 of 256", plain(_route, 256, 8, True, True)),
+        Case("router that scores the chosen, 4 of 32, 1 of 16", lambda _: _late_router()),
         Case("router, 4 of 8 groups, 8 of 256", plain(_grouped_router)),
         Case("experts that were chosen elsewhere", plain(_chosen_experts)),
         Case("router, softmax without a sum of 1, 6 of 64", plain(_route, 64, 6, False, False)),

@@ -159,7 +159,10 @@ SPECS = [
     RouterSpec(4, "sigmoid", True, eps=1e-20, scale=2.5, groups=4, keep=2),
     RouterSpec(3, "softmax", False, groups=8, keep=3, group_best=1),
     RouterSpec(2, "softmax", True, floor=0.7),
-    RouterSpec(2, "chosen_sigmoid"),
+    RouterSpec(1, "chosen_sigmoid"),
+    RouterSpec(4, "chosen_softmax"),
+    RouterSpec(3, "chosen_sigmoid", True, scale=2.0),
+    RouterSpec(3, "chosen_softmax", groups=4, keep=2),
     RouterSpec(2, "sparse_mixer", jitter=0.01),
 ]
 

@@ -1,9 +1,9 @@
 """Weights of 4 bits, widened in registers: integers with a scale and a zero point per group, and 4-bit floats (e2m1)
 with a power of two per 32 inputs (MXFP4; OCP Microscaling, 2023).
 
-Both lie in the order of `gemm_int.pack_int4`: byte j of a group holds element j in its low half and element j + GROUP / 2
-in its high one. A code becomes a number by its bits alone: a conversion from integers costs more than all else. What is
-multiplied is scaled already, and rounded as the unpacked matrix would be.
+Both lie in the order of `gemm_int.pack_int4`: byte j of a group holds element j in its low half and element
+j + GROUP / 2 in its high one. A code becomes a number by its bits alone: a conversion from integers costs more than all
+else. What is multiplied is scaled already, and rounded as the unpacked matrix would be.
 """
 
 # What Triton's stubs do not describe: untyped kernel parameters, launches by subscript, constexpr arguments.
@@ -86,7 +86,8 @@ def widened_halves(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stack:
-    """The weights of one product: plain [R, N], or packed uint8 [R, N / 2] with scales, and perhaps zero points, [R, G].
+    """The weights of one product: plain [R, N], or packed uint8 [R, N / 2] with scales [R, G], and perhaps
+    zero points.
 
     `zero` may be there for integers alone. R: rows of all experts, one expert behind the other.
     """

@@ -43,6 +43,7 @@ def _route(
     least,
     TOP_K: tl.constexpr,
     SIGMOID: tl.constexpr,
+    LATE: tl.constexpr,
     RENORMALISE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -52,14 +53,18 @@ def _route(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """GROUPS above 1 (then there are BLOCK experts): only those of the KEEP groups take part whose GROUP_BEST best
+    """LATE: the logits themselves decide who is chosen, and the score is computed of the chosen alone.
+
+    GROUPS above 1 (then there are BLOCK experts): only those of the KEEP groups take part whose GROUP_BEST best
     experts, 1 or 2, have the largest sum, of equals the lowest group."""
     await_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, BLOCK)
     keep = expert < experts
     x = tl.load(logits + token * stride_logits + expert, mask=keep, other=float("-inf")).to(tl.float32)
-    if SIGMOID:
+    if LATE:
+        score = tl.where(keep, x, 0.0)
+    elif SIGMOID:
         score = tl.where(keep, tl.sigmoid(x), 0.0)
     else:
         score = tl.exp(x - tl.max(x, axis=0))
@@ -93,6 +98,13 @@ def _route(
         chosen = tl.where(choice == turn, place, chosen)
         value = tl.where(choice == turn, mine, value)
         ranked = tl.where(expert == place, float("-inf"), ranked)
+    if LATE:
+        if SIGMOID:
+            value = tl.where(choice < TOP_K, tl.sigmoid(value), 0.0)
+        else:
+            value = tl.where(choice < TOP_K, value, float("-inf"))
+            value = tl.exp(value - tl.max(value, axis=0))
+            value = value / tl.sum(value, axis=0)
     if RENORMALISE:
         value = value / tl.maximum(tl.sum(value, axis=0) + eps, least)
     at = token * TOP_K + choice
@@ -102,7 +114,8 @@ def _route(
 
 @triton.jit
 def choose(logits, experts, turn, TOP_K: tl.constexpr, RENORMALISE: tl.constexpr, BLOCK_E: tl.constexpr):
-    """(Expert, weight) of a token's choice number `turn`, as `_route` has them: the one that so many are better than."""
+    """(Expert, weight) of a token's choice number `turn`, as `_route` has them: that one than which so many
+    are better."""
     expert = tl.arange(0, BLOCK_E)
     x = tl.load(logits + expert, mask=expert < experts, other=float("-inf")).to(tl.float32)
     top = tl.max(x, axis=0)
@@ -130,6 +143,7 @@ def route(
     renormalise: bool,
     *,
     sigmoid: bool = False,
+    late: bool = False,
     bias_E: Tensor | None = None,
     scaling: float = 1.0,
     eps: float = 0.0,
@@ -138,6 +152,7 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """Router logits -> weights float32 [T, k] and expert ids int32 [T, k], best first, ties to the lower id.
 
+    `sigmoid`: of each logit; else the softmax. `late`: of the chosen alone, and logits decide who they are.
     With `renormalise` weights are divided by their sum + `eps`, at least `least`. `groups`: how many, how many of them
     take part, and by the sum of how many best experts they are chosen (1 or 2); both numbers are powers of two then.
     """
@@ -157,6 +172,7 @@ def route(
             float(least),
             TOP_K=top_k,
             SIGMOID=sigmoid,
+            LATE=late,
             RENORMALISE=renormalise,
             HAS_BIAS=bias_E is not None,
             GROUPS=groups[0],
@@ -176,13 +192,14 @@ def route_op(logits_TE: Tensor, bias_E: Tensor | None, spec: RouterSpec) -> tupl
     whole = spec.groups == 1 or (
         power_of_2(experts) == experts and power_of_2(spec.groups) == spec.groups and spec.group_best in (1, 2)
     )
-    if spec.score not in ("softmax", "sigmoid") or not whole or spec.groups > experts // 2:
+    if spec.score == "sparse_mixer" or not whole or spec.groups > experts // 2:
         return models.route(logits_TE, bias_E, spec)
     weights_Tk, ids_Tk = route(
         logits_TE,
         spec.top_k,
         spec.renormalise,
-        sigmoid=spec.score == "sigmoid",
+        sigmoid=spec.score.endswith("sigmoid"),
+        late=spec.score.startswith("chosen_"),
         bias_E=bias_E,
         scaling=spec.scale,
         eps=spec.eps,

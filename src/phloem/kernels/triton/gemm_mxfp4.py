@@ -18,7 +18,7 @@ from torch import Tensor
 from phloem.kernels.triton._base import ceil_div, power_of_2, stages, sum_splits
 from phloem.kernels.triton._device import multiprocessors
 from phloem.kernels.triton.early import await_previous, early
-from phloem.kernels.triton.nibbles import FLOAT_GROUP, MXFP4, widened_halves
+from phloem.kernels.triton.nibbles import FLOAT_GROUP, MXFP4, warp_groups, widened_halves
 
 BLOCK_K = 128
 
@@ -89,8 +89,10 @@ def mxfp4_gemm(
         return out
     wide = x_TN.dtype == torch.float32
     block_t = max(16, min(32 if wide else 128, power_of_2(tokens)))
-    block_m = 32 if wide else (64 if block_t < 64 else 128)
-    turns = ceil_div(features, BLOCK_K)
+    large = block_t >= 64 and warp_groups(x_TN.device)
+    block_m = 32 if wide else (128 if large else 64)
+    block_k = BLOCK_K if large or block_t < 64 else BLOCK_K // 2
+    turns = ceil_div(features, block_k)
     tiles = ceil_div(outputs, block_m) * ceil_div(tokens, block_t)
     if splits is None:
         splits = max(1, min(turns // 4, multiprocessors(x_TN) // tiles))
@@ -107,7 +109,7 @@ def mxfp4_gemm(
         GROUP=FLOAT_GROUP,
         BLOCK_T=block_t,
         BLOCK_M=block_m,
-        BLOCK_K=BLOCK_K,
+        BLOCK_K=block_k,
         num_warps=8 if block_t >= 64 else 4,
         num_stages=stages(3),
         **early(x_TN),

@@ -22,14 +22,12 @@ import triton.language as tl
 from torch import Tensor
 
 from phloem.kernels.triton._base import activate, ceil_div, stages
-from phloem.kernels.triton._device import capability
 from phloem.kernels.triton.activation import GELU_TANH, SILU
 from phloem.kernels.triton.early import await_previous, early
-from phloem.kernels.triton.nibbles import Stack, widened_halves
+from phloem.kernels.triton.nibbles import Stack, warp_groups, widened_halves
 
 SWIGLU_CLAMP, RELU2 = 2, 3
 KINDS = {"silu": SILU, "gelu_tanh": GELU_TANH, "swiglu_clamp": SWIGLU_CLAMP, "relu2": RELU2}
-WARP_GROUPS = 90  # compute capability from which on four warps multiply together, and accumulate in the background
 WHOLE, READ, GIVEN = 0, 1, 2  # a pair's weight takes no part, multiplies what is read, or what is given
 
 
@@ -194,7 +192,7 @@ def _blocks(stack: Stack, tile: int, wide: bool, gated: bool) -> tuple[int, int,
     if stack.scale is None:
         block_n = 64 if gated or tile < 64 else 128
         return block_n, 64 if tile >= 64 else 128, 8 if tile >= 128 else 4
-    if capability(stack.values.device) < WARP_GROUPS:
+    if not warp_groups(stack.values.device):
         return (64, max(64, stack.group), 8) if tile >= 64 else (64, 128, 4)
     # A warp group's rows are its own, so that what it widens goes from registers to the tensor cores.
     return (128, 128, 8) if tile >= 64 else (64, 128, 4)

@@ -162,8 +162,8 @@ def _unpacked(parts: Sequence[WeightSource], dtype: torch.dtype, device: torch.d
         rows = sum(part.shape[0] for part in parts)
         return torch.empty((rows, *parts[0].shape[1:]), dtype=dtype, device=device)
     for part in parts if why else ():
-        if isinstance(part, GivesCodes) and not isinstance(part.narrow(), str):
-            part.refused(why)
+        if isinstance(part, GivesCodes) and (own := part.narrow()) != "":
+            part.refused(own if isinstance(own, str) else why)
     return ref.prepare_linear(parts, dtype, device)
 
 

@@ -20,12 +20,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from phloem.kernels.triton._device import capability
 from phloem.kernels.triton.gemm_int import pack_int4
 
 PLAIN, INT4, MXFP4 = 0, 1, 2  # how the weights of a product are stored
 FLOAT_GROUP = 32  # columns that share a power of two
 MOST_EXPONENT = 240  # biased by 127: powers of two beyond are no scale of a weight
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+def warp_groups(device: torch.device) -> bool:
+    """Whether four warps multiply together there, of what they have in registers (`wgmma`): tiles may be large."""
+    return capability(device) >= 90
 
 
 @triton.jit

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import gpu_odd
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -422,6 +423,18 @@ class Kernels:
             pairs.append((gemm_int.int4_gemm(x, packed, step, zero.float()), F.linear(x.float(), wide.float())))
         return pairs
 
+    def experts_any(self) -> list[tuple[Tensor, Tensor]]:
+        return gpu_odd.experts_any(self)
+
+    def experts_4bit(self) -> list[tuple[Tensor, Tensor]]:
+        return gpu_odd.experts_4bit(self)
+
+    def gemm_mxfp4(self) -> list[tuple[Tensor, Tensor]]:
+        return gpu_odd.gemm_mxfp4(self)
+
+    def late_router(self) -> list[tuple[Tensor, Tensor]]:
+        return gpu_odd.late_router(self)
+
     def lora(self) -> list[tuple[Tensor, Tensor]]:
         from phloem.kernels.triton import lora
 
@@ -469,7 +482,7 @@ class Kernels:
 CHECKS = [
     *("norms", "activations", "rope", "pages", "tokens", "decode", "extend", "mla", "sampling", "moe", "quantise"),
     *("gemm_fp8", "moe_fp8", "gemm_int", "lora", "invariant", "float8_norm", "few_rows", "shared_pages"),
-    *("moe_many", "moe_many_fp8"),
+    *("moe_many", "moe_many_fp8", "experts_any", "experts_4bit", "gemm_mxfp4", "late_router"),
 ]
 # Checks whose result is rounded to float8 or int8 on the way: (limit of the relative norm).
 ROUNDED = {"quantise": 0.04, "moe_fp8": 0.04, "moe_many_fp8": 0.04, "float8_norm": 0.04}

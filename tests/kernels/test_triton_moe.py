@@ -62,13 +62,28 @@ def test_sorting(tokens: int, top_k: int, experts: int) -> None:
     assert sum(-(-int((ids == e).sum()) // 16) for e in range(experts)) == int(used.sum())
 
 
+@pytest.mark.parametrize(("tokens", "top_k", "experts", "tile"), [(5, 2, 8, 16), (64, 3, 6, 32), (33, 4, 60, 16)])
+def test_one_launch_sorts_as_two_do(
+    tokens: int, top_k: int, experts: int, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ids of no expert here, on either side, are left out; one may stand twice."""
+    ids = torch.randint(-1, experts + 3, (tokens, top_k)).int()
+    ids[1] = ids[1, 0]
+    order, tile_expert = route.sort_by_expert(ids, experts, tile)
+    monkeypatch.setattr(route, "SORTED_TOKENS", 0)
+    want_order, want_expert = route.sort_by_expert(ids, experts, tile)
+    used = want_expert >= 0
+    assert torch.equal(tile_expert, want_expert)
+    assert torch.equal(order.view(-1, tile)[used], want_order.view(-1, tile)[used])
+
+
 @pytest.mark.some(5)
 @pytest.mark.parametrize("renormalise", [False, True])
 @pytest.mark.parametrize(
     ("tokens", "top_k", "experts", "tile"), [(5, 2, 8, 16), (33, 3, 6, 16), (64, 8, 128, 16), (7, 4, 60, 32)]
 )
 def test_one_launch_routes_and_sorts_as_three_do(
-    tokens: int, top_k: int, experts: int, tile: int, renormalise: bool
+    tokens: int, top_k: int, experts: int, tile: int, renormalise: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logits = torch.randn(tokens, experts) * 2
     logits[1] = 0.0  # equal scores
@@ -76,6 +91,7 @@ def test_one_launch_routes_and_sorts_as_three_do(
     want_weights, want_ids = moe.route(logits, top_k, renormalise)
     assert torch.equal(ids, want_ids)
     torch.testing.assert_close(weights, want_weights, atol=1e-6, rtol=1e-5)
+    monkeypatch.setattr(route, "SORTED_TOKENS", 0)
     order, tile_expert = moe.sort_by_expert(want_ids, experts, tile)
     used = tile_expert >= 0
     assert torch.equal(lists[1], tile_expert)

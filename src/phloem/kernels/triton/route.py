@@ -1,6 +1,7 @@
 """Which experts serve which tokens: routing, and listing the (token, choice) pairs expert by expert.
 
-Few tokens are routed and sorted in one launch by one program; many in three. Legend: E experts, k choices.
+Few tokens are routed and sorted in one launch by one program, or sorted in one; many in three. Legend: E experts,
+k choices.
 """
 
 # What Triton's stubs do not describe: untyped kernel parameters, launches by subscript, constexpr arguments.
@@ -209,6 +210,32 @@ def route_op(logits_TE: Tensor, bias_E: Tensor | None, spec: RouterSpec) -> tupl
     return ids_Tk, weights_Tk
 
 
+@triton.jit
+def _name_tiles(
+    order,
+    tile_expert,
+    number,
+    count,
+    begin,
+    pairs,
+    tiles,
+    expert,
+    TILE: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+):
+    """Fill up each expert's tiles (it has `number` pairs, and `count` tiles from `begin` on), and name them."""
+    pad = tl.arange(0, TILE)
+    free = (begin * TILE + number)[None, :] + pad[:, None]
+    tl.store(order + free, tl.full([TILE, BLOCK_E], 0, tl.int32) + pairs,
+             mask=free < ((begin + count) * TILE)[None, :])  # fmt: skip
+    used = tl.sum(count, axis=0)
+    for tile in range(0, tl.max(count, axis=0)):
+        tl.store(tile_expert + begin + tile, expert, mask=tile < count)
+    every = tl.arange(0, BLOCK_TILES)
+    tl.store(tile_expert + every, tl.full([BLOCK_TILES], -1, tl.int32), mask=(every >= used) & (every < tiles))
+
+
 @triton.jit(do_not_specialize=["tokens", "tiles"])
 def _route_and_sort(
     logits,
@@ -263,15 +290,12 @@ def _route_and_sort(
     begin = tl.cumsum(count, axis=0) - count
     at = (begin * TILE)[None, :] + tl.cumsum(one, axis=0) - one
     tl.store(order + at, pair, mask=chosen)
-    pad = tl.arange(0, TILE)
-    free = (begin * TILE + number)[None, :] + pad[:, None]
-    tl.store(order + free, tl.full([TILE, BLOCK_E], 0, tl.int32) + tokens * TOP_K,
-             mask=free < ((begin + count) * TILE)[None, :])  # fmt: skip
-    used = tl.sum(count, axis=0)
-    for tile in range(0, tl.max(count, axis=0)):
-        tl.store(tile_expert + begin + tile, expert, mask=tile < count)
-    every = tl.arange(0, BLOCK_TILES)
-    tl.store(tile_expert + every, tl.full([BLOCK_TILES], -1, tl.int32), mask=(every >= used) & (every < tiles))
+    _name_tiles(order, tile_expert, number, count, begin, tokens * TOP_K, tiles, expert, TILE, BLOCK_E, BLOCK_TILES)
+
+
+def _in_one(tokens: int, experts: int) -> bool:
+    """Whether one program sorts the pairs of so many tokens."""
+    return 0 < tokens <= SORTED_TOKENS and power_of_2(tokens) * power_of_2(experts) <= SORTED_CELLS
 
 
 def route_and_sort(
@@ -280,7 +304,7 @@ def route_and_sort(
     """`route`, then `sort_by_expert`, in one launch where the tokens are few: (weights, ids, (order, tile_expert))."""
     tokens, experts = logits_TE.shape
     block_t, block_e = power_of_2(tokens), power_of_2(experts)
-    if not 0 < tokens <= SORTED_TOKENS or block_t * block_e > SORTED_CELLS:
+    if not _in_one(tokens, experts):
         weights, ids = route(logits_TE, top_k, renormalise)
         return weights, ids, sort_by_expert(ids, experts, tile)
     device, tiles = logits_TE.device, most_tiles(tokens * top_k, experts, tile)
@@ -360,15 +384,64 @@ def _place_expert(
             tl.store(tile_expert + tile, -1)
 
 
+@triton.jit(do_not_specialize=["tokens", "tiles"])
+def _sort_few(
+    ids,
+    order,
+    tile_expert,
+    tokens,
+    experts,
+    tiles,
+    TOP_K: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """`_count_expert` and `_place_expert` of a few tokens, in one program."""
+    await_previous(PDL)
+    token = tl.arange(0, BLOCK_T)
+    expert = tl.arange(0, BLOCK_E)
+    real, known = token < tokens, (expert < experts)[None, :]
+    number_of = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
+    for turn in range(TOP_K):
+        place = tl.load(ids + token * TOP_K + turn, mask=real, other=-1)
+        number_of += ((expert[None, :] == place[:, None]) & known).to(tl.int32)
+    number = tl.sum(number_of, axis=0)
+    count = (number + TILE - 1) // TILE
+    begin = tl.cumsum(count, axis=0) - count
+    at = (begin * TILE)[None, :] + tl.cumsum(number_of, axis=0) - number_of
+    for turn in range(TOP_K):
+        place = tl.load(ids + token * TOP_K + turn, mask=real, other=-1)
+        here = ((expert[None, :] == place[:, None]) & known).to(tl.int32)
+        tl.store(order + tl.sum(here * at, axis=1), token * TOP_K + turn, mask=tl.sum(here, axis=1) > 0)
+        at += here
+    _name_tiles(order, tile_expert, number, count, begin, tokens * TOP_K, tiles, expert, TILE, BLOCK_E, BLOCK_TILES)
+
+
 def sort_by_expert(ids_Tk: Tensor, experts: int, tile: int) -> tuple[Tensor, Tensor]:
     """(order, tile_expert): pair numbers (token * k + choice) by expert, padded to tiles with T * k; each tile's
     expert, -1 for a tile past the end. Sized for the worst case, so that shapes depend on T alone.
     """
     pairs = ids_Tk.numel()
     tiles, device = most_tiles(pairs, experts, tile), ids_Tk.device
-    counts = torch.empty(experts, dtype=torch.int32, device=device)
     order = torch.empty(tiles * tile, dtype=torch.int32, device=device)
     tile_expert = torch.empty(tiles, dtype=torch.int32, device=device)
+    tokens, choices = ids_Tk.shape
+    if _in_one(tokens, experts):
+        _sort_few[(1,)](
+            *(ids_Tk, order, tile_expert, tokens, experts, tiles),
+            TOP_K=choices,
+            TILE=tile,
+            BLOCK_T=power_of_2(tokens),
+            BLOCK_E=power_of_2(experts),
+            BLOCK_TILES=power_of_2(tiles),
+            num_warps=8 if power_of_2(tokens) * power_of_2(experts) > 1024 else 4,
+            **early(ids_Tk),
+        )
+        return order, tile_expert
+    counts = torch.empty(experts, dtype=torch.int32, device=device)
     block = min(1024, power_of_2(pairs))
     _count_expert[(experts,)](ids_Tk, counts, pairs, BLOCK=block, **early(ids_Tk))
     _place_expert[(experts,)](

@@ -18,20 +18,19 @@ if TYPE_CHECKING:
 Pairs = list[tuple[Tensor, Tensor]]
 
 
-def narrow(kernels: Kernels, kind: str, rows: int, columns: int) -> Any:
-    """Random weights of 4 bits: integers in groups of 128 or 32, or floats."""
+def narrow(kernels: Kernels, kind: str, count: int, rows: int, columns: int) -> Any:
+    """Random weights of 4 bits of so many experts: integers in groups of 128 or 32, or floats."""
     from phloem.kernels.triton import nibbles
     from phloem.kernels.triton.gemm_int import pack_int4
-    from phloem.kernels.triton.weights import Int4Weight, Mxfp4Weight
+    from phloem.kernels.triton.weights import Int4Experts, Mxfp4Weight
 
-    codes = kernels.ints(0, 16, rows, columns)
+    codes, group = kernels.ints(0, 16, count * rows, columns), min(columns, 128) if kind == "int4" else 32
+    shape = count, columns // group, rows
     if kind == "mxfp4":
-        exponents = kernels.ints(118, 123, rows, columns // 32).to(torch.uint8)
-        return Mxfp4Weight(nibbles.pack_mxfp4(codes), exponents, kernels.dtype)
-    group = min(columns, 128) if kind == "int4" else 32
-    scale = (kernels.randn(rows, columns // group).float().abs() / 8 + 0.02) * columns**-0.5
-    zero = kernels.ints(0, 16, rows, columns // group).half() if kind == "int4, zero points" else None
-    return Int4Weight(pack_int4(codes, group), scale.half(), zero, kernels.dtype)
+        return Mxfp4Weight(nibbles.pack_mxfp4(codes), kernels.ints(118, 123, *shape).to(torch.uint8), kernels.dtype)
+    scale = (kernels.randn(*shape).float().abs() / 8 + 0.02) * columns**-0.5
+    zero = kernels.ints(0, 16, *shape).half() if kind == "int4, zero points" else None
+    return Int4Experts(pack_int4(codes, group), scale.half(), zero, kernels.dtype)
 
 
 def experts_any(kernels: Kernels) -> Pairs:
@@ -66,7 +65,7 @@ def experts_4bit(kernels: Kernels) -> Pairs:
     count, width, inner, k = (4, 64, 64, 2) if kernels.tiny else (32, 1024, 384, 4)
     spec, pairs = ExpertSpec(count, "swiglu_clamp"), Pairs()
     for kind in ("int4", "int4, zero points", "mxfp4"):
-        up, down = narrow(kernels, kind, count * 2 * inner, width), narrow(kernels, kind, count * width, inner)
+        up, down = narrow(kernels, kind, count, 2 * inner, width), narrow(kernels, kind, count, width, inner)
         dense = widened(up).float(), widened(down).float()
         biases = kernels.randn(count * 2 * inner).float(), kernels.randn(count * width).float()
         for tokens in (2, 9) if kernels.tiny else (1, 4, 40, 400, 2000):
@@ -83,7 +82,7 @@ def gemm_mxfp4(kernels: Kernels) -> Pairs:
     from phloem.kernels.triton.weights import widened
 
     features, outputs = (288, 70) if kernels.tiny else (2880, 1500)
-    weight, bias, pairs = narrow(kernels, "mxfp4", outputs, features), kernels.randn(outputs), Pairs()
+    weight, bias, pairs = narrow(kernels, "mxfp4", 1, outputs, features), kernels.randn(outputs), Pairs()
     for tokens in (1, 20) if kernels.tiny else (1, 33, 500):
         x = kernels.randn(tokens, features)
         got = gemm_mxfp4.mxfp4_gemm(x, weight.packed, weight.scale, bias)

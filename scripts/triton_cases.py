@@ -35,7 +35,7 @@ from phloem.kernels.triton import (
     sample,
     tokens,
 )
-from phloem.kernels.triton.weights import Float8Blocks, Float8Rows, Form, Int4Weight, Mxfp4Weight
+from phloem.kernels.triton.weights import Float8Blocks, Float8Rows, Form, Int4Experts, Mxfp4Weight
 
 BF16, F32, I32, I64 = torch.bfloat16, torch.float32, torch.int32, torch.int64
 F16, U8 = torch.float16, torch.uint8
@@ -180,13 +180,14 @@ def _moe_op_float8(float8: torch.dtype) -> None:
         moe.moe(t(2, 2048), t(2, 128), gate_up, down, 8, True)
 
 
-def _int4(rows: int, columns: int, group: int = 128, zeros: bool = False) -> Form:
-    scale = t(rows, columns // group, dtype=F16)
-    return Int4Weight(t(rows, columns // 2, dtype=U8), scale, scale if zeros else None)
+def _int4(experts: int, rows: int, columns: int, group: int = 128, zeros: bool = False) -> Form:
+    scale = t(experts, columns // group, rows // experts, dtype=F16)
+    return Int4Experts(t(rows, columns // 2, dtype=U8), scale, scale if zeros else None)
 
 
 def _mxfp4(rows: int, columns: int) -> Form:
-    return Mxfp4Weight(t(rows, columns // 2, dtype=U8), t(rows, columns // 32, dtype=U8))
+    """Of 32 experts."""
+    return Mxfp4Weight(t(rows, columns // 2, dtype=U8), t(32, columns // 32, rows // 32, dtype=U8))
 
 
 def _clamped(tokens: int, make: Callable[[int, int], Tensor | Form] = t, dtype: torch.dtype = BF16) -> None:
@@ -206,7 +207,7 @@ def _odd_experts(tokens: int) -> None:
 
 def _moe_int4(tokens: int, group: int, zeros: bool) -> None:
     """Qwen3-30B-A3B."""
-    gate_up, down = _int4(128 * 1536, 2048, group, zeros), _int4(128 * 2048, 768, group, zeros)
+    gate_up, down = _int4(128, 128 * 1536, 2048, group, zeros), _int4(128, 128 * 2048, 768, group, zeros)
     moe.moe(t(tokens, 2048), t(tokens, 128), gate_up, down, 8, True)
 
 
@@ -266,7 +267,7 @@ def _gemm_int(tokens: int) -> None:
 
 def _gemm_mxfp4() -> None:
     for count in (1, 64, 2048):
-        gemm_mxfp4.mxfp4_gemm(t(count, 2880), t(5120, 1440, dtype=U8), t(5120, 90, dtype=U8), t(5120))
+        gemm_mxfp4.mxfp4_gemm(t(count, 2880), t(5120, 1440, dtype=U8), t(1, 90, 5120, dtype=U8), t(5120))
 
 
 def _lora() -> None:

@@ -15,7 +15,7 @@ from phloem.kernels.specs import ExpertSpec
 need_interpreter()
 from phloem.kernels.triton import gemm_mxfp4, moe, nibbles, table, weights  # noqa: E402
 from phloem.kernels.triton.gemm_int import pack_int4  # noqa: E402
-from phloem.kernels.triton.weights import Form, Int4Weight, Mxfp4Weight, widened  # noqa: E402
+from phloem.kernels.triton.weights import Form, Int4Experts, Mxfp4Weight, widened  # noqa: E402
 
 Make = Callable[[int, int, torch.dtype], torch.Tensor | Form]
 EXPERTS = 5
@@ -32,20 +32,22 @@ def plain(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     return (torch.randn(rows, columns) * columns**-0.5).to(dtype)
 
 
-def int4(rows: int, columns: int, dtype: torch.dtype, group: int = 32, zeros: bool = True) -> Int4Weight:
-    codes, groups = torch.randint(0, 16, (rows, columns)), columns // group
-    scale = (0.2 + torch.rand(rows, groups)).half() / 8 / columns**0.5
-    zero = (torch.rand(rows, groups) * 15).half() if zeros else None
-    return Int4Weight(pack_int4(codes, group), scale, zero, dtype)
+def int4(
+    rows: int, columns: int, dtype: torch.dtype, count: int = EXPERTS, group: int = 32, zeros: bool = True
+) -> Int4Experts:
+    codes, shape = torch.randint(0, 16, (rows, columns)), (count, columns // group, rows // count)
+    scale = (0.2 + torch.rand(shape)).half() / 8 / columns**0.5
+    zero = (torch.rand(shape) * 15).half() if zeros else None
+    return Int4Experts(pack_int4(codes, group), scale, zero, dtype)
 
 
-def mxfp4(rows: int, columns: int, dtype: torch.dtype) -> Mxfp4Weight:
-    codes = torch.randint(0, 16, (rows, columns))
-    return Mxfp4Weight(nibbles.pack_mxfp4(codes), torch.randint(121, 126, (rows, columns // 32)).byte(), dtype)
+def mxfp4(rows: int, columns: int, dtype: torch.dtype, count: int = EXPERTS) -> Mxfp4Weight:
+    codes, shape = torch.randint(0, 16, (rows, columns)), (count, columns // 32, rows // count)
+    return Mxfp4Weight(nibbles.pack_mxfp4(codes), torch.randint(121, 126, shape).byte(), dtype)
 
 
-def int4_in_large_groups(rows: int, columns: int, dtype: torch.dtype) -> Int4Weight:
-    return int4(rows, columns, dtype, min(128, columns), zeros=False)
+def int4_in_large_groups(rows: int, columns: int, dtype: torch.dtype) -> Int4Experts:
+    return int4(rows, columns, dtype, group=min(128, columns), zeros=False)
 
 
 MAKERS: dict[str, Make] = {"plain": plain, "int4": int4, "int4, large groups": int4_in_large_groups, "mxfp4": mxfp4}
@@ -61,12 +63,12 @@ def close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.activation + (" weighed" if spec.scale_input else ""))
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize(("tokens", "dtype"), [(0, DTYPES[0]), (1, DTYPES[0]), (3, DTYPES[1]), (7, DTYPES[1]),
-                                               (45, DTYPES[0])])  # fmt: skip
-@pytest.mark.some(24)
+                                               (33, DTYPES[0])])  # fmt: skip
+@pytest.mark.some(16)
 def test_experts_of_any_kind(tokens: int, dtype: torch.dtype, make: str, spec: ExpertSpec, biased: bool) -> None:
     """Ids of other ranks' experts, and -1, add nothing, whatever stood in memory; rows of x lie apart."""
     torch.manual_seed(tokens)
-    features, inner = 96, 64
+    features, inner = 96, 32
     if make == "int4, large groups":
         features, inner = 128, 64
     gate_up = MAKERS[make](EXPERTS * inner * (2 if spec.gated else 1), features, dtype)
@@ -76,19 +78,19 @@ def test_experts_of_any_kind(tokens: int, dtype: torch.dtype, make: str, spec: E
     biases = (torch.randn(gate_up.shape[0]), torch.randn(down.shape[0])) if biased else None
     with filled_with_nan():
         got = moe.experts_op(x, ids, weight, gate_up, down, spec, biases)
-    wide = (widened(one).float() for one in (gate_up, down))
+    wide = widened(gate_up).float(), widened(down).float()
     close(got, models.experts(x.float(), ids, weight, *wide, spec, biases), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("make", ["int4", "mxfp4"])
-@pytest.mark.parametrize(("tokens", "renormalise"), [(0, True), (2, True), (4, False), (9, True), (70, False)])
+@pytest.mark.parametrize(("tokens", "renormalise"), [(0, True), (2, True), (9, False), (70, True)])
 def test_plain_experts_of_4_bits_are_routed_and_computed(
     tokens: int, renormalise: bool, make: str, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(tokens)
-    gate_up, down = MAKERS[make](6 * 2 * 64, 96, dtype), MAKERS[make](6 * 96, 64, dtype)
-    x, logits = torch.randn(tokens, 96).to(dtype), torch.randn(tokens, 6) * 2
+    gate_up, down = MAKERS[make](EXPERTS * 2 * 32, 64, dtype), MAKERS[make](EXPERTS * 64, 32, dtype)
+    x, logits = torch.randn(tokens, 64).to(dtype), torch.randn(tokens, EXPERTS) * 2
     with filled_with_nan():
         got = moe.moe(x, logits, gate_up, down, 2, renormalise)
         ids, weight = (one.contiguous() for one in reversed(ref.route(logits, 2, renormalise)))
@@ -102,7 +104,7 @@ def test_plain_experts_of_4_bits_are_routed_and_computed(
 def test_one_product_may_be_narrow_and_the_other_not() -> None:
     """A share of the inner size that no group divides."""
     spec = ExpertSpec(3, "swiglu_clamp")
-    gate_up, down = mxfp4(3 * 2 * 40, 64, torch.float32), plain(3 * 64, 40, torch.float32)
+    gate_up, down = mxfp4(3 * 2 * 40, 64, torch.float32, 3), plain(3 * 64, 40, torch.float32)
     biases = torch.randn(3 * 80), torch.randn(3 * 64)
     for tokens in (2, 11):
         x, ids, weight = torch.randn(tokens, 64), torch.randint(3, (tokens, 2)).int(), torch.rand(tokens, 2)
@@ -128,7 +130,7 @@ def test_every_4_bit_float_and_scale_is_exact() -> None:
     """All codes, and exponents over the range of weights."""
     exponents = torch.tensor([0, 1, 60, 100, 127, 128, 160, 186]).byte()
     codes = torch.arange(16).repeat(8, 2)
-    weight = Mxfp4Weight(nibbles.pack_mxfp4(codes), exponents[:, None].contiguous(), torch.float32)
+    weight = Mxfp4Weight(nibbles.pack_mxfp4(codes), exponents[None, None], torch.float32)
     want = torch.tensor(nibbles.E2M1)[codes].double() * 2.0 ** (exponents.double() - 127)[:, None]
     assert torch.equal(widened(weight).double(), want)
     got = gemm_mxfp4.mxfp4_gemm(torch.eye(32), weight.packed, weight.scale)
@@ -142,7 +144,7 @@ def test_dense_products_of_4_bit_floats(
     tokens: int, columns: int, outputs: int, splits: int | None, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(tokens)
-    weight, x = mxfp4(outputs, columns, dtype), torch.randn(tokens, columns + 3).to(dtype)[:, :columns]
+    weight, x = mxfp4(outputs, columns, dtype, 1), torch.randn(tokens, columns + 3).to(dtype)[:, :columns]
     for bias in (None, torch.randn(outputs).to(dtype)):
         got = gemm_mxfp4.mxfp4_gemm(x, weight.packed, weight.scale, bias, splits)
         want = torch.nn.functional.linear(x.float(), widened(weight).float(), None if bias is None else bias.float())
@@ -151,6 +153,6 @@ def test_dense_products_of_4_bit_floats(
 
 
 def test_rows_are_read_of_4_bit_floats() -> None:
-    weight = mxfp4(6, 64, torch.float32)
+    weight = mxfp4(6, 64, torch.float32, 2)
     rows = table.table().embedding(torch.tensor([4, 0]), weight, 1.0)
     assert torch.equal(rows, widened(weight)[[4, 0]]) and weight.shape == (6, 64)

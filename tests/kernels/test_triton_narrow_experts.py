@@ -26,7 +26,7 @@ from phloem.testing.checkpoints import tiny_checkpoint
 need_interpreter()
 from phloem.attention import triton as backend_file  # noqa: E402
 from phloem.kernels.triton import table  # noqa: E402
-from phloem.kernels.triton.weights import Form, Int4Weight, Mxfp4Weight  # noqa: E402
+from phloem.kernels.triton.weights import Form, Int4Experts, Mxfp4Weight  # noqa: E402
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {
@@ -44,12 +44,12 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
 # The family, what packs, whether by name, what config.json says, the form that experts have.
 KEPT: dict[str, tuple[str, Any, bool, dict[str, Any], type]] = {
-    "gptq": ("qwen3_moe", packers.gptq, False, GPTQ, Int4Weight),
+    "gptq": ("qwen3_moe", packers.gptq, False, GPTQ, Int4Experts),
     "gptq, zero points": (
-        "qwen3_moe", partial(packers.gptq, symmetric=False, group=64), False, {**GPTQ, "sym": False}, Int4Weight,
+        "qwen3_moe", partial(packers.gptq, symmetric=False, group=64), False, {**GPTQ, "sym": False}, Int4Experts,
     ),
-    "awq": ("qwen3_moe", packers.awq, False, {"quant_method": "awq", "bits": 4, "version": "gemm"}, Int4Weight),
-    "packed": ("qwen3_moe", packers.packed_ints, False, {**TENSORS, "format": "pack-quantized"}, Int4Weight),
+    "awq": ("qwen3_moe", packers.awq, False, {"quant_method": "awq", "bits": 4, "version": "gemm"}, Int4Experts),
+    "packed": ("qwen3_moe", packers.packed_ints, False, {**TENSORS, "format": "pack-quantized"}, Int4Experts),
     "mxfp4": ("qwen3_moe", packers.mxfp4_matrix, False, {**TENSORS, "format": "mxfp4-pack-quantized"}, Mxfp4Weight),
     "gpt-oss": ("gpt_oss", packers.mxfp4_stack, True, MXFP4, Mxfp4Weight),
 }  # fmt: skip
@@ -134,7 +134,7 @@ def test_plain_experts_of_any_kind_do_not_wait(name: str, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
-@pytest.mark.parametrize("method,form", [("int4", Int4Weight), ("mxfp4", Mxfp4Weight)])
+@pytest.mark.parametrize("method,form", [("int4", Int4Experts), ("mxfp4", Mxfp4Weight)])
 def test_plain_experts_are_rounded_to_4_bits(
     method: str, form: type, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,7 @@ from phloem.kernels.triton.grouped import KINDS, Pair, Shape, parts_of_any
 from phloem.kernels.triton.grouped_few import few_any
 from phloem.kernels.triton.nibbles import Stack
 from phloem.kernels.triton.route import CHOSEN_EXPERTS, FEW_TOKENS, route, route_and_sort, sort_by_expert, tile_size
-from phloem.kernels.triton.weights import Form, Int4Weight, Mxfp4Weight, widened
+from phloem.kernels.triton.weights import Form, Int4Experts, Mxfp4Weight, widened
 
 if TYPE_CHECKING:
     from phloem.kernels.specs import ExpertSpec
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 def four_bits(gate_up: Tensor | Form, down: Tensor | Form) -> bool:
     """Whether either of them is."""
-    return isinstance(gate_up, Int4Weight | Mxfp4Weight) or isinstance(down, Int4Weight | Mxfp4Weight)
+    return isinstance(gate_up, Int4Experts | Mxfp4Weight) or isinstance(down, Int4Experts | Mxfp4Weight)
 
 
 def _stack(weight: Tensor | Form) -> Stack:
     match weight:
-        case Int4Weight():
+        case Int4Experts():
             return Stack(weight.packed, weight.scale, weight.zero)
         case Mxfp4Weight():
             return Stack(weight.packed, weight.scale)

@@ -18,7 +18,7 @@ from torch import Tensor
 from phloem.kernels.triton._base import ceil_div, power_of_2, stages, sum_splits
 from phloem.kernels.triton._device import multiprocessors
 from phloem.kernels.triton.early import await_previous, early
-from phloem.kernels.triton.nibbles import FLOAT_GROUP, MXFP4, warp_groups, widened_halves
+from phloem.kernels.triton.nibbles import FLOAT_GROUP, MXFP4, scales_at, warp_groups, widened_halves
 
 BLOCK_K = 128
 
@@ -60,18 +60,17 @@ def _gemm_mxfp4(
     row = col.to(tl.int64)
     at_x = x + token.to(tl.int64)[None, :] * stride_x + k[:, None]
     at_w = packed + row[:, None, None] * stride_w + (group[None, :, None] * HALF + within[None, None, :])
-    at_scale = scale + row[:, None] * stride_s + group[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_T], tl.float32)
     end = tl.minimum(features_in, (split + 1) * per_split * BLOCK_K)
     for start in range(split * per_split * BLOCK_K, end, BLOCK_K):
+        step, origin = scales_at(scale + col, scale + col, start, end, cols, group, stride_s, False, GROUP)
         some = (start + k < end)[:, None] & rows[None, :]
         low = tl.load(at_x + start, mask=some, other=0.0)
         high = tl.load(at_x + start + HALF, mask=some, other=0.0)
         whole = cols[:, None] & (start + group * GROUP < end)[None, :]
         there = tl.broadcast_to(whole[:, :, None], [BLOCK_M, GROUPS, HALF])
-        scales = at_scale + start // GROUP
-        b, c = widened_halves(at_w + start // 2, scales, scales, there, whole, WIDTH, False,
-                              BLOCK_M, GROUPS, HALF, TYPE)  # fmt: skip
+        both = tl.load(at_w + start // 2, mask=there, other=0)
+        b, c = widened_halves(both, step, origin, WIDTH, False, BLOCK_M, GROUPS, HALF, TYPE)
         acc = tl.dot(b, low, acc, input_precision="ieee")
         acc = tl.dot(c, high, acc, input_precision="ieee")
     done = tl.trans(acc.to(out.dtype.element_ty))
@@ -82,7 +81,7 @@ def _gemm_mxfp4(
 def mxfp4_gemm(
     x_TN: Tensor, packed: Tensor, scale: Tensor, bias_M: Tensor | None = None, splits: int | None = None
 ) -> Tensor:
-    """x [T, N], packed e2m1 [M, N / 2] with exponents uint8 [M, N / 32] (`nibbles.py`) -> [T, M] in x's type."""
+    """x [T, N], packed e2m1 [M, N / 2] with exponents uint8 [1, N / 32, M] (`nibbles.py`) -> [T, M] in x's type."""
     (tokens, features), outputs = x_TN.shape, packed.shape[0]
     out = torch.empty((tokens, outputs), dtype=x_TN.dtype, device=x_TN.device)
     if tokens == 0:
@@ -104,7 +103,7 @@ def mxfp4_gemm(
         target = torch.empty((splits, tokens, outputs), dtype=torch.float32, device=x_TN.device)
     _gemm_mxfp4[(ceil_div(outputs, block_m), ceil_div(tokens, block_t), splits)](
         *(x_TN, packed, scale, target, tokens, features, outputs, per_split),
-        *(x_TN.stride(0), packed.stride(0), scale.stride(0), *target.stride()[:2]),
+        *(x_TN.stride(0), packed.stride(0), scale.stride(1), *target.stride()[:2]),
         WIDTH=MXFP4,
         GROUP=FLOAT_GROUP,
         BLOCK_T=block_t,

@@ -24,7 +24,7 @@ from torch import Tensor
 from phloem.kernels.triton._base import activate, ceil_div, stages
 from phloem.kernels.triton.activation import GELU_TANH, SILU
 from phloem.kernels.triton.early import await_previous, early
-from phloem.kernels.triton.nibbles import Stack, warp_groups, widened_halves
+from phloem.kernels.triton.nibbles import Stack, scales_at, warp_groups, widened_halves
 
 SWIGLU_CLAMP, RELU2 = 2, 3
 KINDS = {"silu": SILU, "gelu_tanh": GELU_TANH, "swiglu_clamp": SWIGLU_CLAMP, "relu2": RELU2}
@@ -95,7 +95,8 @@ def _grouped_any(
     alpha,
     stride_x,
     stride_w,
-    stride_s,
+    stride_se,
+    stride_sg,
     stride_out,
     CHOICES: tl.constexpr,
     FIRST: tl.constexpr,
@@ -147,24 +148,32 @@ def _grouped_any(
         place = tl.arange(0, BLOCK_K // 2)
         k = place // HALF * GROUP + place % HALF
         at_w = weight + row[:, None, None] * stride_w + (group[None, :, None] * HALF + within[None, None, :])
-        at_scale = scale + row[:, None] * stride_s + group[None, :]
-        at_zero = zero + row[:, None] * stride_s + group[None, :]
-        more_w, more_s = features_out.to(tl.int64) * stride_w, features_out.to(tl.int64) * stride_s
+        to_s = expert * stride_se + col
+        more_w = features_out.to(tl.int64) * stride_w
         TYPE: tl.constexpr = x.dtype.element_ty
         for start in range(0, features_in, BLOCK_K):
+            # Asked for first, while the tensor cores still have the last turn's: most are too small to be copied in the
+            # background.
+            step, origin = scales_at(
+                scale + to_s, zero + to_s, start, features_in, inside, group, stride_sg, ZEROS, GROUP
+            )
+            if GATED:
+                up_s = to_s + features_out
+                up_step, up_origin = scales_at(
+                    scale + up_s, zero + up_s, start, features_in, inside, group, stride_sg, ZEROS, GROUP
+                )
             some = (start + k < features_in)[:, None] & valid[None, :]
             low = tl.load(at_x + start + k[:, None], mask=some, other=0.0)
             high = tl.load(at_x + start + HALF + k[:, None], mask=some, other=0.0)
             whole = inside[:, None] & (start + group * GROUP < features_in)[None, :]
             there = tl.broadcast_to(whole[:, :, None], [BLOCK_N, GROUPS, HALF])
-            to_s = start // GROUP
-            b, c = widened_halves(at_w + start // 2, at_scale + to_s, at_zero + to_s, there, whole, WIDTH, ZEROS,
-                                  BLOCK_N, GROUPS, HALF, TYPE)  # fmt: skip
+            both = tl.load(at_w + start // 2, mask=there, other=0)
+            b, c = widened_halves(both, step, origin, WIDTH, ZEROS, BLOCK_N, GROUPS, HALF, TYPE)
             acc = tl.dot(b, low, acc, input_precision="ieee")
             acc = tl.dot(c, high, acc, input_precision="ieee")
             if GATED:
-                b, c = widened_halves(at_w + more_w + start // 2, at_scale + more_s + to_s, at_zero + more_s + to_s,
-                                      there, whole, WIDTH, ZEROS, BLOCK_N, GROUPS, HALF, TYPE)  # fmt: skip
+                both = tl.load(at_w + more_w + start // 2, mask=there, other=0)
+                b, c = widened_halves(both, up_step, up_origin, WIDTH, ZEROS, BLOCK_N, GROUPS, HALF, TYPE)
                 second = tl.dot(b, low, second, input_precision="ieee")
                 second = tl.dot(c, high, second, input_precision="ieee")
     if WEIGHED == 1:
@@ -206,7 +215,7 @@ def _multiply(
     stack, shape = (pair.first, pair.shape) if first else (pair.second, Shape(gated=False))
     features_out, choices = out.shape[1], out.shape[0] // x.shape[0]
     block_n, block_k, warps = _blocks(stack, tile, x.dtype == torch.float32, shape.gated)
-    values, scale, zero, stride_w, stride_s = stack.arguments()
+    values, scale, zero, *strides = stack.arguments()
     weighed = GIVEN if not first else READ
     if pair.shape.scale_input != first:
         weighed = WHOLE
@@ -214,7 +223,7 @@ def _multiply(
     _grouped_any[(tile_expert.shape[0], ceil_div(features_out, block_n))](
         *(x, values, scale, zero, bias, out, order, tile_expert, routing),
         *(out.shape[0], x.shape[1], features_out, float(shape.limit), float(shape.alpha)),
-        *(x.stride(0), stride_w, stride_s, out.stride(0)),
+        *(x.stride(0), *strides, out.stride(0)),
         CHOICES=choices,
         FIRST=first,
         GATED=shape.gated,

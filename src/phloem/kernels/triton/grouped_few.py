@@ -18,7 +18,7 @@ from torch import Tensor
 from phloem.kernels.triton._base import ceil_div, power_of_2, stages
 from phloem.kernels.triton.early import await_previous, early
 from phloem.kernels.triton.grouped import Pair, activated
-from phloem.kernels.triton.nibbles import Stack, number_of, step_of
+from phloem.kernels.triton.nibbles import Stack, number_of, scales_at, shift_of, step_of
 from phloem.kernels.triton.route import choose
 
 BLOCK_N = 16
@@ -34,14 +34,15 @@ def _dot_rows(
     inside,
     end,
     stride_w,
-    stride_s,
+    stride_sg,
     WIDTH: tl.constexpr,
     ZEROS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """float32 [BLOCK_N]: products of rows of the weight with one vector of `end` features."""
+    """float32 [BLOCK_N]: products of rows of the weight with one vector of `end` features. scale, zero: of each row's
+    first group."""
     if WIDTH == 0:
         k = tl.arange(0, BLOCK_K)
         at_w = weight + row[:, None] * stride_w + k[None, :]
@@ -58,25 +59,27 @@ def _dot_rows(
         group, within = tl.arange(0, GROUPS), tl.arange(0, HALF)
         k = group[:, None] * GROUP + within[None, :]
         at_w = weight + row[:, None, None] * stride_w + (group[None, :, None] * HALF + within[None, None, :])
-        at_scale = scale + row[:, None] * stride_s + group[None, :]
-        at_zero = zero + row[:, None] * stride_s + group[None, :]
         total = tl.zeros([BLOCK_N, GROUPS, HALF], tl.float32)
+        step, origin = scales_at(scale, zero, 0, end, inside, group, stride_sg, ZEROS, GROUP)
+        whole = inside[:, None] & (group * GROUP < end)[None, :]
+        both = tl.load(at_w, mask=tl.broadcast_to(whole[:, :, None], [BLOCK_N, GROUPS, HALF]), other=0)
         for start in range(0, end, BLOCK_K):
+            # What is needed next is asked for before this turn's sums: nothing else has it come in the background.
+            ahead = start + BLOCK_K
+            next_step, next_origin = scales_at(scale, zero, ahead, end, inside, group, stride_sg, ZEROS, GROUP)
+            whole = inside[:, None] & (ahead + group * GROUP < end)[None, :]
+            there = tl.broadcast_to(whole[:, :, None], [BLOCK_N, GROUPS, HALF])
+            next_both = tl.load(at_w + ahead // 2, mask=there, other=0)
             some = start + k < end
             low = tl.load(at_x + start + k, mask=some, other=0.0).to(tl.float32)
             high = tl.load(at_x + start + HALF + k, mask=some, other=0.0).to(tl.float32)
-            whole = inside[:, None] & (start + group * GROUP < end)[None, :]
-            there = tl.broadcast_to(whole[:, :, None], [BLOCK_N, GROUPS, HALF])
-            both = tl.load(at_w + start // 2, mask=there, other=0)
-            step = step_of(tl.load(at_scale + start // GROUP, mask=whole, other=0), WIDTH)
+            scale_of = step_of(step, WIDTH)
             part = number_of(both & 15, WIDTH) * low[None, :, :] + number_of(both >> 4, WIDTH) * high[None, :, :]
+            part = part * scale_of[:, :, None]
             if WIDTH == 1:
-                if ZEROS:
-                    origin = tl.load(at_zero + start // GROUP, mask=whole, other=0).to(tl.float32)[:, :, None]
-                else:
-                    origin = 8.0
-                part -= (low + high)[None, :, :] * origin
-            total += part * step[:, :, None]
+                part -= (low + high)[None, :, :] * shift_of(scale_of, origin, ZEROS)[:, :, None]
+            total += part
+            both, step, origin = next_both, next_step, next_origin
         return tl.sum(tl.sum(total, axis=2), axis=1)
 
 
@@ -99,7 +102,8 @@ def _few_up_any(
     stride_logits,
     stride_x,
     stride_w,
-    stride_s,
+    stride_se,
+    stride_sg,
     CHOICES: tl.constexpr,
     GATED: tl.constexpr,
     KIND: tl.constexpr,
@@ -135,11 +139,13 @@ def _few_up_any(
     inside = col < features_out
     row = expert * features_out * (2 if GATED else 1) + col
     at_x = x + pair // CHOICES * stride_x
-    gate = _dot_rows(at_x, weight, scale, zero, row, inside, end, stride_w, stride_s,
+    to_s = expert * stride_se + col
+    gate = _dot_rows(at_x, weight, scale + to_s, zero + to_s, row, inside, end, stride_w, stride_sg,
                      WIDTH, ZEROS, GROUP, BLOCK_N, BLOCK_K)  # fmt: skip
     up = gate
     if GATED:
-        up = _dot_rows(at_x, weight, scale, zero, row + features_out, inside, end, stride_w, stride_s,
+        to_s += features_out
+        up = _dot_rows(at_x, weight, scale + to_s, zero + to_s, row + features_out, inside, end, stride_w, stride_sg,
                        WIDTH, ZEROS, GROUP, BLOCK_N, BLOCK_K)  # fmt: skip
     if WEIGHED == 1:
         weigh = tl.load(routing + pair)
@@ -167,7 +173,8 @@ def _few_down_any(
     features_out,
     experts,
     stride_w,
-    stride_s,
+    stride_se,
+    stride_sg,
     CHOICES: tl.constexpr,
     WEIGHED: tl.constexpr,
     BIASED: tl.constexpr,
@@ -188,9 +195,11 @@ def _few_down_any(
         pair = token * CHOICES + choice
         expert = tl.load(ids + pair).to(tl.int64)
         there = (expert >= 0) & (expert < experts)
-        row = tl.where(there, expert, 0) * features_out + col
+        expert = tl.where(there, expert, 0)
+        row, to_s = expert * features_out + col, expert * stride_se + col
         end = tl.where(there, features_in, 0)
-        one = _dot_rows(x + pair * features_in, weight, scale, zero, row, inside, end, stride_w, stride_s,
+        at_x = x + pair * features_in
+        one = _dot_rows(at_x, weight, scale + to_s, zero + to_s, row, inside, end, stride_w, stride_sg,
                         WIDTH, ZEROS, GROUP, BLOCK_N, BLOCK_K)  # fmt: skip
         if BIASED:
             one += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)

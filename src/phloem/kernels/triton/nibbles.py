@@ -58,12 +58,32 @@ def step_of(stored, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def scales_at(at_scale, at_zero, begin, end, inside, group, stride_g, ZEROS: tl.constexpr, GROUP: tl.constexpr):
+    """Scales and zero points of groups of columns from `begin` on, as they are stored, [ROWS, GROUPS]; without zero
+    points the second are the first. at_scale, at_zero: of each row's first group."""
+    whole = inside[:, None] & (begin + group * GROUP < end)[None, :]
+    place = (begin // GROUP + group)[None, :] * stride_g
+    step = tl.load(at_scale[:, None] + place, mask=whole, other=0)
+    if ZEROS:
+        return step, tl.load(at_zero[:, None] + place, mask=whole, other=0)
+    else:
+        return step, step
+
+
+@triton.jit
+def shift_of(step, zero, ZEROS: tl.constexpr):
+    """What is taken away from a scaled integer: its zero point times its scale, exact in float32 of two float16."""
+    if ZEROS:
+        return zero.to(tl.float32) * step
+    else:
+        return step * 8.0
+
+
+@triton.jit
 def widened_halves(
-    at_w,
-    at_scale,
-    at_zero,
-    there,
-    whole,
+    both,
+    stored,
+    zero,
     WIDTH: tl.constexpr,
     ZEROS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -73,17 +93,12 @@ def widened_halves(
 ):
     """Rows of GROUPS groups as two matrices [ROWS, GROUPS * HALF] of `TYPE`: their first halves, and their second ones.
 
-    at_w: [ROWS, GROUPS, HALF] bytes; at_scale, at_zero: [ROWS, GROUPS]; `there`, `whole`: which of them there are.
+    both: bytes [ROWS, GROUPS, HALF]; stored, zero: of `scales_at`.
     """
-    both = tl.load(at_w, mask=there, other=0)
-    step = step_of(tl.load(at_scale, mask=whole, other=0), WIDTH)
+    step = step_of(stored, WIDTH)
     low, high = number_of(both & 15, WIDTH) * step[:, :, None], number_of(both >> 4, WIDTH) * step[:, :, None]
     if WIDTH == 1:
-        # Products of two numbers of float16 are exact in float32: what follows is one fused operation, rounded once.
-        if ZEROS:
-            shift = (tl.load(at_zero, mask=whole, other=0).to(tl.float32) * step)[:, :, None]
-        else:
-            shift = (8.0 * step)[:, :, None]
+        shift = shift_of(step, zero, ZEROS)[:, :, None]  # one fused operation with the scale, rounded once
         low, high = low - shift, high - shift
     first = tl.reshape(low.to(TYPE), [ROWS, GROUPS * HALF])
     second = tl.reshape(high.to(TYPE), [ROWS, GROUPS * HALF])
@@ -92,11 +107,8 @@ def widened_halves(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stack:
-    """The weights of one product: plain [R, N], or packed uint8 [R, N / 2] with scales [R, G], and perhaps
-    zero points.
-
-    `zero` may be there for integers alone. R: rows of all experts, one expert behind the other.
-    """
+    """The weights of one product of E experts of R rows: plain [E * R, N], or packed uint8 [E * R, N / 2] with scales
+    [E, G, R], and perhaps zero points. Rows lie side by side there, as a tile needs them."""
 
     values: Tensor
     scale: Tensor | None = None
@@ -114,16 +126,34 @@ class Stack:
         """Columns that share a scale; 1 of plain ones."""
         return 1 if self.scale is None else 2 * self.values.shape[1] // self.scale.shape[1]
 
-    def arguments(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
-        """What kernels are given: values, scales, zero points, and how far the rows of values and scales are apart."""
-        scale = self.values if self.scale is None else self.scale
-        zero = scale if self.zero is None else self.zero
-        return self.values, scale, zero, self.values.stride(0), scale.stride(0)
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, int, int, int]:
+        """What kernels are given: values, scales, zero points, and how far rows of values, and experts and groups of
+        scales, are apart."""
+        if self.scale is None:
+            return self.values, self.values, self.values, self.values.stride(0), 0, 0
+        zero = self.scale if self.zero is None else self.zero
+        return self.values, self.scale, zero, self.values.stride(0), *self.scale.stride()[:2]
 
 
 def pack_mxfp4(codes_MN: Tensor) -> Tensor:
     """Codes of e2m1, 0 to 15 [M, N] -> uint8 [M, N / 2] in this file's order; N must be a multiple of 32."""
     return pack_int4(codes_MN, FLOAT_GROUP)
+
+
+def scales_of(scale_EGR: Tensor, ids: Tensor) -> Tensor:
+    """Of some rows of all experts, [n, G]."""
+    rows = scale_EGR.shape[2]
+    return scale_EGR[ids // rows, :, ids % rows]
+
+
+def put_scales(scale_EGR: Tensor, start: int, values_MG: Tensor) -> None:
+    """From row `start` of all experts on; the rows are one expert's, or those of whole experts."""
+    rows = scale_EGR.shape[2]
+    if start // rows == (start + len(values_MG) - 1) // rows:
+        scale_EGR[start // rows, :, start % rows : start % rows + len(values_MG)] = values_MG.T
+        return
+    for first in range(0, len(values_MG), rows):
+        put_scales(scale_EGR, start + first, values_MG[first : first + rows])
 
 
 def unpack_mxfp4(packed: Tensor, scale: Tensor) -> Tensor:

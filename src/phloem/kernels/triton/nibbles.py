@@ -132,7 +132,7 @@ class Stack:
         if self.scale is None:
             return self.values, self.values, self.values, self.values.stride(0), 0, 0
         zero = self.scale if self.zero is None else self.zero
-        return self.values, self.scale, zero, self.values.stride(0), *self.scale.stride()[:2]
+        return self.values, self.scale, zero, self.values.stride(0), self.scale.stride(0), self.scale.stride(1)
 
 
 def pack_mxfp4(codes_MN: Tensor) -> Tensor:

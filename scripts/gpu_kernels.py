@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gpu_odd
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -425,6 +426,18 @@ class Kernels:
             pairs.append((gemm_int.int4_gemm(x, packed, step, zero.float()), F.linear(x.float(), wide.float())))
         return pairs
 
+    def experts_any(self) -> list[tuple[Tensor, Tensor]]:
+        return gpu_odd.experts_any(self)
+
+    def experts_4bit(self) -> list[tuple[Tensor, Tensor]]:
+        return gpu_odd.experts_4bit(self)
+
+    def gemm_mxfp4(self) -> list[tuple[Tensor, Tensor]]:
+        return gpu_odd.gemm_mxfp4(self)
+
+    def late_router(self) -> list[tuple[Tensor, Tensor]]:
+        return gpu_odd.late_router(self)
+
     def lora(self) -> list[tuple[Tensor, Tensor]]:
         from phloem.kernels.triton import lora
 
@@ -472,7 +485,7 @@ class Kernels:
 CHECKS = [
     *("norms", "activations", "rope", "pages", "tokens", "decode", "extend", "mla", "sampling", "moe", "quantise"),
     *("gemm_fp8", "moe_fp8", "gemm_int", "lora", "invariant", "float8_norm", "few_rows", "shared_pages"),
-    *("moe_many", "moe_many_fp8"),
+    *("moe_many", "moe_many_fp8", "experts_any", "experts_4bit", "gemm_mxfp4", "late_router"),
 ]
 # Kernels some ways of which need no check of their own, and why.
 UNCHECKED: dict[str, str] = {}

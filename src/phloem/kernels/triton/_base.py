@@ -77,6 +77,19 @@ def activate(x, KIND: tl.constexpr):
 
 
 @triton.jit
+def widened(x, like):
+    """x in the type of `like`. From float8 to bfloat16 by way of float32: exact as well, and four fast instructions a
+    pair, where the straight way takes two of the slowest kind (`scripts/triton_code.py` counts them)."""
+    if like.dtype == tl.bfloat16:
+        if x.dtype.is_fp8():
+            return x.to(tl.float32).to(tl.bfloat16)
+        else:
+            return x.to(tl.bfloat16)
+    else:
+        return x.to(like.dtype)
+
+
+@triton.jit
 def soften(scores, top, mass):
     """One block's part of an online softmax in base 2 (FlashAttention-2): (weights, shrink of what was summed so far,
     maximum, mass), for scores [rows, columns] beside the maximum and the mass of the blocks before."""

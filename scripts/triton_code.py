@@ -3,8 +3,8 @@
     python scripts/triton_code.py [--only TEXT] [--rows 1,8,...] [--markdown]
 
 For each launch of a layer, in shapes of Llama-3.1-8B and Qwen3-30B-A3B: what the code has (registers, spills, width
-of loads, tensor instruction), how many programs a multiprocessor holds, how many bytes are under way, and from these the
-least time that each of four limits allows, on an H200. These are readings and bounds, not measurements: nothing is run.
+of loads, tensor instruction), how many programs a multiprocessor holds, how many bytes are under way, and from these
+the least time that each of four limits allows, on an H200. These are readings and bounds: nothing is run or measured.
 A kernel whose share is far below 1 cannot reach its floor as it is; one whose share is 1 still may not.
 """
 
@@ -136,7 +136,8 @@ def read(work: tuple[Step, Launch]) -> Reading:
         sass.resident(code.registers, shared, warps), under_way,
     )  # fmt: skip
     if (todo := step.work.get(found.kernel)) is not None:
-        _bound(found, todo, _turn(launch), code.loop_bytes(32 * warps))
+        whole = not dict(launch.constants).get("FLAT")  # in one loop with what follows a tile, turns cannot be counted
+        _bound(found, todo, _turn(launch) if whole else (0.0, 0.0), code.loop_bytes(32 * warps))
     return found
 
 

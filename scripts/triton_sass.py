@@ -136,12 +136,13 @@ def main_loop(code: list[Instruction]) -> list[Instruction]:
 
 def under_way(code: Code, ttgir: str, threads: int) -> int:
     """Bytes that a block keeps under way in its main loop: copies of all stages but the one in use, or loads into
-    registers between their issue and the first use of what they bring."""
+    registers between their issue and the first use of what they bring. A single stage is copied to registers before it
+    is filled again, and counts."""
     staged = 0
     for dims, kind in _ASYNC.findall(ttgir):
         sizes = [int(size) for size in dims.split("x") if size]
         if len(sizes) >= 2 and kind in _BYTES:
-            staged += math.prod(sizes[1:]) * (sizes[0] - 1) * _BYTES[kind]
+            staged += math.prod(sizes[1:]) * max(sizes[0] - 1, 1) * _BYTES[kind]
     return staged + threads * _in_registers(code.loop)
 
 

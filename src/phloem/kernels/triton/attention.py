@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from phloem.kernels.triton import shared
-from phloem.kernels.triton._base import ceil_div, find_row, power_of_2, stages
+from phloem.kernels.triton._base import ceil_div, find_row, half_beside, power_of_2, stages
 from phloem.kernels.triton._block import attend_block
 from phloem.kernels.triton._device import multiprocessors
 from phloem.kernels.triton.early import await_previous, early
@@ -152,6 +152,7 @@ def _attention(
         mask=valid[:, None] & (d < HEAD)[None, :],
         other=0.0,
     )
+    query = half_beside(query, k_cache)
     factor = scale
     if SCALED == 1:
         factor = factor * tl.load(k_scale)

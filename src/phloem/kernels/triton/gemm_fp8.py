@@ -175,7 +175,8 @@ def block_scaled_gemm(
     tiles = ceil_div(outputs, block_m) * ceil_div(tokens, block_t)
     groups = ceil_div(features, GROUP)
     if splits is None:
-        splits = max(1, min(groups // 4, multiprocessors(x_TN) // tiles))
+        each = 4 if block_t <= 32 else 1  # programs that a multiprocessor holds at once
+        splits = max(1, min(groups // 4, each * multiprocessors(x_TN) // tiles))
     per_split = ceil_div(groups, splits)
     splits = ceil_div(groups, per_split)
     direct = splits == 1 and bias_M is None

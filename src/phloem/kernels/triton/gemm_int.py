@@ -204,7 +204,7 @@ def int4_gemm(
     if tokens == 0:
         return out
     # Wide tiles have fewer instructions a byte of the weight; those of few rows have to be several at once.
-    cut = (64, 1) if x_TN.dtype == torch.float32 else (128, 4 if tokens <= 16 else 2)
+    cut = (64, 1) if x_TN.dtype == torch.float32 else (128, 3 if tokens <= 16 else 2)
     block_t, block_m, per_split, splits = _plan(x_TN, outputs, groups, splits, *cut)
     target, direct = _target(out, splits, bias_M)
     _gemm_int4[(ceil_div(outputs, block_m), ceil_div(tokens, block_t), splits)](

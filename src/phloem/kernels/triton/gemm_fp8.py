@@ -184,21 +184,8 @@ def block_scaled_gemm(
     if not direct:
         target = torch.empty((splits, tokens, outputs), dtype=torch.float32, device=x_TN.device)
     _gemm_fp8[(ceil_div(outputs, block_m), ceil_div(tokens, block_t), splits)](
-        x_TN,
-        weight_MN,
-        x_scale,
-        weight_scale,
-        target,
-        tokens,
-        features,
-        outputs,
-        per_split,
-        x_TN.stride(0),
-        weight_MN.stride(0),
-        x_scale.stride(0),
-        weight_scale.stride(0),
-        target.stride(0),
-        target.stride(1),
+        *(x_TN, weight_MN, x_scale, weight_scale, target, tokens, features, outputs, per_split),
+        *(x_TN.stride(0), weight_MN.stride(0), x_scale.stride(0), weight_scale.stride(0), *target.stride()[:2]),
         GROUP=GROUP,
         BLOCK_T=block_t,
         BLOCK_M=block_m,

@@ -159,18 +159,8 @@ def int8_gemm(
     block_t, block_m, per_split, splits = _plan(x_TN, outputs, ceil_div(features, block_k), splits)
     target, direct = _target(out, splits, bias_M)
     _gemm_int8[(ceil_div(outputs, block_m), ceil_div(tokens, block_t), splits)](
-        x_TN,
-        weight_MN,
-        scale_M,
-        target,
-        tokens,
-        features,
-        outputs,
-        per_split * block_k,
-        x_TN.stride(0),
-        weight_MN.stride(0),
-        target.stride(0),
-        target.stride(1),
+        *(x_TN, weight_MN, scale_M, target, tokens, features, outputs, per_split * block_k),
+        *(x_TN.stride(0), weight_MN.stride(0), *target.stride()[:2]),
         BLOCK_T=block_t,
         BLOCK_M=block_m,
         BLOCK_K=block_k,
@@ -208,20 +198,8 @@ def int4_gemm(
     block_t, block_m, per_split, splits = _plan(x_TN, outputs, groups, splits, *cut)
     target, direct = _target(out, splits, bias_M)
     _gemm_int4[(ceil_div(outputs, block_m), ceil_div(tokens, block_t), splits)](
-        x_TN,
-        packed,
-        scale_MG,
-        zero_MG if zero_MG is not None else scale_MG,
-        target,
-        tokens,
-        outputs,
-        groups,
-        per_split,
-        x_TN.stride(0),
-        packed.stride(0),
-        scale_MG.stride(0),
-        target.stride(0),
-        target.stride(1),
+        *(x_TN, packed, scale_MG, zero_MG if zero_MG is not None else scale_MG, target, tokens, outputs, groups),
+        *(per_split, x_TN.stride(0), packed.stride(0), scale_MG.stride(0), *target.stride()[:2]),
         GROUP=group,
         HAS_ZERO=zero_MG is not None,
         BLOCK_T=block_t,

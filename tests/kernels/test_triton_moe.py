@@ -252,6 +252,25 @@ def test_few_tokens_meet_float8_experts_unquantised() -> None:
     assert_close(got, ref.experts(x, weights, ids, *wide), torch.float32)
 
 
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize(("size", "inner", "top_k"), [(400, 384, 3), (264, 24, 1)])
+def test_few_tokens_meet_scaled_experts_in_several_turns(size: int, inner: int, top_k: int, rows: bool) -> None:
+    """Features that fill more than one turn and end inside one; choices that are no power of two."""
+    torch.manual_seed(12)
+    x, logits, float8 = torch.randn(2, size), torch.randn(2, 5), torch.float8_e4m3fn
+    wide = torch.randn(5, 2 * inner, size) / size**0.5, torch.randn(5, size, inner) / inner**0.5
+    if rows:
+        scales = wide[0].abs().amax(-1) / 448, wide[1].abs().amax(-1) / 448
+        gate_up, down = ((w / s[..., None]).to(float8) for w, s in zip(wide, scales, strict=True))
+        wide = gate_up.float() * scales[0][..., None], down.float() * scales[1][..., None]
+    else:
+        (gate_up, first), (down, second) = (formats.quantise_blocks(each, float8) for each in wide)
+        scales, wide = (first, second), (formats.spread_blocks(gate_up, first), formats.spread_blocks(down, second))
+    weights, ids = ref.route(logits, top_k, True)
+    got = moe.experts(x, weights, ids, gate_up, down, scales=scales)
+    assert_close(got, ref.experts(x, weights, ids, *wide), torch.float32)
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 9, 70])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_experts_that_another_router_chose(tokens: int, dtype: torch.dtype) -> None:

@@ -19,6 +19,8 @@ N features, F features between the two GEMMs.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -169,6 +171,7 @@ def _few_up(
     ROUTE: tl.constexpr,
     RENORMALISE: tl.constexpr,
     FOREIGN: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -190,32 +193,36 @@ def _few_up(
         there = (expert >= 0) & (expert < experts)
         expert = tl.where(there, expert, 0)
         end = tl.where(there, features_in, 0)
-    col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
+    first = tl.program_id(1) * BLOCK_N
+    col = first + tl.arange(0, BLOCK_N)
     inside = col < features_out
-    at_x = x + pair // CHOICES * stride_x + k
-    at_gate = weight + expert * stride_we + col.to(tl.int64)[:, None] * stride_wm + k[None, :]
+    part = tl.arange(0, PARTS)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    at_x = x + pair // CHOICES * stride_x + part
+    at_gate = weight + expert * stride_we + col.to(tl.int64)[:, None, None] * stride_wm + part[None, :, :]
     at_up = at_gate + features_out.to(tl.int64) * stride_wm
-    at_scale = scale + expert * stride_se
-    gate = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for start in range(0, end, BLOCK_K):
-        some = start + k < features_in
-        keep = inside[:, None] & some[None, :]
+    at_scale = scale + expert * stride_se + tl.arange(0, PARTS)[:, None]
+    gate = tl.zeros([BLOCK_N, PARTS, BLOCK_K], tl.float32)
+    up = tl.zeros([BLOCK_N, PARTS, BLOCK_K], tl.float32)
+    for start in range(0, end, PARTS * BLOCK_K):
+        some = start + part < features_in
+        keep = inside[:, None, None] & some[None, :, :]
         a = tl.load(at_x + start, mask=some, other=0.0).to(tl.float32)
         g = tl.load(at_gate + start, mask=keep, other=0.0).to(tl.float32)
         u = tl.load(at_up + start, mask=keep, other=0.0).to(tl.float32)
-        if SCALED == 1:
+        if SCALED == 1:  # a part is a group, and the block of outputs lies in one of the weight's blocks
             group = start // GROUP
-            g *= tl.load(at_scale + (col // GROUP) * stride_sm + group, mask=inside, other=0.0)[:, None]
-            at_u = at_scale + ((col + features_out) // GROUP) * stride_sm + group
-            u *= tl.load(at_u, mask=inside, other=0.0)[:, None]
-        gate += g * a[None, :]
-        up += u * a[None, :]
-    of_gate, of_up = tl.sum(gate, axis=1), tl.sum(up, axis=1)
+            there = (group + tl.arange(0, PARTS) < tl.cdiv(features_in, GROUP))[:, None]
+            at_up_scale = at_scale + (first + features_out) // GROUP * stride_sm + group
+            gate += g * (a * tl.load(at_scale + first // GROUP * stride_sm + group, mask=there, other=0.0))[None, :, :]
+            up += u * (a * tl.load(at_up_scale, mask=there, other=0.0))[None, :, :]
+        else:
+            gate += g * a[None, :, :]
+            up += u * a[None, :, :]
+    of_gate, of_up = tl.sum(tl.sum(gate, axis=2), axis=1), tl.sum(tl.sum(up, axis=2), axis=1)
     if SCALED == 2:
-        of_gate *= tl.load(at_scale + col * stride_sm, mask=inside, other=0.0)
-        of_up *= tl.load(at_scale + (col + features_out) * stride_sm, mask=inside, other=0.0)
+        at_row = scale + expert * stride_se + col * stride_sm
+        of_gate *= tl.load(at_row, mask=inside, other=0.0)
+        of_up *= tl.load(at_row + features_out * stride_sm, mask=inside, other=0.0)
     result = activate(of_gate, KIND) * of_up
     tl.store(out + pair * features_out + col, result.to(out.dtype.element_ty), mask=inside)
 
@@ -241,39 +248,45 @@ def _few_down(
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PLACES: tl.constexpr,
+    PARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (tokens, blocks of output features): the weighted sum over a token's choices, in their order."""
+    """Grid (tokens, blocks of output features): the weighted sum over a token's choices."""
     await_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(1) * BLOCK_N
+    col = first + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     inside = col < features_out
-    total = tl.zeros([BLOCK_N], tl.float32)
-    for choice in range(CHOICES):
-        pair = token * CHOICES + choice
-        expert = tl.load(ids + pair).to(tl.int64)
-        weigh = tl.load(routing + pair)
-        end = features_in
-        if FOREIGN:
-            there = (expert >= 0) & (expert < experts)
-            expert = tl.where(there, expert, 0)
-            weigh = tl.where(there, weigh, 0.0)
-            end = tl.where(there, features_in, 0)
-        at_w = weight + expert * stride_we + col.to(tl.int64)[:, None] * stride_wm + k[None, :]
-        acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        for start in range(0, end, BLOCK_K):
-            some = start + k < features_in
-            a = tl.load(x + pair * features_in + start + k, mask=some, other=0.0).to(tl.float32)
-            b = tl.load(at_w + start, mask=inside[:, None] & some[None, :], other=0.0).to(tl.float32)
-            if SCALED == 1:
-                at_scale = scale + expert * stride_se + (col // GROUP) * stride_sm + start // GROUP
-                b *= tl.load(at_scale, mask=inside, other=0.0)[:, None]
-            acc += b * a[None, :]
-        one = tl.sum(acc, axis=1)
-        if SCALED == 2:
-            one *= tl.load(scale + expert * stride_se + col * stride_sm, mask=inside, other=0.0)
-        total += weigh * one
+    # All choices side by side, and PARTS parts of the features of each: that many loads are under way at once.
+    place = tl.arange(0, PLACES * PARTS)
+    part = place % PARTS * BLOCK_K
+    mine = place // PARTS < CHOICES
+    pair = token * CHOICES + place // PARTS
+    expert = tl.load(ids + pair, mask=mine, other=0).to(tl.int64)
+    weigh = tl.load(routing + pair, mask=mine, other=0.0)
+    if FOREIGN:
+        mine = mine & (expert >= 0) & (expert < experts)
+        expert = tl.where(mine, expert, 0)
+    at_x = x + (pair * features_in + part)[:, None] + k[None, :]
+    at_w = weight + (expert * stride_we + part)[:, None, None] + k[None, None, :]
+    at_w += col.to(tl.int64)[None, :, None] * stride_wm
+    at_scale = scale + expert * stride_se
+    acc = tl.zeros([PLACES * PARTS, BLOCK_N, BLOCK_K], tl.float32)
+    for start in range(0, features_in, PARTS * BLOCK_K):
+        some = mine[:, None] & ((start + part)[:, None] + k[None, :] < features_in)
+        a = tl.load(at_x + start, mask=some, other=0.0).to(tl.float32)
+        b = tl.load(at_w + start, mask=some[:, None, :] & inside[None, :, None], other=0.0).to(tl.float32)
+        if SCALED == 1:
+            at_group = at_scale + first // GROUP * stride_sm + (start + part) // GROUP
+            a *= tl.load(at_group, mask=mine & (start + part < features_in), other=0.0)[:, None]
+        acc += b * a[:, None, :]
+    one = tl.sum(acc, axis=2)
+    if SCALED == 2:
+        at_row = at_scale[:, None] + (col * stride_sm)[None, :]
+        one *= tl.load(at_row, mask=mine[:, None] & inside[None, :], other=0.0)
+    total = tl.sum(tl.where(mine[:, None], one * weigh[:, None], 0.0), axis=0)
     tl.store(out + token * features_out + col, total.to(out.dtype.element_ty), mask=inside)
 
 
@@ -302,9 +315,10 @@ def _few(
     hidden = torch.empty((tokens * choices, between), dtype=x_TN.dtype, device=x_TN.device)
     first, second = scales if scales is not None else (hidden, hidden)
     steps = (first.stride()[:2], second.stride()[:2]) if scales is not None else ((0, 0), (0, 0))
-    block_k = GROUP_K if scales is not None else 256
-    shape = {"SCALED": _scaled(scales), "FOREIGN": foreign, "GROUP": GROUP_K, "BLOCK_N": 16, "BLOCK_K": block_k}
-    _few_up[(tokens * choices, ceil_div(between, 16))](
+    # What a program loads in a turn keeps enough bytes under way for the device's memory: scripts/triton_code.py.
+    narrow, up_n = scales is not None, math.gcd(16, between)  # gates and ups of a program each lie in one block
+    shape = {"SCALED": _scaled(scales), "FOREIGN": foreign, "GROUP": GROUP_K, "BLOCK_K": GROUP_K if narrow else 256}
+    _few_up[(tokens * choices, ceil_div(between, up_n))](
         *(x_TN, gate_up_EMN, first, ids_Tk, weights_Tk, x_TN if logits_TE is None else logits_TE, hidden),
         *(features, between, down_ENF.shape[0], 0 if logits_TE is None else logits_TE.stride(0), x_TN.stride(0)),
         *(*gate_up_EMN.stride()[:2], *steps[0]),
@@ -314,17 +328,20 @@ def _few(
         RENORMALISE=renormalise,
         BLOCK_E=1 if logits_TE is None else max(16, power_of_2(logits_TE.shape[1])),
         **shape,
+        BLOCK_N=up_n,
+        PARTS=2 if narrow else 1,
         num_warps=4,
-        num_stages=stages(3),
         **early(x_TN),
     )
-    _few_down[(tokens, ceil_div(features, 16))](
+    _few_down[(tokens, ceil_div(features, 4))](
         *(hidden, down_ENF, second, ids_Tk, weights_Tk, out_TN, between, features, down_ENF.shape[0]),
         *(*down_ENF.stride()[:2], *steps[1]),
         CHOICES=choices,
         **shape,
+        BLOCK_N=4,
+        PLACES=power_of_2(choices),
+        PARTS=2 if narrow else 1,
         num_warps=4,
-        num_stages=stages(3),
         **early(x_TN),
     )
     return out_TN
@@ -352,25 +369,10 @@ def _gemm(
     block_k = GROUP_K if scales is not None else (32 if wide else (64 if tile >= 64 else 128))
     x_scale, weight_scale = scales if scales is not None else (out, out)
     _grouped[(tile_expert.shape[0], ceil_div(features_out, block_n))](
-        x,
-        weight,
-        out,
-        order,
-        tile_expert,
-        routing if routing is not None else out,
-        x_scale,
-        weight_scale,
-        out_scale if out_scale is not None else out,
-        out.shape[0],
-        x.shape[1],
-        features_out,
-        x.stride(0),
-        weight.stride(0),
-        weight.stride(1),
-        out.stride(0),
-        x_scale.stride(0) if scales is not None else 0,
-        weight_scale.stride(0) if scales is not None else 0,
-        weight_scale.stride(1) if scales is not None else 0,
+        *(x, weight, out, order, tile_expert, out if routing is None else routing, x_scale, weight_scale),
+        *(out if out_scale is None else out_scale, out.shape[0], x.shape[1], features_out),
+        *(x.stride(0), *weight.stride()[:2], out.stride(0)),
+        *((x_scale.stride(0), *weight_scale.stride()[:2]) if scales is not None else (0, 0, 0)),
         CHOICES=choices,
         GATED=gated,
         KIND=kind,

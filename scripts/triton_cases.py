@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phloem.kernels.calls import IndexCall, PooledStates
 from phloem.kernels.ops import Adapters, AttentionCall, Draw, LatentCall, PagedBatch, Rotation, SharedPages
 from phloem.kernels.specs import ExpertSpec, RouterSpec
 from phloem.kernels.triton import (
     activation,
     attention,
+    gates,
     gemm_fp8,
     gemm_int,
     gemm_mxfp4,
@@ -33,6 +35,8 @@ from phloem.kernels.triton import (
     rope,
     route,
     sample,
+    scan,
+    sparse,
     tokens,
 )
 from phloem.kernels.triton.weights import Float8Blocks, Float8Rows, Form, Int4Experts, Mxfp4Weight
@@ -103,6 +107,18 @@ def _mla(rows: int, tokens: int) -> None:
     mla.latent_attention(q_nope, q_rope, cache, batch(rows, tokens), call)
 
 
+def _sparse(rows: int, tokens: int, dtype: torch.dtype = BF16, heads: int = 128) -> None:
+    """DeepSeek-V3.2's: 64 cheap heads of 128, of which 2,048 positions come."""
+    q_nope, q_rope = t(tokens, heads, 128, dtype=dtype), t(tokens, heads, 64, dtype=dtype)
+    cache, keys = t(1000, 1, 16, 576, dtype=dtype), t(1000, 1, 16, 128, dtype=dtype)
+    call = LatentCall(t(heads, 128, 512, dtype=dtype), t(heads, 512, 128, dtype=dtype), 0.1)
+    index = IndexCall(t(tokens, 64, 128, dtype=dtype), t(tokens, 128, dtype=dtype), t(tokens, 64, dtype=dtype), 2048)
+    step = batch(rows, tokens)
+    sparse.write_latent(t(tokens, 576, dtype=dtype), cache, step.token_slots)
+    chosen = sparse.choose_keys(index, keys, step)
+    sparse.chosen_latent_attention(q_nope, q_rope, cache, step, call, chosen)
+
+
 def _rope(interleaved: bool, cache_dtype: torch.dtype, scaled: bool) -> None:
     q, k, v = t(64, 32, 128), t(64, 8, 128), t(64, 8, 128)
     cos_sin, positions = t(8192, 2, 64, dtype=F32), t(64, dtype=I64)
@@ -111,6 +127,7 @@ def _rope(interleaved: bool, cache_dtype: torch.dtype, scaled: bool) -> None:
     rope.rope_(q, k, positions, cos_sin, interleaved)
     rope.write_kv(k, v, cache, cache, slots, scales)
     rope.rope_write_kv(q, k, v, Rotation(positions, cos_sin, interleaved), cache, cache, slots, scales)
+    rope.mrope_table(t(3, 64, dtype=I64), cos_sin, (16, 24, 24), interleaved)
     norms = Rotation(positions, cos_sin, interleaved, t(128), t(128), 1e-6)
     rope.rope_write_kv(q, k, v, norms, cache, cache, slots, scales)
 
@@ -281,14 +298,24 @@ def _no_float8(run: Callable[..., Any], *args: Any, **options: Any) -> Callable[
     return lambda _: run(*args, **options)
 
 
+def _states(rows: int, pooled: bool, *shape: int) -> Tensor | PooledStates:
+    if not pooled:
+        return t(rows, *shape, dtype=F32)
+    places = t(rows, dtype=torch.int64)
+    return PooledStates(t(2 * rows + 1, *shape, dtype=F32), places, places, t(rows, dtype=torch.bool))
+
+
 def _delta(rows: int, tokens: int, each: bool) -> None:
     heads, size = 32, 128
-    x, state = t(tokens, 3 * heads * size), t(rows, 3 * heads * size, 3, dtype=F32)
+    x, state = t(tokens, 3 * heads * size), _states(rows, True, 3 * heads * size, 3)
     starts, weight = t(rows + 1, dtype=I32), t(3 * heads * size, 4, dtype=F32)
     mixed, _ = recurrent.causal_conv(x, weight, None, state, starts)
     q, k, v = (part.unflatten(-1, (heads, size)) for part in mixed.split(heads * size, -1))
-    decay, beta = t(tokens, heads, *([size] if each else []), dtype=F32), t(tokens, heads, dtype=F32)
-    recurrent.gated_delta(q, k, v, decay, beta, t(rows, heads, size, size, dtype=F32), starts, size**-0.5)
+    own = (heads, size) if each else (heads,)
+    log = t(heads, *([1] if each else []), dtype=F32)
+    decay, beta = gates.delta_gates(t(tokens, *own), t(tokens, heads), t(*own, dtype=F32), log)
+    gates.gated_rms_norm(v, v, t(size, dtype=F32), 1e-6, 0, True)
+    recurrent.gated_delta(q, k, v, decay, beta, _states(rows, True, heads, size, size), starts, size**-0.5)
 
 
 def _odd_delta() -> None:
@@ -301,8 +328,35 @@ def _odd_delta() -> None:
 
 def _short_conv() -> None:
     """LFM2's, with a bias."""
-    starts, state = t(33, dtype=I32), t(32, 2048, 2, dtype=F32)
+    starts, state = t(33, dtype=I32), _states(32, True, 2048, 2)
     recurrent.causal_conv(t(32, 2048), t(2048, 3, dtype=F32), t(2048, dtype=F32), state, starts, silu=False)
+
+
+def _mamba2(rows: int, tokens: int, heads: int, groups: int, state: int, dtype: torch.dtype = BF16) -> None:
+    """Heads of 64; bounds on the steps as Nemotron-H has them."""
+    inner, shared = heads * 64, groups * state
+    mixed = t(tokens, inner + 2 * shared + heads, dtype=dtype)
+    x, b, c, dt = mixed.split([inner, shared, shared, heads], -1)
+    x, b, c = x.unflatten(-1, (heads, 64)), b.unflatten(-1, (groups, state)), c.unflatten(-1, (groups, state))
+    vector, starts = t(heads, dtype=F32), t(rows + 1, dtype=I32)
+    steps, vector = gates.step_sizes(dt, vector, 0.001, 0.1), gates.decays(vector)
+    for size, first in ((inner // groups, False), (inner // groups, True)):
+        gates.gated_rms_norm(t(tokens, inner, dtype=dtype), mixed[:, :inner], t(inner, dtype=F32), 1e-6, size, first)
+    for pooled in (False, True):
+        scan.mamba2_scan(x, steps, vector, b, c, vector, _states(rows, pooled, heads, 64, state), starts)
+
+
+def _mamba1(rows: int, tokens: int, channels: int, dtype: torch.dtype = BF16) -> None:
+    """Jamba's and Falcon Mamba's; 16 numbers a channel."""
+    x, low, starts = (
+        t(tokens, 2 * channels, dtype=dtype)[:, :channels],
+        t(tokens, 288, dtype=dtype),
+        t(rows + 1, dtype=I32),
+    )
+    steps = gates.step_sizes(t(tokens, channels, dtype=dtype), t(channels, dtype=F32), 0.0, float("inf"))
+    rates, skip, (b, c) = t(channels, 16, dtype=F32), t(channels, dtype=F32), low[:, 256:].split(16, -1)
+    for pooled in (False, True):
+        scan.selective_scan(x, steps, rates, b, c, skip, _states(rows, pooled, channels, 16), starts)
 
 
 def cases() -> list[Case]:
@@ -337,10 +391,21 @@ def cases() -> list[Case]:
         Case("extend, shared pages", plain(_attend, 64, 4096, 32, 8, 128, shared=True)),
         Case("MLA decode, DeepSeek-V3", plain(_mla, 32, 32)),
         Case("MLA extend, DeepSeek-V3", plain(_mla, 4, 2048)),
+        Case("chosen keys, decode, 32 rows", plain(_sparse, 32, 32), quick=True),
+        Case("chosen keys, 4 rows, 2048 tokens", plain(_sparse, 4, 2048), quick=True),
+        Case("chosen keys, 16 heads of a rank", plain(_sparse, 4, 2048, BF16, 16)),
+        Case("chosen keys, float32", plain(_sparse, 4, 300, F32)),
         Case("delta net, decode, 32 rows, 32 heads of 128", plain(_delta, 32, 32, False), quick=True),
         Case("Kimi delta, 4 rows, 2048 tokens", plain(_delta, 4, 2048, True), quick=True),
         Case("delta net, float32, 4 rows, 300 tokens, heads of 64 and 96", plain(_odd_delta), quick=True),
         Case("short convolution, 32 rows", plain(_short_conv)),
+        Case("Mamba 2, decode, 32 rows, 80 heads, state 128", plain(_mamba2, 32, 32, 80, 1, 128), quick=True),
+        Case("Mamba 2, 4 rows, 2048 tokens, 128 heads in 8 groups", plain(_mamba2, 4, 2048, 128, 8, 128), quick=True),
+        Case("Mamba 2, 4 rows, 2048 tokens, state 256", plain(_mamba2, 4, 2048, 24, 1, 256)),
+        Case("Mamba 2, float32, 4 rows, 300 tokens", plain(_mamba2, 4, 300, 24, 1, 128, F32)),
+        Case("Mamba 1, decode, 32 rows, 8192 channels", plain(_mamba1, 32, 32, 8192), quick=True),
+        Case("Mamba 1, 4 rows, 2048 tokens", plain(_mamba1, 4, 2048, 8192), quick=True),
+        Case("Mamba 1, float32, 4 rows, 300 tokens", plain(_mamba1, 4, 300, 1536, F32)),
         Case("norms, bf16, 4096", plain(_norms, BF16, 4096), quick=True),
         Case("norms, float32, 2880", plain(_norms, F32, 2880)),
         Case("activations, sum, cap", plain(_elementwise)),

@@ -27,7 +27,9 @@ FILES = [
     "narrow_experts",
     "recurrent",
     "sample",
+    "scan",
     "shared",
+    "sparse",
 ]
 
 

@@ -14,6 +14,7 @@ import torch
 
 from phloem.core.errors import ModelLoadError
 from phloem.core.memory import State
+from phloem.kernels.calls import PooledStates
 from phloem.layers.linear import Linear
 from phloem.layers.norm import AnyNorm, RMSNorm
 from phloem.layers.weight import Layer, Part, Projection, Weight, check_divides, cut_of
@@ -30,14 +31,18 @@ if TYPE_CHECKING:
 FLOAT = "float32"  # a state adds up over a whole text
 
 
-def before(ops: Ops, step: StateStep, number: int) -> Tensor:
-    """What one of a layer's states was before the step, [R, ...]; zeros for rows that begin."""
+def before(ops: Ops, step: StateStep, number: int) -> Tensor | PooledStates:
+    """What one of a layer's states was before the step, [R, ...], zeros for rows that begin; or where it lies, for a
+    table whose ops read and write it there."""
+    if ops.pooled_states:
+        return PooledStates(step.tensors[number], step.reads, step.writes, step.fresh)
     return ops.read_states(step.tensors[number], step.reads, step.fresh)
 
 
-def keep(ops: Ops, step: StateStep, number: int, after: Tensor) -> None:
-    """Write that state behind the step."""
-    ops.write_states(step.tensors[number], step.writes, after)
+def keep(ops: Ops, step: StateStep, number: int, after: Tensor | None) -> None:
+    """Write that state behind the step, if the op has not."""
+    if after is not None:
+        ops.write_states(step.tensors[number], step.writes, after)
 
 
 def pieces(ctx: BuildContext, name: str, sizes: Mapping[str, int]) -> dict[str, Projection]:
@@ -81,7 +86,7 @@ class Convolution(Layer):
         """Of its state: the inputs of the last tokens."""
         return (self.channels, self.taps - 1), FLOAT
 
-    def __call__(self, x_TC: Tensor, state: Tensor, query_start: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, x_TC: Tensor, state: Tensor | PooledStates, query_start: Tensor) -> tuple[Tensor, Tensor | None]:
         bias, weight_CW = None if self.bias is None else self.bias.value, self.weight.value.squeeze(1)
         if self.scale_C is not None:
             weight_CW = self.ops.scale_rows(weight_CW, self.scale_C)

@@ -31,10 +31,13 @@ from phloem.checkpoint.quant_config import StoredFormat
 from phloem.core.config import ModelConfig
 from phloem.core.errors import PhloemError
 from phloem.engine.alone import Alone, Arrangement, placed
+from phloem.engine.blank import encode_all
+from phloem.engine.dtypes import tower_of
+from phloem.engine.media import Pictures
 from phloem.engine.pooled import run_texts
 from phloem.engine.rehearsal import Rehearsed
 from phloem.engine.shapes import Shape, lengths_of, run_shape, step_shapes, text_shapes
-from phloem.engine.sizing import Need
+from phloem.engine.sizing import Need, run_step
 from phloem.kernels.shapes_only import shapes_only
 from phloem.kernels.triton import ahead, table
 from phloem.kvcache.pool import KVPool, fewest_pages
@@ -174,7 +177,7 @@ def trace(plan: Plan, drafts: Drafts | None = None) -> tuple[ahead.Notes, list[S
         if rank and set(ends.found) <= set(found.found):
             continue  # as one of the ranks before
         own, new = noted(need, every)
-        found.found |= own.found
+        found.found |= own.found | _seen(plan, need, every).found
         shapes += [shape for shape in new if shape not in shapes]
     return found, sorted(shapes, key=every.index)
 
@@ -219,6 +222,28 @@ def _noted_need(plan: Plan, layers: int | None, drafts: Drafts | None, rank: int
             if layers is None:
                 raise
             return None
+
+
+def _seen(plan: Plan, need: Need, every: Sequence[Shape]) -> ahead.Notes:
+    """The launches of the model's tower, and of steps with what it gives; none where it has no tower."""
+    tower, notes, device = tower_of(need.model), ahead.Notes(), torch.device("meta")  # pyright: ignore[reportArgumentType]
+    if tower is None or need.model.hidden_size != tower.hidden_size:
+        return notes
+    pool = pool_of(need)
+    with torch.inference_mode(), notes.taken():
+        encode_all(checkpoint_of(plan, plan.config), tower, need.ops)
+        for shape in every:
+            lengths = lengths_of(shape)
+            if len(lengths) == shape[0] > 1:
+                continue  # rows that decode are in no picture
+            values = torch.empty(
+                lengths[0], tower.parts * tower.hidden_size, dtype=getattr(torch, plan.dtype), device=device
+            )
+            index = torch.zeros(lengths[0], dtype=torch.int64, device=device)
+            spans = [(0, lengths[0], lengths[0])] if tower.whole else []
+            pictures = Pictures(index, values, tower.hidden_size, spans)
+            run_step(need, pool, lengths, pictures=pictures)
+    return notes
 
 
 def noted(need: Need, every: Sequence[Shape]) -> tuple[ahead.Notes, list[Shape]]:

@@ -129,6 +129,21 @@ def start(platform: Platform, plan: dict[str, Any], refusal: str | None) -> Warm
         return Warming(compiled, None, str(error))
 
 
+def loaded(
+    warming: Warming | None,
+    need: Need,
+    platform: Platform,
+    decisions: list[Decision],
+    tell: Callable[[list[Shape]], None] | None,
+) -> bool:
+    """`Warming.finish`, and whether there is anything to be loaded; other ranks are told (`tell`) in any case."""
+    if warming is not None:
+        warming.finish(need, platform.device, decisions, tell)
+    elif tell is not None:
+        tell([])
+    return warming is not None
+
+
 def few_shapes(need: Need) -> list[Shape]:
     """Shapes that launch most of what steps launch, where nobody has found out which launch all."""
     decode = [(rows, rows, 0) for rows in FEW if rows <= min(need.running, need.chunk)]

@@ -193,13 +193,10 @@ def _build(
     own, stages = _stages(model)
     carded = Together(model, team.groups) if team is not None and platform.facts.meets else None
     need = _need(config, machine, model, kept, context, (stages, sites is not None, helper))
-    rehearse = None if team is None or carded is None else _rehearsing(team, machine, told)
     need = need if carded is None else replace(need, model=Rehearsed(carded))
-    if warming is not None:
-        warming.finish(need, platform.device, decisions, rehearse)
+    rehearse = None if team is None or carded is None else _rehearsing(team, machine, told)
+    if warm.loaded(warming, need, platform, decisions, rehearse):
         phase.end("kernels")
-    elif rehearse is not None:
-        rehearse([])
     weights = min(_taken(model, sites, machine) + drafts.taken(helper), free)
     sizing = size_pool(config.cache, platform, need, weights, *_beside(config, platform, team))
     decisions += sizing.decisions

@@ -140,7 +140,8 @@ def latent_attention(q_nope: Tensor, q_rope: Tensor, cache: Tensor, batch: Paged
 ROWS = ("rms_norm", "add_rms_norm", "layer_norm", "gated_rms_norm", "silu_and_mul", "gelu_tanh_and_mul", "sigmoid_mul",
         "step_sizes", "delta_gates", "gelu", "gelu_tanh", "relu2", "route")  # fmt: skip
 OPS = replace(
-    Ops(), name="rows", **{name: each_row(getattr(Ops(), name)) for name in ROWS}, moe=moe, linear=linear_of(by_rows), experts=experts, causal_conv=causal_conv, gated_delta=gated_delta,
+    Ops(), name="rows", **{name: each_row(getattr(Ops(), name)) for name in ROWS}, moe=moe, linear=linear_of(by_rows),
+    experts=experts, causal_conv=causal_conv, gated_delta=gated_delta,
     mamba2_scan=mamba2_scan, selective_scan=selective_scan, paged_attention=paged_attention,
     latent_attention=latent_attention,
 )  # fmt: skip

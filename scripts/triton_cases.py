@@ -23,6 +23,7 @@ from phloem.kernels.triton import (
     gates,
     gemm_fp8,
     gemm_int,
+    gemm_mxfp4,
     invariant,
     lora,
     mla,
@@ -38,9 +39,10 @@ from phloem.kernels.triton import (
     sparse,
     tokens,
 )
-from phloem.kernels.triton.weights import Float8Blocks, Float8Rows
+from phloem.kernels.triton.weights import Float8Blocks, Float8Rows, Form, Int4Experts, Mxfp4Weight
 
 BF16, F32, I32, I64 = torch.bfloat16, torch.float32, torch.int32, torch.int64
+F16, U8 = torch.float16, torch.uint8
 
 
 @dataclass(frozen=True)
@@ -195,10 +197,47 @@ def _moe_op_float8(float8: torch.dtype) -> None:
         moe.moe(t(2, 2048), t(2, 128), gate_up, down, 8, True)
 
 
+def _int4(experts: int, rows: int, columns: int, group: int = 128, zeros: bool = False) -> Form:
+    scale = t(experts, columns // group, rows // experts, dtype=F16)
+    return Int4Experts(t(rows, columns // 2, dtype=U8), scale, scale if zeros else None)
+
+
+def _mxfp4(rows: int, columns: int) -> Form:
+    """Of 32 experts."""
+    return Mxfp4Weight(t(rows, columns // 2, dtype=U8), t(32, columns // 32, rows // 32, dtype=U8))
+
+
+def _clamped(tokens: int, make: Callable[[int, int], Tensor | Form] = t, dtype: torch.dtype = BF16) -> None:
+    """gpt-oss-20b: 32 experts with biases, 4 a token."""
+    spec, biases = ExpertSpec(32, "swiglu_clamp"), (t(32 * 5760, dtype=F32), t(32 * 2880, dtype=F32))
+    ids, weights = t(tokens, 4, dtype=I32), t(tokens, 4, dtype=F32)
+    stacks = make(32 * 5760, 2880), make(32 * 2880, 2880)
+    moe.experts_op(t(tokens, 2880, dtype=dtype), ids, weights, *stacks, spec, biases)
+
+
+def _odd_experts(tokens: int) -> None:
+    """Llama 4's, whose weights scale what is read, and NemotronH's, without a gate."""
+    for spec, rows in ((ExpertSpec(16, scale_input=True), 16384), (ExpertSpec(16, "relu2", gated=False), 8192)):
+        ids, weights = t(tokens, 1, dtype=I32), t(tokens, 1, dtype=F32)
+        moe.experts_op(t(tokens, 5120), ids, weights, t(16 * rows, 5120), t(16 * 5120, 8192), spec)
+
+
+def _moe_int4(tokens: int, group: int, zeros: bool) -> None:
+    """Qwen3-30B-A3B."""
+    gate_up, down = _int4(128, 128 * 1536, 2048, group, zeros), _int4(128, 128 * 2048, 768, group, zeros)
+    moe.moe(t(tokens, 2048), t(tokens, 128), gate_up, down, 8, True)
+
+
 def _route(experts: int, top_k: int, sigmoid: bool, bias: bool) -> None:
     """Routers that are no plain softmax: MiniMax-M2 and GLM-4.5 score by a sigmoid with a correction."""
     correction = t(experts, dtype=F32) if bias else None
     moe.route(t(64, experts), top_k, sigmoid, sigmoid=sigmoid, bias_E=correction, scaling=2.5)
+
+
+def _late_router() -> None:
+    """gpt-oss's, and Llama 4's."""
+    route.route_op(t(64, 32), None, RouterSpec(4, "chosen_softmax"))
+    route.route_op(t(64, 16), None, RouterSpec(1, "chosen_sigmoid"))
 
 
 def _grouped_router() -> None:
@@ -241,6 +280,11 @@ def _gemm_int(tokens: int) -> None:
     gemm_int.int4_gemm(x, t(6144, 2048, dtype=torch.uint8), t(6144, 32, dtype=F32), t(6144, 32, dtype=F32))
     half = t(6144, 128, dtype=torch.float16)  # as loaded: groups of 32, the scales of a checkpoint
     gemm_int.int4_gemm(x, t(6144, 2048, dtype=torch.uint8), half, half)
+
+
+def _gemm_mxfp4() -> None:
+    for count in (1, 64, 2048):
+        gemm_mxfp4.mxfp4_gemm(t(count, 2880), t(5120, 1440, dtype=U8), t(1, 90, 5120, dtype=U8), t(5120))
 
 
 def _lora() -> None:
@@ -384,7 +428,23 @@ def cases() -> list[Case]:
         Case("MoE, float8, scales of rows, 1 token", lambda f: _moe(1, f, True), float8=True),
         Case("MoE, float8, scales of rows, 64 tokens", lambda f: _moe(64, f, True), float8=True),
         Case("MoE, float8, scales of rows, 4096 tokens", lambda f: _moe(4096, f, True), float8=True),
+        Case("gpt-oss experts, 1 token", plain(_clamped, 1)),
+        Case("gpt-oss experts, 64 tokens", plain(_clamped, 64)),
+        Case("gpt-oss experts, 4096 tokens", plain(_clamped, 4096)),
+        Case("gpt-oss experts in mxfp4, 1 token", plain(_clamped, 1, _mxfp4), quick=True),
+        Case("gpt-oss experts in mxfp4, 64 tokens", plain(_clamped, 64, _mxfp4)),
+        Case("gpt-oss experts in mxfp4, 512 tokens", plain(_clamped, 512, _mxfp4)),
+        Case("gpt-oss experts in mxfp4, 4096 tokens", plain(_clamped, 4096, _mxfp4), quick=True),
+        Case("experts that scale their input, or have no gate, 1 token", plain(_odd_experts, 1)),
+        Case("experts that scale their input, or have no gate, 2048 tokens", plain(_odd_experts, 2048)),
+        Case("MoE, int4, 1 token", plain(_moe_int4, 1, 128, False)),
+        Case("MoE, int4, 64 tokens", plain(_moe_int4, 64, 128, False), quick=True),
+        Case("MoE, int4, 4096 tokens", plain(_moe_int4, 4096, 128, False)),
+        Case("MoE, int4 in groups of 32 with zero points, 1 token", plain(_moe_int4, 1, 32, True)),
+        Case("MoE, int4 in groups of 32 with zero points, 64 tokens", plain(_moe_int4, 64, 32, True)),
+        Case("MoE, int4 in groups of 32 with zero points, 4096 tokens", plain(_moe_int4, 4096, 32, True)),
         Case("router, sigmoid, correction, 8 of 256", plain(_route, 256, 8, True, True)),
+        Case("router that scores the chosen, 4 of 32, 1 of 16", lambda _: _late_router()),
         Case("router, 4 of 8 groups, 8 of 256", plain(_grouped_router)),
         Case("experts that were chosen elsewhere", plain(_chosen_experts)),
         Case("router, softmax without a sum of 1, 6 of 64", plain(_route, 64, 6, False, False)),
@@ -396,6 +456,7 @@ def cases() -> list[Case]:
         Case("float8 GEMM, 128 tokens", partial(_gemm_fp8, 128), float8=True),
         Case("int8 and int4 GEMM, 1 token", plain(_gemm_int, 1)),
         Case("int8 and int4 GEMM, 64 tokens", plain(_gemm_int, 64)),
+        Case("mxfp4 GEMM, 1, 64 and 2048 tokens", lambda _: _gemm_mxfp4()),
         Case("LoRA", plain(_lora)),
         Case("batch-invariant matmul", lambda _: invariant.product(t(64, 4096), t(6144, 4096), t(6144))),
     ]

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phloem.kernels.triton._base import find_row, power_of_2, soften
+from phloem.kernels.triton._base import find_row, power_of_2, soften, widened
 from phloem.kernels.triton._device import multiprocessors
 from phloem.kernels.triton.attention import decode_splits, join_splits, split_buffers
 
@@ -113,9 +113,9 @@ def _mla(
         at = cache + page * stride_cp + (n % PAGE) * stride_cs
         shared = tl.load(at[:, None] + latent[None, :], mask=inside[:, None] & (latent < LATENT)[None, :], other=0.0)
         key = tl.load(at[:, None] + LATENT + rope[None, :], mask=inside[:, None] & (rope < ROPE)[None, :], other=0.0)
-        shared = shared.to(query.dtype)
+        shared = widened(shared, query)
         scores = tl.dot(query, tl.trans(shared), input_precision="ieee")
-        scores = tl.dot(turned, tl.trans(key.to(query.dtype)), scores, input_precision="ieee") * factor
+        scores = tl.dot(turned, tl.trans(widened(key, query)), scores, input_precision="ieee") * factor
         scores = tl.where(inside[None, :] & (n[None, :] <= position[:, None]), scores, float("-inf"))
         weights, shrink, top, mass = soften(scores, top, mass)
         acc = tl.dot(weights.to(query.dtype), shared, acc * shrink[:, None], input_precision="ieee")

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,14 +29,14 @@ LOOPS = """
 
 
 @pytest.fixture
-def sass(monkeypatch: pytest.MonkeyPatch):
+def sass(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import triton_sass
 
     return triton_sass
 
 
-def test_the_main_loop_is_the_one_that_loads_most(sass) -> None:
+def test_the_main_loop_is_the_one_that_loads_most(sass: Any) -> None:
     loop = sass.main_loop(sass.parse(LOOPS))
     assert [each.address for each in loop] == list(range(0x30, 0x90, 0x10))
     code = sass.Code(32, 0, loop=loop)
@@ -43,7 +44,7 @@ def test_the_main_loop_is_the_one_that_loads_most(sass) -> None:
     assert (code.slots, code.slow) == (3 + 8 + 2 + 1, 1)
 
 
-def test_bytes_are_under_way_until_they_are_used(sass) -> None:
+def test_bytes_are_under_way_until_they_are_used(sass: Any) -> None:
     code = sass.Code(32, 0, loop=sass.main_loop(sass.parse(LOOPS)))
     # When the first 16 bytes are used 8 more are under way; of those words two of four are never used, and stay.
     assert sass.under_way(code, "", 32) == 32 * (16 + 8 + 2)
@@ -54,7 +55,7 @@ def test_bytes_are_under_way_until_they_are_used(sass) -> None:
 @pytest.mark.parametrize(
     ("registers", "shared", "warps", "blocks"), [(32, 0, 4, 16), (255, 0, 4, 2), (64, 70_000, 4, 3), (128, 0, 8, 2)]
 )
-def test_blocks_that_a_multiprocessor_holds(sass, registers: int, shared: int, warps: int, blocks: int) -> None:
+def test_blocks_that_a_multiprocessor_holds(sass: Any, registers: int, shared: int, warps: int, blocks: int) -> None:
     assert sass.resident(registers, shared, warps) == blocks
 
 
@@ -62,13 +63,15 @@ def test_blocks_that_a_multiprocessor_holds(sass, registers: int, shared: int, w
 def test_few_rows_on_float8_neither_convert_slowly_nor_load_narrowly() -> None:
     code = (
         "import triton_code as c;"
-        "found = c.readings([s for s in c.steps([1]) if s.name in ('llama, 1: o, rows', 'qwen, 1: experts, float8')], 1);"
-        "print(*(f'{r.kernel},{r.code.slow},{r.code.spilled},{max(r.code.loads | r.code.copies)},{r.floor / r.bound:.2f}'"
-        " for r in found if r.floor))"
+        "some = [s for s in c.steps([1]) if s.name in ('llama, 1: o, rows', 'qwen, 1: experts, float8')];"
+        "found = [c.read((s, each)) for s in some for each in c.record([c.Case(s.name, s.run)], c.TARGET)];"
+        "widest = [max(r.code.loads | r.code.copies) for r in found];"
+        "print(*(f'{r.kernel},{r.code.slow},{r.code.spilled},{wide},{r.floor / r.bound:.2f}'"
+        " for r, wide in zip(found, widest) if r.floor))"
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(SCRIPTS)}
-    main = f"if __name__ == '__main__':\n exec({code!r})"
-    done = subprocess.run([sys.executable, "-c", main], env=environment, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [line.split(",") for line in done.stdout.split()]
     assert [row[0] for row in rows] == ["_gemm_few", "_few_up", "_few_down"]

@@ -182,6 +182,20 @@ def absorbed_attention(
     return out
 
 
+def into_latent(q_nope_THN: Tensor, call: LatentCall) -> Tensor:
+    """Queries [T, H, N] in latent space, [T, H, L], in memory a head's tokens together."""
+    return torch.bmm(q_nope_THN.transpose(0, 1), call.w_uk.to(q_nope_THN.dtype)).transpose(0, 1)
+
+
+def out_of_latent(out_THL: Tensor, call: LatentCall) -> Tensor:
+    """What attention gives in latent space, as values of heads [T, H, D]."""
+    heads, _, size = call.w_uv.shape
+    # Heads side by side, as the output projection reads them: the product writes them there itself.
+    out_THD = torch.empty((len(out_THL), heads, size), dtype=out_THL.dtype, device=out_THL.device)
+    torch.bmm(out_THL.transpose(0, 1), call.w_uv.to(out_THL.dtype), out=out_THD.transpose(0, 1))
+    return out_THD
+
+
 def latent_attention(
     q_nope_THN: Tensor,
     q_rope_THP: Tensor,
@@ -191,10 +205,5 @@ def latent_attention(
     splits: int | None = None,
 ) -> Tensor:
     """Decode and extend of one MLA layer -> [T, H, D]; the new tokens' latents are already in the cache."""
-    q_latent_HTL = torch.bmm(q_nope_THN.transpose(0, 1), call.w_uk.to(q_nope_THN.dtype))
-    out_THL = absorbed_attention(q_latent_HTL.transpose(0, 1), q_rope_THP, cache, batch, call.scale, splits)
-    heads, _, size = call.w_uv.shape
-    # Heads side by side, as the output projection reads them: the product writes them there itself.
-    out_THD = torch.empty((len(out_THL), heads, size), dtype=out_THL.dtype, device=out_THL.device)
-    torch.bmm(out_THL.transpose(0, 1), call.w_uv.to(out_THL.dtype), out=out_THD.transpose(0, 1))
-    return out_THD
+    q_latent_THL = into_latent(q_nope_THN, call)
+    return out_of_latent(absorbed_attention(q_latent_THL, q_rope_THP, cache, batch, call.scale, splits), call)

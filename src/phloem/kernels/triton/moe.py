@@ -3,7 +3,7 @@
 Order of work: `route` picks k experts per token; `sort_by_expert` lists the (token, choice) pairs expert by expert,
 each expert's list padded to whole tiles (one launch does both for up to `route.SORTED_TOKENS` tokens); the first
 grouped GEMM computes gate and up of a tile and writes activation(gate) * up, in float8 with its scale where the second
-GEMM reads that; the second multiplies by the routing weight; `_sum_choices` adds a token's k results in order. Where
+GEMM reads that; the second multiplies by the routing weight; `sum_choices` adds a token's k results in order. Where
 an expert gets many rows, `many.py` does both products in another way, if a trial finds that better (`trial.py`). Up to
 `FEW_TOKENS` tokens nothing is sorted and no tile is filled: each pair reads its expert's rows, and the sum over the
 choices is inside the second product. There the first product routes, so that two launches do all; float8 weights meet
@@ -20,30 +20,34 @@ N features, F features between the two GEMMs.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from phloem.kernels import reference_models as models
+from phloem.kernels.specs import ExpertSpec
+from phloem.kernels.triton import experts as odd
 from phloem.kernels.triton import many, trial
 from phloem.kernels.triton._base import activate, ceil_div, fp8_limit, power_of_2, stages
 from phloem.kernels.triton.activation import GELU_TANH, SILU
+from phloem.kernels.triton.choices import sum_choices
 from phloem.kernels.triton.early import await_previous, early
 from phloem.kernels.triton.many import BLOCKS, ROWS, UNSCALED
 from phloem.kernels.triton.quantise import per_group_fp8, per_token_fp8
-from phloem.kernels.triton.route import route, route_and_sort, sort_by_expert
+from phloem.kernels.triton.route import (
+    CHOSEN_EXPERTS,
+    FEW_TOKENS,
+    choose,
+    route,
+    route_and_sort,
+    sort_by_expert,
+    tile_size,
+)
 from phloem.kernels.triton.weights import Float8Blocks, Float8Rows, Form, widened
 
-if TYPE_CHECKING:
-    from phloem.kernels.specs import ExpertSpec
-
 GROUP_K = 128  # features that share one scale in block-scaled float8
-FEW_TOKENS = 4
 KINDS = {"silu": SILU, "gelu_tanh": GELU_TANH}
-CHOSEN_EXPERTS = 256  # up to which each program of few tokens can route for itself
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -141,58 +145,6 @@ def _grouped(
 
 
 @triton.jit
-def _sum_choices(
-    parts,
-    ids,
-    out,
-    features,
-    experts,
-    CHOICES: tl.constexpr,
-    FOREIGN: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """FOREIGN: ids may be of no expert here, and then there is no part."""
-    await_previous(PDL)
-    token = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    keep = col < features
-    total = tl.zeros([BLOCK], tl.float32)
-    for choice in range(CHOICES):
-        end = features
-        if FOREIGN:
-            expert = tl.load(ids + token * CHOICES + choice)
-            end = tl.where((expert >= 0) & (expert < experts), features, 0)
-        at = parts + (token * CHOICES + choice) * features + col
-        total += tl.load(at, mask=col < end, other=0.0).to(tl.float32)
-    tl.store(out + token * features + col, total.to(out.dtype.element_ty), mask=keep)
-
-
-@triton.jit
-def _choose(logits, experts, turn, TOP_K: tl.constexpr, RENORMALISE: tl.constexpr, BLOCK_E: tl.constexpr):
-    """(Expert, weight) of a token's choice number `turn`, as `route` has them: the one that so many are better than."""
-    expert = tl.arange(0, BLOCK_E)
-    x = tl.load(logits + expert, mask=expert < experts, other=float("-inf")).to(tl.float32)
-    top = tl.max(x, axis=0)
-    score = tl.exp(x - top)
-    whole = tl.sum(score, axis=0)
-    score = score / whole
-    rank = tl.zeros([BLOCK_E], tl.int32)
-    for start in range(0, BLOCK_E, 16):
-        other = start + tl.arange(0, 16)
-        y = tl.load(logits + other, mask=other < experts, other=float("-inf")).to(tl.float32)
-        rival = (tl.exp(y - top) / whole)[None, :]
-        equal = (rival == score[:, None]) & (other[None, :] < expert[:, None])
-        rank += tl.sum(((rival > score[:, None]) | equal).to(tl.int32), axis=1)
-    # Where logits are NaN none is better than another: any expert will do, but there must be such a one.
-    place = tl.minimum(tl.min(tl.where(rank == turn, expert, BLOCK_E - 1), axis=0), experts - 1)
-    value = tl.sum(tl.where(expert == place, score, 0.0), axis=0)
-    if RENORMALISE:
-        value = value / tl.sum(tl.where(rank < TOP_K, score, 0.0), axis=0)
-    return place, value
-
-
-@triton.jit
 def _few_up(
     x,
     weight,
@@ -229,7 +181,7 @@ def _few_up(
     pair = tl.program_id(0).to(tl.int64)
     if ROUTE:
         at_logits = logits + pair // CHOICES * stride_logits
-        place, value = _choose(at_logits, experts, (pair % CHOICES).to(tl.int32), CHOICES, RENORMALISE, BLOCK_E)
+        place, value = choose(at_logits, experts, (pair % CHOICES).to(tl.int32), CHOICES, RENORMALISE, BLOCK_E)
         if tl.program_id(1) == 0:
             tl.store(ids + pair, place)
             tl.store(routing + pair, value)
@@ -395,11 +347,6 @@ def _few(
     return out_TN
 
 
-def tile_size(pairs: int, experts: int) -> int:
-    """Rows of a GEMM tile: about the pairs that an expert gets, between the tensor cores' least and 128."""
-    return max(16, min(128, power_of_2(ceil_div(pairs, experts))))
-
-
 def _gemm(
     x: Tensor,
     weight: Tensor,
@@ -503,15 +450,15 @@ def experts(
     `lists`: what `sort_by_expert` gives for tiles of `tile_size`, if it is known. `foreign`: ids may be of no expert
     here, and add nothing then.
     """
-    tokens, features = x_TN.shape
+    tokens = x_TN.shape[0]
     count, choices = down_ENF.shape[0], ids_Tk.shape[1]
-    out = torch.empty((tokens, features), dtype=x_TN.dtype, device=x_TN.device)
     if tokens == 0:
-        return out
+        return torch.empty_like(x_TN)
     if scales is not None:
         scales = _of_rows(scales, (gate_up_EMN.shape[1], down_ENF.shape[1]))
     if tokens <= FEW_TOKENS:
-        return _few(x_TN, weights_Tk, ids_Tk, gate_up_EMN, down_ENF, kind, scales, out, foreign=foreign)
+        out_TN = torch.empty(x_TN.shape, dtype=x_TN.dtype, device=x_TN.device)
+        return _few(x_TN, weights_Tk, ids_Tk, gate_up_EMN, down_ENF, kind, scales, out_TN, foreign=foreign)
     tile = tile_size(tokens * choices, count)
     lists = lists if lists is not None else sort_by_expert(ids_Tk, count, tile)
     work = trial.Work(gate_up_EMN, down_ENF, kind, scales, parts_of_tiles)
@@ -520,15 +467,7 @@ def experts(
         parts = work.tiles(x_TN, weights_Tk, gate_up_EMN, down_ENF, kind, scales, lists, tile)
     else:
         parts = work.form(form, x_TN, weights_Tk, lists)
-    block = min(1024, power_of_2(features))
-    _sum_choices[(tokens, ceil_div(features, block))](
-        *(parts, ids_Tk, out, features, count),
-        CHOICES=choices,
-        FOREIGN=foreign,
-        BLOCK=block,
-        **early(out),
-    )
-    return out
+    return sum_choices(parts, ids_Tk, count, foreign=foreign)
 
 
 Stacks = tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]
@@ -547,6 +486,8 @@ def moe(
 ) -> Tensor:
     """The op table's entry: softmax routing over experts, stacked as gate_up [E * 2F, N] and down [E * N, F]."""
     tokens, count = logits_TE.shape
+    if odd.four_bits(gate_up, down):
+        return odd.routed(x_TN, logits_TE, odd.pair_of(gate_up, down, ExpertSpec(count)), top_k, renormalise)
     *stacks, scales = _stacks(gate_up, down, count)
     if 0 < tokens <= FEW_TOKENS and count <= CHOSEN_EXPERTS:
         weights_Tk = torch.empty((tokens, top_k), dtype=torch.float32, device=x_TN.device)
@@ -576,12 +517,11 @@ def experts_op(
     spec: ExpertSpec,
     biases: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The op table's entry for experts of any kind: gated ones of two activations here, others in plain torch."""
-    if biases is not None or not spec.gated or spec.scale_input or spec.activation not in KINDS:
-        if x_TN.is_meta:  # plain torch reads who was chosen; who asks which kernels are launched has no values
-            return torch.empty_like(x_TN)
-        return models.experts(x_TN, ids_Tk, weights_Tk, widened(gate_up), widened(down), spec, biases)
+    """The op table's entry for experts of any kind."""
     ids_Tk = ids_Tk - spec.first if spec.first else ids_Tk
+    if biases is not None or not spec.gated or spec.scale_input or spec.activation not in KINDS:
+        pair = odd.pair_of(gate_up, down, spec, biases)
+        return odd.summed(x_TN, ids_Tk, weights_Tk, pair, gate_up.dtype)
     return _stacked(x_TN, ids_Tk, weights_Tk, gate_up, down, spec.experts, KINDS[spec.activation])
 
 
@@ -594,6 +534,9 @@ def _stacked(
     count: int,
     kind: int,
 ) -> Tensor:
+    if odd.four_bits(gate_up, down):
+        spec = ExpertSpec(count, "silu" if kind == SILU else "gelu_tanh")
+        return odd.summed(x_TN, ids_Tk, weights_Tk, odd.pair_of(gate_up, down, spec), gate_up.dtype)
     *stacks, scales = _stacks(gate_up, down, count)
     weights_Tk, ids_Tk = weights_Tk.float().contiguous(), ids_Tk.to(torch.int32).contiguous()
     out_TN = experts(x_TN.to(gate_up.dtype), weights_Tk, ids_Tk, *stacks, kind, scales, foreign=True)

@@ -60,7 +60,6 @@ class Code:
     bulk: int = 0  # loads by descriptor
     products: str = ""  # the tensor instruction
     loop: list[Instruction] = field(default_factory=list)
-    divided: bool = False  # the loop divides integers
 
     @property
     def slots(self) -> int:
@@ -89,6 +88,11 @@ def disassemble(cubin: bytes) -> list[Instruction]:
         file.write(cubin)
         file.flush()
         text = subprocess.run([str(tool), "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    return parse(text)
+
+
+def parse(text: str) -> list[Instruction]:
+    """The instructions of a disassembly, in their order."""
     return [Instruction(int(m[1], 16), m[3], m[4].strip()) for m in _LINE.finditer(text)]
 
 
@@ -110,7 +114,6 @@ def read(cubin: bytes, registers: int) -> Code:
             tensor[each.kind] += 1
     found.products = "+".join(kind for kind, _ in tensor.most_common())
     found.loop = main_loop(code)
-    found.divided = any(each.name.startswith(("I2F", "F2I")) for each in found.loop)
     return found
 
 

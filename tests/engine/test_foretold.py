@@ -99,6 +99,17 @@ def test_nor_does_what_drafts(kind: str, tmp_path: Path) -> None:
     assert set(ahead.trace(without)[0].found) < set(ahead.trace(plan, drafts)[0].found)
 
 
+def test_nor_does_a_narrow_model_that_drafts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(AHEAD, "capability", 90)
+    pack, config, *_ = NARROW["awq"]
+    path = tiny_checkpoint("llama", tmp_path / "made", num_hidden_layers=3, vocab_size=384, **SIZES)
+    narrow = packers.quantised(path, tmp_path, pack, config)[0]
+    plan = small_plan(drafting=asdict(Wanted("draft_model", draft_model=str(narrow))), running=8, chunk=128)
+    assert "_gemm_int4" in {note.name for note in ahead.trace(plan, drafts)[0].found.values()}
+    assert not unforetold(plan, drafts, steps=10)
+
+
 @pytest.mark.slow
 def test_nor_does_the_layer_that_a_checkpoint_brings_for_drafts(tmp_path: Path) -> None:
     pytest.importorskip("transformers")

@@ -21,9 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from phloem.kernels.triton._base import ceil_div, power_of_2
-from phloem.kernels.triton._device import capability
 from phloem.kernels.triton._states import Held, place_after, place_before
-from phloem.kernels.triton.early import CAPABLE, await_previous, early
+from phloem.kernels.triton.early import await_previous, early
 
 if TYPE_CHECKING:
     from phloem.kernels.calls import PooledStates
@@ -194,12 +193,11 @@ def _mamba2_chunks(
     tl.store(first + inside, held.to(after.dtype.element_ty), mask=of_state[:, None] & of_head[None, :])
 
 
-def _chunk(block_s: int, x: Tensor) -> tuple[int, int, int]:
+def _chunk(block_s: int) -> tuple[int, int, int]:
     """(Tokens of a chunk, numbers of a head, warps) that keep what a program holds in registers."""
     if torch.version.hip:
         return 16, 32 if block_s <= 128 else 16, 4
-    numbers = 8192 if capability(x.device) >= CAPABLE and block_s <= 128 else 4096
-    return max(16, min(64, numbers // block_s)), 64 if block_s <= 128 else 32, 8
+    return max(16, min(64, 4096 // block_s)), 64 if block_s <= 128 else 32, 8
 
 
 def mamba2_scan(
@@ -234,7 +232,7 @@ def mamba2_scan(
     most = short if by_chunks else 0
     _mamba2_tokens[grid](*given, **sizes, MOST=most, BLOCK_D=block_d, BLOCK_S=block_s, **early(out))
     if by_chunks:
-        block_t, block_d, warps = _chunk(max(16, block_s), x_THD)
+        block_t, block_d, warps = _chunk(max(16, block_s))
         block_d = max(16, min(power_of_2(size), block_d))
         _mamba2_chunks[(held.rows, heads, ceil_div(size, block_d))](
             *given,

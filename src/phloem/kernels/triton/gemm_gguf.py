@@ -5,16 +5,16 @@ program reads 16 bytes of a row and, for each bit that it looks at, features of 
 
     codes   int32, of 4 to 6 bits [M, N / 8]: four bits of a group's feature 4 n + w are bits 4 n of its word w of four,
             of 8 bits [M, N / 4]: all bits of a half's feature 4 n + w are bits 8 n of its word w of four
-    high    [M, G * 4]: what a group's features 4 n + w have above those four bits is, of 5 bits, bit n of uint8 number w
-            of four, of 6 bits the bits 2 n and 2 n + 1 of int16 number w; otherwise None
+    high    [M, G * 4]: what a group's features 4 n + w have above those four bits: of 5 bits bit n of uint8 number w of
+            four, of 6 bits the bits 2 n and 2 n + 1 of int16 number w; otherwise None
     scale   [M, S], each for as many halves; floats, or bytes to be multiplied with `outer`
     least   as the scale; or zero points, which are in codes, and floats; None: 0
     outer   float16 [1 or 2, M, G / 8]: factors of the scales, and of what is least, for 256 features each
 
-A feature is (code - offset) * scale - least, or (code - zero point) * scale. In registers codes become the upper bits of a mantissa, 1 + code / 2 **
-bits, because conversions of integers are slow. One or two tokens are multiplied in float32, without tensor cores: their
-products wait for the weights. Up to `MANY` tokens read weights that are rounded to the activations' type in registers;
-more read a copy of some rows at a time, which the vendor's product takes.
+A feature is (code - offset) * scale - least, or (code - zero point) * scale. In registers codes become the upper bits
+of a mantissa, 1 + code / 2 ** bits, because conversions of integers are slow. One or two tokens are multiplied in
+float32, without tensor cores: their products wait for the weights. Fewer than `MANY` read weights that are rounded to
+the activations' type in registers; more read a copy of some rows at a time, which the vendor's product takes.
 """
 
 # What Triton's stubs do not describe: untyped kernel parameters, launches by subscript, constexpr arguments.
@@ -111,20 +111,14 @@ def _above(high, row, group, keep, stride_h, BITS: tl.constexpr):
 @triton.jit
 def _moved(word, BEGIN: tl.constexpr, END: tl.constexpr, WIDTH: tl.constexpr):
     """Bits from BEGIN on, put from END on; 0 elsewhere."""
-    if BEGIN > END:
-        word = word >> (BEGIN - END)
-    else:
-        word = word << (END - BEGIN)
+    word = word >> BEGIN - END if BEGIN > END else word << END - BEGIN
     return word & (((1 << WIDTH) - 1) << END)
 
 
 @triton.jit
 def _code(word, above, HALF: tl.constexpr, PLACE: tl.constexpr, BITS: tl.constexpr):
     """float32 [M, G, 4]: 1 + code / 2 ** BITS of the features 4 PLACE + w of a half."""
-    if BITS == 8:
-        code = _moved(word, 8 * PLACE, 15, 8)
-    else:
-        code = _moved(word, 16 * HALF + 4 * PLACE, 23 - BITS, 4)
+    code = _moved(word, 8 * PLACE, 15, 8) if BITS == 8 else _moved(word, 16 * HALF + 4 * PLACE, 23 - BITS, 4)
     if BITS == 5:
         code |= _moved(above, 4 * HALF + PLACE, 22, 1)
     if BITS == 6:
@@ -163,10 +157,7 @@ def _dot_half(x, word, above, group, inside, HALF: tl.constexpr, BITS: tl.conste
 def _part(part, total, step, low, BITS: tl.constexpr, OFFSET: tl.constexpr, LEAST: tl.constexpr):
     """float32 [M, G]: a token's product with features, of what `_dot_half` gives."""
     one: tl.constexpr = 1 << BITS
-    if LEAST == 2:
-        found = (part * one - total * (low + one)) * step
-    else:
-        found = (part * one - total * (one + OFFSET)) * step
+    found = (part * one - total * (low + one)) * step if LEAST == 2 else (part * one - total * (one + OFFSET)) * step
     return found - total * low if LEAST == 1 else found
 
 
@@ -251,10 +242,7 @@ def _feature(
 ):  # fmt: skip
     one: tl.constexpr = 1 << BITS
     code = _code(word, above, HALF, PLACE, BITS)
-    if LEAST == 2:
-        found = (code * one - (low + one)) * step
-    else:
-        found = (code - (1.0 + OFFSET / one)) * (step * one)
+    found = (code * one - (low + one)) * step if LEAST == 2 else (code - (1.0 + OFFSET / one)) * (step * one)
     return (found - low if LEAST == 1 else found).to(KIND)
 
 
@@ -343,7 +331,7 @@ def _gguf_rows(
 
 
 def grouped_gemm(x_TN: Tensor, runs: Sequence[Run], bias_M: Tensor | None = None, splits: int | None = None) -> Tensor:
-    """x [T, N] times the transposed matrix of these rows, N a multiple of 32, plus a bias -> [T, M] in the type of x."""
+    """x [T, N] times the transposed matrix of these rows, N a multiple of 32, plus a bias -> [T, M] in x's type."""
     tokens, features = x_TN.shape
     outputs = sum(len(run.codes) for run in runs)
     if features != runs[0].features:

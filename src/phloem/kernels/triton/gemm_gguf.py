@@ -161,7 +161,7 @@ def _part(part, total, step, low, BITS: tl.constexpr, OFFSET: tl.constexpr, LEAS
     return found - total * low if LEAST == 1 else found
 
 
-@triton.jit(do_not_specialize=["per_split"])
+@triton.jit(do_not_specialize=["per_split", "stride_os"])
 def _gguf_few(
     x, codes, high, scale, least, outer, out, groups, rows, column, per_split,
     stride_c, stride_s, stride_h, stride_ob, stride_o, stride_x, stride_os, stride_ot,
@@ -270,7 +270,7 @@ def _both(
     return tl.reshape(every, [first.shape[0], first.shape[1] * 32])
 
 
-@triton.jit(do_not_specialize=["tokens", "per_split"])
+@triton.jit(do_not_specialize=["tokens", "per_split", "stride_os"])
 def _gguf_tile(
     x, codes, high, scale, least, outer, out, groups, rows, column, per_split, tokens,
     stride_c, stride_s, stride_h, stride_ob, stride_o, stride_x, stride_os, stride_ot,
@@ -330,6 +330,16 @@ def _gguf_rows(
     tl.store(at, w, mask=some[:, None] & (k < groups * 32)[None, :])
 
 
+def _blocks(x_TN: Tensor) -> tuple[int, int, int]:
+    """(Rows of a program, groups of a turn, warps). For few tokens there are as many groups as threads: each thread has
+    its own of all the rows, and reads its features of x once for them."""
+    tokens, features = x_TN.shape
+    if tokens > FEW:
+        return 64, 2 if x_TN.dtype == torch.float32 else 4, 4
+    warps = min(4, power_of_2(ceil_div(features // GROUP, 32)))
+    return 8, 32 * warps, warps
+
+
 def grouped_gemm(x_TN: Tensor, runs: Sequence[Run], bias_M: Tensor | None = None, splits: int | None = None) -> Tensor:
     """x [T, N] times the transposed matrix of these rows, N a multiple of 32, plus a bias -> [T, M] in x's type."""
     tokens, features = x_TN.shape
@@ -341,11 +351,7 @@ def grouped_gemm(x_TN: Tensor, runs: Sequence[Run], bias_M: Tensor | None = None
     out = torch.empty((tokens, outputs), dtype=x_TN.dtype, device=x_TN.device)
     if tokens == 0:
         return out
-    few = tokens <= FEW
-    block_t = 1 if few else max(16, min(64, power_of_2(tokens)))
-    # As many groups as threads: each has its own of all the rows, and reads its features of x once for them.
-    warps = min(4, power_of_2(ceil_div(features // GROUP, 32))) if few else 4
-    block_m, block_g = (8, 32 * warps) if few else (64, 2 if x_TN.dtype == torch.float32 else 4)
+    few, block_t, (block_m, block_g, warps) = tokens <= FEW, max(16, min(64, power_of_2(tokens))), _blocks(x_TN)
     turns = ceil_div(features // GROUP, block_g)
     if splits is None:
         tiles = sum(ceil_div(len(run.codes), block_m) for run in runs) * ceil_div(tokens, block_t)

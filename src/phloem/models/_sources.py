@@ -211,7 +211,8 @@ class GGUFSource(Source):
         self.refused(f"a rank's share of {self.kind} begins or ends inside a block")
         return self._why
 
-    def codes(self, rows: slice, cols: slice) -> Codes:
+    def codes(self, rows: slice, cols: slice, entry: int = 0) -> Codes:
+        del entry  # a stack's are sources of their own
         if self.report is not None:
             self.report.kept(self.name, self.kind)
         with warnings.catch_warnings():  # a mapping that is only read

@@ -333,11 +333,11 @@ def _gguf_rows(
 def _blocks(x_TN: Tensor) -> tuple[int, int, int]:
     """(Rows of a program, groups of a turn, warps). For few tokens there are as many groups as threads: each thread has
     its own of all the rows, and reads its features of x once for them."""
-    tokens, features = x_TN.shape
+    tokens, features = x_TN.shape  # not none
     if tokens > FEW:
         return 64, 2 if x_TN.dtype == torch.float32 else 4, 4
     warps = min(4, power_of_2(ceil_div(features // GROUP, 32)))
-    return 8, 32 * warps, warps
+    return 8 // tokens, 32 * warps, warps
 
 
 def grouped_gemm(x_TN: Tensor, runs: Sequence[Run], bias_M: Tensor | None = None, splits: int | None = None) -> Tensor:

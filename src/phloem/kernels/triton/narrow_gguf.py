@@ -72,7 +72,7 @@ def made(parts: Sequence[WeightSource], dtype: torch.dtype, device: torch.device
         end = begun + 1
         while end < len(parts) and forms[end] == forms[begun]:
             end += 1
-        run = _empty(forms[begun], sum(part.shape[0] for part in parts[begun:end]), columns, device)
+        run = empty(forms[begun], sum(part.shape[0] for part in parts[begun:end]), columns, device)
         start = 0
         for part in parts[begun:end] if device.type != "meta" else ():
             given: Any = part
@@ -83,7 +83,8 @@ def made(parts: Sequence[WeightSource], dtype: torch.dtype, device: torch.device
     return GroupedWeight(tuple(runs), dtype)
 
 
-def _empty(form: Narrow, rows: int, columns: int, device: torch.device) -> Run:
+def empty(form: Narrow, rows: int, columns: int, device: torch.device) -> Run:
+    """A run of so many rows, to be filled."""
     if form.kind == "gguf":
         kind = KINDS[form.stored]
         bits, offset, (scales, least), outer = kind.bits, kind.offset, kind.tables, kind.outer

@@ -233,11 +233,8 @@ def _grouped(tokens: int, dtype: torch.dtype, *kinds: str) -> None:
     """Products with matrices of GGUF's types, and with rows of 8-bit integers; their rows by number, and copies."""
     device, x = torch.device("meta"), t(tokens, 4096, dtype=dtype)
     for kind in kinds:
-        form = (
-            Narrow("gguf", 1, 32, stored=kind)
-            if kind in narrow_gguf.KINDS
-            else Narrow("int8", 1, 4096, kind == "zeros")
-        )
+        rows = Narrow("int8", 1, 4096, zeros=kind == "zeros")
+        form = Narrow("gguf", 1, 32, stored=kind) if kind in narrow_gguf.KINDS else rows
         run = narrow_gguf.empty(form, 6144, 4096, device)
         gemm_gguf.grouped_gemm(x, [run])
         gemm_gguf.chosen_rows([run], t(tokens, dtype=torch.int64), F32)

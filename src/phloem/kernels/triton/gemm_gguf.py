@@ -44,6 +44,7 @@ GROUP = 32
 FEW = 2  # tokens that are multiplied without tensor cores
 MANY = 256  # tokens from which on a copy of the weights costs less than widening them anew for each tile of tokens
 _COPIED = 1 << 25  # weights of one copy
+_ROWS = 4  # of a program that widens rows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -423,11 +424,11 @@ def _fill_rows(run: Run, out: Tensor, ids_T: Tensor | None, count: int, begin: i
     groups = run.features // GROUP
     block_g = min(32, power_of_2(groups))
     codes, high, scale, least, outer, *strides = _arguments(run)
-    _gguf_rows[(ceil_div(count, 4), ceil_div(groups, block_g))](
+    _gguf_rows[(ceil_div(count, _ROWS), ceil_div(groups, block_g))](
         *(run.codes if ids_T is None else ids_T, codes, high, scale, least, outer, out),
         *(groups, len(run.codes), count, begin, *strides, out.stride(0)),
         CHOSEN=ids_T is not None,
-        BLOCK_M=4,
+        BLOCK_M=_ROWS,
         BLOCK_G=block_g,
         num_warps=4,
         **_constants(run),

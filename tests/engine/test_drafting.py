@@ -75,18 +75,19 @@ def batch_of(counts: list[int], lens: list[int], known: int = 9) -> Batch:
 
 def work(on_host: bool, forward: Forward) -> tuple[DraftWork, LastTokens]:
     pool = pool_for([Paged(1, 4, 4)], 40, 4, torch.float32, CPU)
-    last = LastTokens(4, CPU, on_host, None)
+    last = LastTokens(4, CPU, on_host, None, drafts=8)
     slots: Any = SimpleNamespace(columns=SimpleNamespace(greedy=np.ones(4, bool)))
     loaded: Any = SimpleNamespace(model=Model(), carries=None)
     return DraftWork(loaded, forward, Ops(), pool, slots, last), last  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize(
     ("counts", "lens"),
     [([5], [1]), ([3, 1, 4], [2, 1, 3]), ([0, 2], [4, 1]), ([1, 1], [1, 1]), ([2, 0, 0], [1, 0, 5])],
 )
-def test_drafts_are_those_of_the_host_and_waited_for_once(
-    counts: list[int], lens: list[int], monkeypatch: pytest.MonkeyPatch
+def test_drafts_are_those_of_the_host_and_waited_for_once_or_not_at_all(
+    counts: list[int], lens: list[int], late: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = batch_of(counts, lens)
     there, here = Forward(), Forward()
@@ -102,13 +103,14 @@ def test_drafts_are_those_of_the_host_and_waited_for_once(
             return real(self, *args)
 
         monkeypatch.setattr(torch.Tensor, name, counted)
-    found, _ = device.run(batch)
+    found, _ = device.run(batch, late)
     monkeypatch.undo()
-    assert waits == {"tolist": 1}
+    assert waits == ({} if late else {"tolist": 1})
     assert there.sizes == here.sizes and len(there.sizes) >= max(counts)
-    assert found.input_ids.tolist() == wanted.input_ids.tolist() and found.outputs.tolist() == wanted.outputs.tolist()
+    assert ((found.input_ids < 0).sum() == sum(counts)) if late else (found.input_ids >= 0).all()
+    assert last.known(found).tolist() == wanted.input_ids.tolist() and found.outputs.tolist() == wanted.outputs.tolist()
     assert found.query_lens.tolist() == [1 + count for count in counts] and found.drafting is None
-    assert (last.values == 77).all()  # the last tokens of the slots are the model's, not the drafts
+    assert (last.values[:4] == 77).all()  # the last tokens of the slots are the model's, not the drafts
 
 
 def test_nothing_to_read_is_nothing_to_wait_for() -> None:
@@ -165,7 +167,8 @@ def test_passes_of_a_model_that_drafts_are_recorded_on_a_device(tmp_path: Path, 
         assert prepared is not None
         slots: Any = SimpleNamespace(columns=SimpleNamespace(greedy=np.ones(4, bool)))
         with torch.inference_mode():
-            made = prepared.make(slots, LastTokens(4, CPU, False, None)).run(batch_of([3, 2, 3], [1, 4, 1]))[0]
+            last = LastTokens(4, CPU, False, None, drafts=8)
+            made = prepared.make(slots, last).run(batch_of([3, 2, 3], [1, 4, 1]))[0]
         found.append((made.input_ids.tolist(), prepared.recorded, [d.name for d in decisions]))
     (drafts, ways, names), (wanted, none, _) = found
     assert drafts == wanted and not none

@@ -145,8 +145,8 @@ def test_the_layer_says_what_transformers_says(
     target, whole = with_mtp(tmp_path, model_type)
     found, run = list[tuple[int, list[int]]](), DraftWork.run
 
-    def spied(self: DraftWork, batch: Batch) -> tuple[Batch, float]:
-        sent, seconds = run(self, batch)
+    def spied(self: DraftWork, batch: Batch, late: bool = False) -> tuple[Batch, float]:
+        sent, seconds = run(self, batch, late)
         known = int(batch.prefix_lens[0] + batch.query_lens[0])
         found.append((known, sent.input_ids[batch.num_tokens :].tolist()))
         return sent, seconds

@@ -200,8 +200,8 @@ def test_a_head_grows_the_tree_that_plain_torch_grows(folder: Path, monkeypatch:
     """EAGLE-3 by whole texts, without a cache: every tree of every step, its tokens and who follows whom."""
     grown, run = list[tuple[int, list[int], list[int]]](), TreeWork.run
 
-    def spied(self: TreeWork, batch: Batch) -> tuple[Batch, float]:
-        sent, seconds = run(self, batch)
+    def spied(self: TreeWork, batch: Batch, late: bool = False) -> tuple[Batch, float]:
+        sent, seconds = run(self, batch, late)
         more = int(sent.outputs[0]) - 1
         if more > 0:
             root = sent.num_tokens - more - 1

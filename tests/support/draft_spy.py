@@ -24,8 +24,8 @@ def spy_on(work: type[DraftWork], monkeypatch: pytest.MonkeyPatch) -> Said:
     """Keep what this kind of work drafts from now on."""
     kept, run = Said(), work.run
 
-    def spied(self: DraftWork, batch: Batch) -> tuple[Batch, float]:
-        sent, seconds = run(self, batch)
+    def spied(self: DraftWork, batch: Batch, late: bool = False) -> tuple[Batch, float]:
+        sent, seconds = run(self, batch, late)
         ends = sent.query_lens.cumsum()
         for row in range(batch.num_rows):
             more = int(sent.outputs[row] - batch.outputs[row])

@@ -28,6 +28,7 @@ T_co = TypeVar("T_co", covariant=True)
 T = TypeVar("T")
 
 FROM_DEVICE = -1  # in `Batch.input_ids`: take the slot's last sampled token, which only the device knows yet
+DRAFTED = FROM_DEVICE - 1  # likewise the first draft behind it; the second is one less, and so on
 
 
 @dataclass(slots=True)
@@ -110,7 +111,7 @@ class Batch:
     slots: NDArray[np.int32]  # [R]
     query_lens: NDArray[np.int32]  # [R] new tokens of each row, at least 1
     prefix_lens: NDArray[np.int32]  # [R] tokens that are already in the row's memory
-    input_ids: NDArray[np.int32]  # [T] token ids or FROM_DEVICE
+    input_ids: NDArray[np.int32]  # [T] token ids, FROM_DEVICE, or within a runner drafts from DRAFTED down
     # A table for each of the runner's groups, in their order. Pages: [R, P], page j holds positions
     # [j * page_size, (j + 1) * page_size), 0 where the window has left it behind. States: [R, 2], the slot that a
     # row's state is read from and the one it is written to; a row without a prefix begins from nothing.

@@ -41,7 +41,9 @@ def give_out(output: StepOutput, wanted: Wanted, slots: Sequence[Slot], coming: 
 
     A row that is not sound fails alone: its weights or its cache are damaged.
     """
-    tokens_L, damaged_L = coming.wait()
+    tokens_L, damaged_L, *late = coming.wait()
+    if late:
+        (wanted.drafts,) = late
     _note_failures(output, wanted)
     if wanted.starts is None and not output.failed and not damaged_L.any():
         output.counts[wanted.rows] = 1

@@ -17,9 +17,10 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from phloem.attention import Memory
-from phloem.engine.drafting import DraftWork, with_drafts
+from phloem.engine.drafting import DraftWork, standing, with_drafts
 from phloem.engine.sampler import sample
 from phloem.kernels.calls import PagedBatch
 from phloem.layers.context import ForwardBatch, Heads
@@ -113,7 +114,7 @@ class BlockWork(DraftWork):
         windows = [spec.window for spec in drafter.attention_specs if spec.window and drafter.ahead[spec.pool]]
         self._window = min(windows, default=0)
 
-    def run(self, batch: Batch) -> tuple[Batch, float]:
+    def run(self, batch: Batch, late: bool = False) -> tuple[Batch, float]:
         plan, began = batch.drafting, perf_counter()
         assert plan is not None
         rows = np.flatnonzero(plan.lens)
@@ -123,11 +124,24 @@ class BlockWork(DraftWork):
             memory, positions_T, ids_B, index_L = self._planned(batch.tables[self._group][rows], asked)
             hidden_LN = self._drafter.forward(ForwardBatch(ids_B, positions_T, memory, index_L))
             if len(asked.index_L):
-                tokens = self._told(batch, rows, asked, hidden_LN).tolist()
-                for row, token in zip(rows[asked.each_B[asked.index_L]].tolist(), tokens, strict=True):
-                    drafts.setdefault(row, []).append(token)
+                tokens_L = self._told(batch, rows, asked, hidden_LN)
+                drafts = self._given(batch.slots, rows[asked.each_B[asked.index_L]], tokens_L, late)
         sent = with_drafts(batch, drafts) if drafts else batch
         return replace(sent, drafting=None), perf_counter() - began
+
+    def _given(
+        self, slots: NDArray[np.int32], rows_L: NDArray[np.intp], tokens_L: Tensor, late: bool
+    ) -> dict[int, list[int]]:
+        """The drafts of each row, those of one behind the other; if they may be `late`, what stands for them."""
+        if not self._stay(late):
+            drafts: dict[int, list[int]] = {}
+            for row, token in zip(rows_L.tolist(), tokens_L.tolist(), strict=True):
+                drafts.setdefault(row, []).append(token)
+            return drafts
+        counts = np.bincount(rows_L, minlength=len(slots))
+        found = standing(counts)
+        self._last.put(slots[rows_L], np.concatenate([found[row] for row in sorted(found)]), tokens_L)
+        return found
 
     def _asked(self, batch: Batch, plan: Drafting, rows: NDArray[np.intp]) -> Asked:
         block, starts, lens = self._block, plan.starts[rows], plan.lens[rows]
@@ -183,26 +197,26 @@ class BlockWork(DraftWork):
             found[distance] = index, self._backend.begin(part, self._pool)
         return found
 
-    def _told(self, batch: Batch, rows: NDArray[np.intp], asked: Asked, hidden_LN: Tensor) -> NDArray[np.int64]:
-        """The token of each wanted place, drawn as the model's own will be."""
+    def _told(self, batch: Batch, rows: NDArray[np.intp], asked: Asked, hidden_LN: Tensor) -> Tensor:
+        """The token of each wanted place [L], drawn as the model's own will be; nothing waits for them."""
         each = rows[asked.each_B[asked.index_L]]
         depth = asked.offset_B[asked.index_L] - self._block.skips
         slots, before = batch.slots[each], (batch.prefix_lens + batch.query_lens)[each] + depth
         if self._drafter.term is None:
             return self._chosen(hidden_LN, slots, before, None)
-        found = np.zeros(len(each), np.int64)
+        found_L = torch.zeros(len(each), dtype=torch.int64, device=hidden_LN.device)
         anchors = asked.last_n[asked.each_B[asked.index_L]]
         for place in range(int(depth.max()) + 1):
             at = np.flatnonzero(depth == place)
-            told = anchors[at] if not place else found[at - 1]
-            index, told_n = self._last.up([at, told])
-            found[at] = self._chosen(hidden_LN[index], slots[at], before[at], told_n)
-        return found
+            index, told_n = self._last.up([at, anchors[at]])
+            told_n = found_L[index - 1] if place else told_n
+            found_L.index_copy_(0, index, self._chosen(hidden_LN[index], slots[at], before[at], told_n))
+        return found_L
 
     def _chosen(
         self, hidden_LN: Tensor, slots: NDArray[np.int32], before: NDArray[np.int32], told_L: Tensor | None
-    ) -> NDArray[np.int64]:
-        """Tokens of places, each behind so many tokens of its text. `told_L`: the tokens before them, where those
+    ) -> Tensor:
+        """int64 tokens of places, each behind so many tokens of its text. `told_L`: the tokens before them, where those
         change what is said."""
         if not self._slots.columns.greedy[slots].all():
             settings = self._slots.columns.rows(slots, before.astype(np.int32))
@@ -211,7 +225,7 @@ class BlockWork(DraftWork):
             tokens_L = self._drafter.greedy(hidden_LN)
         else:
             tokens_L = self._ops.argmax(self._drafter.head(hidden_LN, told_L))
-        return tokens_L.long().cpu().numpy().copy()
+        return tokens_L.to(torch.int64, copy=True)
 
 
 def _spread(starts: NDArray[np.int32], lens: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:

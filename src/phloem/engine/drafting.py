@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from phloem.core.batch import FROM_DEVICE, Batch
+from phloem.core.batch import DRAFTED, FROM_DEVICE, Batch
 from phloem.engine.inputs import Step
 from phloem.engine.sampler import sample
 from phloem.engine.wanted import Wanted
@@ -114,16 +114,14 @@ class DraftWork:
     ) -> None:
         self._model, self._carries = loaded.model, loaded.carries
         self._forward, self._ops, self._pool, self._slots = forward, ops, pool, slots
-        self._last = last
-        if last.host is None:  # the last draft of each slot, which the device alone knows, beside the last token
-            self._last = copy(last)
-            self._last.values = torch.zeros_like(last.values)
+        self._last = copy(last)  # the same values; which slots yield is each step's own
         self._group = pool.group_of[0]
 
-    def run(self, batch: Batch) -> tuple[Batch, float]:
+    def run(self, batch: Batch, late: bool = False) -> tuple[Batch, float]:
         """(The batch with drafts behind its rows' tokens, the seconds that this took).
 
-        Beside the host the passes are given to the device one behind the other, and their drafts are waited for once.
+        Beside the host the passes are given to the device one behind the other, and their drafts are waited for once;
+        with `late` not at all: what stands for them goes with the batch.
         """
         plan, began = batch.drafting, perf_counter()
         assert plan is not None
@@ -140,13 +138,17 @@ class DraftWork:
                 depth += 1
                 on = plan.counts[rows[wants]] > depth
                 positions = (positions + lens)[wants][on]
-                ids = self._read_next(batch.slots[rows[wants]], tokens_L, on)
+                ids = self._read_next(batch.slots[rows[wants]], tokens_L, on, depth - 1)
                 rows = rows[wants][on]
                 lens = np.ones(len(rows), np.int32)
                 self._carry(batch, rows, positions, on)
-        drafts = _by_row(made)
+        drafts = standing(np.where(plan.lens, plan.counts, 0)) if self._stay(late) else _by_row(made)
         sent = with_drafts(batch, drafts) if drafts else batch
         return replace(sent, drafting=None), perf_counter() - began
+
+    def _stay(self, late: bool) -> bool:
+        """Whether the drafts need not come to the host."""
+        return late and self._last.host is None
 
     def _pass(
         self,
@@ -171,14 +173,15 @@ class DraftWork:
             tokens_L = sample(self._model.head(hidden_LN), settings, self._ops, self._last.up)
         return tokens_L.to(torch.int64, copy=True)  # a recording may write the next ones in their place
 
-    def _read_next(self, slots: NDArray[np.int32], tokens_L: Tensor, on: NDArray[np.bool_]) -> NDArray[np.int32]:
-        """What the next pass reads of those that go on: the drafts, or on a device the mark by which it finds them."""
+    def _read_next(
+        self, slots: NDArray[np.int32], tokens_L: Tensor, on: NDArray[np.bool_], depth: int
+    ) -> NDArray[np.int32]:
+        """What the next pass reads of those that go on: the drafts, or on a device what stands for them."""
         if self._last.host is not None:
             return tokens_L.numpy()[on].astype(np.int32)
-        if on.any():
-            (at,) = self._last.up([slots.astype(np.int64)])
-            self._last.values.index_copy_(0, at, tokens_L)
-        return np.full(int(on.sum()), FROM_DEVICE, np.int32)
+        if len(slots):
+            self._last.put(slots, np.full(len(slots), DRAFTED - depth), tokens_L)
+        return np.full(int(on.sum()), DRAFTED - depth, np.int32)
 
     def _part(
         self,
@@ -231,6 +234,12 @@ def _by_row(made: Sequence[tuple[NDArray[np.intp], Tensor]]) -> dict[int, list[i
     for row, token in zip(rows, tokens, strict=True):
         found.setdefault(row, []).append(token)
     return found
+
+
+def standing(counts: NDArray[np.integer]) -> dict[int, list[int]]:
+    """What stands for so many drafts of each row, of those that have any."""
+    rows = np.flatnonzero(counts)
+    return {int(row): list(range(DRAFTED, DRAFTED - int(counts[row]), -1)) for row in rows}
 
 
 def _nothing() -> None:

@@ -110,7 +110,8 @@ class TreeWork(DraftWork):
         self._shape, self._first = loaded.tree, loaded.first
         self._branches = Branches(pool, own, loaded.tree, last.up)
 
-    def run(self, batch: Batch) -> tuple[Batch, float]:
+    def run(self, batch: Batch, late: bool = False) -> tuple[Batch, float]:
+        del late  # which tokens are gone on from is found on the host
         plan, began = batch.drafting, perf_counter()
         assert plan is not None
         tips, depth = self._read(batch, plan), 0

@@ -183,7 +183,7 @@ class FixedInputs:
 
     def fill(self, arrays: Sequence[NDArray[Any]], slots: NDArray[np.int64], last: LastTokens) -> None:
         """Put a step of as many rows as this has, of one token each, here by one transfer; tokens that only the
-        device knows are taken from `last`."""
+        device knows are taken from `last`, from these places: their slots, unless they are drafts."""
         assert self.slots is not None
         parts = [(number, a) for number, a in enumerate(arrays) if self._targets[number] is not None]
         self._layout.fill([*parts, (len(arrays), slots)], last.into)
@@ -350,7 +350,7 @@ class Step:
         each = np.arange(rows)
         arrays = host_arrays(whole, each, each, pool.page_size, pool.groups)
         arrays[0] = arrays[0].astype(np.int64)
-        fixed.fill([*arrays, *more], whole.slots.astype(np.int64), self.last)
+        fixed.fill([*arrays, *more], self.last.places(whole.slots, whole.input_ids), self.last)
         self.last.at = fixed.slots[:count] if (batch.outputs == 1).all() else None
 
     @property
@@ -418,10 +418,10 @@ class Step:
             return arrays
         arrays[0] = batch.input_ids.astype(np.int64)
         late = bool((batch.input_ids < 0).any())
-        own = slots.astype(np.int64) if late else np.zeros(0, np.int64)
-        *tensors, slots_T, at = last.up([*arrays, own, self.wanted.slots.astype(np.int64)])
+        own = last.places(slots, batch.input_ids) if late else np.zeros(0, np.int64)
+        *tensors, places_T, at = last.up([*arrays, own, self.wanted.slots.astype(np.int64)])
         if late:
-            last.resolve_(tensors[0], slots_T)
+            last.resolve_(tensors[0], places_T)
         last.at = at if self.wanted.starts is None else None
         return tensors
 

@@ -13,6 +13,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from phloem.core.errors import BadRequest, OutOfMemory
+from phloem.core.speculation import MOST_DRAFTS
 from phloem.engine.answer import empty, give_out, keep_hidden, prompt_logprobs
 from phloem.engine.apart import apart, drafts_apart, every_token
 from phloem.engine.branches import Branches
@@ -105,7 +106,8 @@ class StepWork:
     ) -> None:
         self.model, self.ops, self._sharing = model, ops, sharing
         self.slots = Slots(max_slots, model.vocab_size, pool.device, logprobs)
-        self.last = LastTokens(max_slots, pool.device, facts.on_host, streams, ops)
+        drafts = 0 if drafting is None else MOST_DRAFTS
+        self.last = LastTokens(max_slots, pool.device, facts.on_host, streams, ops, drafts=drafts)
         self.masks = Masks(model.vocab_size, pool.device, ops, facts.masks_ahead, self.last.up)
         self._on_host, self._forgotten = facts.on_host, 0
         self.stands_apart = stands_apart(model, pool.groups, on_host=facts.on_host)
@@ -164,6 +166,13 @@ class StepWork:
         fresh = {admission.slot for admission in batch.admissions}
         return any(slot not in fresh and self.slots[slot].follows for slot in ids.tolist())
 
+    def _unseen(self, batch: Batch) -> bool:
+        """Whether nobody looks at the drafts of this step before it lands: no grammar, penalty or processor, no state
+        that takes them in, no ranks that are told of them."""
+        if self._on_host or self._replays or self._heads is not None or batch.drafting is None:
+            return False
+        return all(self.slots[slot].plain for slot in batch.slots[batch.drafting.counts > 0].tolist())
+
     def forget(self) -> None:
         self._forgotten += 1
         self.masks.drop()
@@ -197,7 +206,7 @@ class StepWork:
             return self.waves.begin(batch, start)
         if batch.drafting is not None and self._drafting is not None:
             settle()
-            batch, drafted = self._drafting.run(batch)
+            batch, drafted = self._drafting.run(batch, self._unseen(batch))
         wanted = Wanted.of(batch)
         ids: NDArray[np.int32] = wanted.slots
         easy = bool(self.slots.easy[ids].all())

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
+from phloem.core.batch import FROM_DEVICE
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -100,16 +102,26 @@ class Packed:
 
 
 class LastTokens:
-    """The last sampled token of each slot. `host`: the same memory as an array, where the device is the host.
+    """The last sampled token of each slot, and behind those of all slots what was drafted, depth by depth. `host`: the
+    same memory as an array, where the device is the host.
 
     `at`: the slots of the positions that yield in the step that was given to the device last, where its inputs
     brought them along.
     """
 
     def __init__(
-        self, slots: int, device: torch.device, on_host: bool, streams: Streams | None, ops: Ops | None = None
+        self,
+        slots: int,
+        device: torch.device,
+        on_host: bool,
+        streams: Streams | None,
+        ops: Ops | None = None,
+        *,
+        drafts: int = 0,
     ) -> None:
-        self.values = torch.zeros(slots, dtype=torch.int64, device=device)
+        """`drafts`: of a slot, at most, that the device alone knows."""
+        self._slots = slots
+        self.values = torch.zeros(slots * (1 + drafts), dtype=torch.int64, device=device)
         self.host: NDArray[np.int64] | None = self.values.numpy() if on_host else None
         self.at: Tensor | None = None
         self.up = streams.up if streams is not None else plain_up(device)
@@ -121,9 +133,18 @@ class LastTokens:
         self._late = late_tokens_ if fused is None or fused.late_tokens_ is None else fused.late_tokens_
         self._keep = keep_tokens_ if fused is None or fused.keep_tokens_ is None else fused.keep_tokens_
 
-    def resolve_(self, ids_T: Tensor, slots_T: Tensor) -> None:
-        """In place: ids below 0 become the last tokens of their slots."""
-        self._late(ids_T, self.values, slots_T)
+    def places(self, slots: NDArray[np.integer], ids: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Where in `values` the tokens are that these ids below 0 stand for; of other ids, any place."""
+        return slots.astype(np.int64) + self._slots * np.maximum(FROM_DEVICE - ids.astype(np.int64), 0)
+
+    def put(self, slots: NDArray[np.integer], ids: NDArray[np.integer], tokens_n: Tensor) -> None:
+        """These tokens are what those ids stand for from now on."""
+        (at,) = self.up([self.places(slots, ids)])
+        self.values.index_copy_(0, at, tokens_n)
+
+    def resolve_(self, ids_T: Tensor, places_T: Tensor) -> None:
+        """In place: ids below 0 become what they stand for."""
+        self._late(ids_T, self.values, places_T)
         if self.spread is not None:
             self.spread(ids_T)
 
@@ -133,10 +154,12 @@ class LastTokens:
         if not late.any():
             return batch.input_ids.astype(np.int64)
         (values,) = self.down([self.values]).wait()
-        return np.where(late, values[np.repeat(batch.slots, batch.query_lens)], batch.input_ids)
+        each = np.repeat(batch.slots, batch.query_lens)
+        return np.where(late, values[self.places(each, batch.input_ids)], batch.input_ids)
 
     def keep(self, wanted: Wanted, tokens_L: Tensor, sound_L: Tensor) -> Coming:
-        """Keep what the next step begins with, and send all tokens and whether each is damaged on their way.
+        """Keep what the next step begins with, and send all tokens and whether each is damaged on their way; behind
+        them the drafts, if the device alone knows those.
 
         `sound_L`: a number of each position that is NaN where its logits are.
         """
@@ -154,6 +177,14 @@ class LastTokens:
             if at is None or len(at) != len(wanted.slots):
                 (at,) = self.up([wanted.slots.astype(np.int64)])
             return Packed(self.down([self._keep(self.values, at, tokens_L, sound_L)]))
+        late_L = self._late_drafts(wanted) if wanted.late else None
         (index,) = self.up([wanted.slots[wanted.starts].astype(np.int64)])
-        self.values[index] = tokens_L[wanted.last_on_device(tokens_L, self.up)[0]].long()
-        return self.down([tokens_L.to(torch.int32), torch.isnan(sound_L)])
+        self.values[index] = tokens_L[wanted.last_on_device(tokens_L, self.up, late_L)[0]].long()
+        drafts = [] if late_L is None else [late_L.to(torch.int32)]
+        return self.down([tokens_L.to(torch.int32), torch.isnan(sound_L), *drafts])
+
+    def _late_drafts(self, wanted: Wanted) -> Tensor:
+        """[L] its drafts, on the device."""
+        assert wanted.drafts is not None
+        drafts_L, at_L = self.up([wanted.drafts.astype(np.int64), self.places(wanted.slots, wanted.drafts)])
+        return torch.where(drafts_L < FROM_DEVICE, self.values[at_L], drafts_L)

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from phloem.core.batch import FROM_DEVICE
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
     Up = Callable[[Sequence[NDArray[Any]]], list[Tensor]]
 
-NONE = -1  # in `drafts`: nothing follows this position
+NONE = FROM_DEVICE  # in `drafts`: nothing follows this position
 
 
 @dataclass(slots=True)
@@ -37,7 +39,9 @@ class Wanted:
     slots: NDArray[np.int32]  # [L]
     known: NDArray[np.int32]  # [L] tokens before the one that is chosen there: its position in its request
     at: NDArray[np.int64]  # [L] which of the step's T tokens it is
-    drafts: NDArray[np.int32] | None = None  # [L] the draft behind it, or NONE; None: no row verifies
+    # [L] the draft behind it, NONE, or until the step lands what stands for one that the device alone knows; None: no
+    # row verifies.
+    drafts: NDArray[np.int32] | None = None
     starts: NDArray[np.int64] | None = None  # [n] each row's first; None: every row has one
     errors: dict[int, Exception] = field(default_factory=dict)  # first position of a row -> why the row fails
 
@@ -70,6 +74,11 @@ class Wanted:
     def drafted(self) -> int:
         """Drafts that are verified."""
         return 0 if self.starts is None else len(self.rows) - len(self.starts)
+
+    @property
+    def late(self) -> bool:
+        """Whether the device alone knows some of the drafts."""
+        return self.drafts is not None and bool((self.drafts < NONE).any())
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """(First position, end) of each row."""
@@ -113,10 +122,14 @@ class Wanted:
         ends = np.where(tokens_L == self.drafts, len(tokens_L), places)
         return np.minimum.accumulate(ends[::-1])[::-1][self.starts]
 
-    def last_on_device(self, tokens_L: Tensor, up: Up) -> tuple[Tensor, Tensor]:
-        """(As `last`, [L] whether each position counts), where the tokens are: nothing waits for their values."""
+    def last_on_device(self, tokens_L: Tensor, up: Up, late_L: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(As `last`, [L] whether each position counts), where the tokens are: nothing waits for their values.
+
+        `late_L`: the drafts, if the device alone knows them.
+        """
         assert self.drafts is not None and self.starts is not None
         drafts_L, starts = up([self.drafts, self.starts])
+        drafts_L = drafts_L if late_L is None else late_L
         places = torch.arange(len(tokens_L), device=tokens_L.device)
         ends = torch.where(tokens_L == drafts_L, len(tokens_L), places)
         last = ends.flip(0).cummin(0).values.flip(0)[starts]
@@ -179,8 +192,9 @@ class Branching(Wanted):
     def last(self, tokens_L: NDArray[np.integer]) -> NDArray[np.int64]:
         return np.array([way[-1] for way in self.kept(tokens_L)], np.int64)
 
-    def last_on_device(self, tokens_L: Tensor, up: Up) -> tuple[Tensor, Tensor]:
+    def last_on_device(self, tokens_L: Tensor, up: Up, late_L: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Waits for the values: which way is taken is found on the host."""
+        assert late_L is None
         kept = self.kept(tokens_L.cpu().numpy())
         counts = np.zeros(len(tokens_L), np.bool_)
         counts[np.concatenate(kept)] = True

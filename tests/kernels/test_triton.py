@@ -19,6 +19,7 @@ FILES = [
     "elementwise",
     "engine",
     "gemm",
+    "gguf",
     "linear",
     "many",
     "moe",

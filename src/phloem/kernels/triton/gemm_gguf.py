@@ -21,6 +21,7 @@ the activations' type in registers; more read a copy of some rows at a time, whi
 # pyright: reportMissingParameterType=false, reportMissingImports=false, reportIndexIssue=false
 # pyright: reportArgumentType=false, reportCallIssue=false, reportPossiblyUnboundVariable=false
 # pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAssignmentType=false
 
 from __future__ import annotations
 

@@ -337,9 +337,9 @@ def _blocks(x_TN: Tensor) -> tuple[int, int, int]:
     its own of all the rows, and reads its features of x once for them."""
     tokens, features = x_TN.shape  # not none
     if tokens > FEW:
-        return 64, 2 if x_TN.dtype == torch.float32 else 4, 4
+        return 64, 2 if x_TN.dtype == torch.float32 else 4, 8 if torch.version.hip else 4
     warps = min(4, power_of_2(ceil_div(features // GROUP, 32)))
-    return 8 // tokens, 32 * warps, warps
+    return (4 if torch.version.hip else 8) // tokens, 32 * warps, warps  # more spill registers on gfx1100
 
 
 def grouped_gemm(x_TN: Tensor, runs: Sequence[Run], bias_M: Tensor | None = None, splits: int | None = None) -> Tensor:

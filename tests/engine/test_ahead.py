@@ -14,10 +14,11 @@ import torch
 
 pytest.importorskip("triton")
 
+from phloem.core.config import Config
 from phloem.core.errors import ConfigError
 from phloem.core.memory import groups_of
 from phloem.core.resolve import Decision
-from phloem.engine import ahead, warm
+from phloem.engine import ahead, warm, worker
 from phloem.engine.shapes import run_shape, step_shapes
 from phloem.kernels.triton import ahead as kernels
 from phloem.kvcache.pool import KVPool
@@ -299,9 +300,10 @@ def test_the_engine_is_ready_after_its_dummy_steps_with_or_without_the_process(t
     service: Any = FakeService(found if works else None, "exit status 1: broken")
     compiled: Any = SimpleNamespace(tally=Tally(), directory=tmp_path)
     warming = warm.Warming(compiled, service)
-    decisions: list[Decision] = []
-    warming.finish(need_on_host(), torch.device("cpu"), decisions)
+    decisions, others = list[Decision](), list[Any]()
+    warming.finish(need_on_host(), torch.device("cpu"), decisions, others.append)
     assert not compiled.tally.ready
+    assert len(others) == 1 and len(others[0]) == warming.told()["steps"], "what is run, other ranks are told"
     warming.ready()
     facts = warming.told()
     assert compiled.tally.ready and facts["cache"] == str(tmp_path)
@@ -339,3 +341,55 @@ def test_the_process_is_not_started_where_nothing_is_compiled_or_nobody_knows_wh
 def test_the_process_takes_no_device() -> None:
     code = "import phloem.speculation.ahead, torch; assert not torch.cuda.is_initialized()"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_processes_that_start_together_drop_old_caches_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(9):
+        (tmp_path / str(number)).mkdir()
+    plain = Path.is_dir
+
+    def is_dir(path: Path, **more: Any) -> bool:
+        found = plain(path, **more)
+        if path.name in "345":  # another process drops it between two looks
+            path.rmdir()
+        return found
+
+    monkeypatch.setattr(Path, "is_dir", is_dir)
+    _compiled._drop_old(tmp_path / "0")
+    assert len(list(tmp_path.iterdir())) == 1 + _compiled.KEPT
+
+
+def test_one_process_at_a_time_fills_a_cache(tmp_path: Path) -> None:
+    """The second one waits until the first is done, or has died."""
+    code = "import sys; from pathlib import Path; from phloem.engine import ahead; print('here', flush=True)\n"
+    code += "with ahead._turn(Path(sys.argv[1])): print(sys.argv[2], flush=True)"
+    with ahead._turn(tmp_path):
+        other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), "in"], stdout=subprocess.PIPE, text=True)
+        assert other.stdout is not None and other.stdout.readline() == "here\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.wait(0.5)
+    assert other.communicate(timeout=60)[0] == "in\n"
+    file = tmp_path / "no folder"
+    file.touch()
+    with ahead._turn(file):  # no lock can be had: nobody waits
+        pass
+
+
+def test_of_a_machine_one_rank_compiles_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Node 0 has ranks 0 to 3, of which the first is no executor; rank 4 is the first of the next machine."""
+    begun: list[Any] = []
+    settings: dict[str, Any] = {"tp_size": 8, "nnodes": 2, "node_rank": 1, "dist_init_addr": "h:1"}
+    config = Config.from_flat(settings)
+    monkeypatch.setattr(worker, "_bounded", lambda config, checkpoint, decisions: checkpoint)
+    monkeypatch.setattr(worker, "machine_of", lambda *given: SimpleNamespace(platform="a platform"))
+    monkeypatch.setattr(worker, "_warming", lambda *given: begun.append(rank))
+    monkeypatch.setattr(worker, "_executor", lambda *given: None)
+    monkeypatch.setattr(warm, "start", lambda platform, plan, why: begun.append((rank, why)))
+    nothing: Any = None
+    for rank in range(1, 8):
+        team: Any = SimpleNamespace(groups=SimpleNamespace(rank=rank))
+        worker.build_executor(config, nothing, team, nothing)
+    told = "another rank of this machine has a process for that"
+    assert begun == [(1, told), (2, told), (3, told), 4, (5, told), (6, told), (7, told)]

@@ -12,6 +12,7 @@ from phloem.core.request import SamplingParams
 from phloem.engine import sampler
 from phloem.engine.penalties import Penalties
 from phloem.engine.sampler import SamplingRows, sample, uniforms
+from phloem.engine.transfer import plain_up
 from phloem.kernels.ops import Ops
 
 OPS = Ops()
@@ -106,7 +107,7 @@ def test_uniforms_are_uniform_and_differ_by_seed_and_position() -> None:
 
 def test_penalties_count_prompt_and_output_as_their_papers_say() -> None:
     params = SamplingParams(repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25)
-    state = Penalties(params, np.array([1, 2, 3, 3], np.int32), 2, 6, torch.device("cpu"))
+    state = Penalties(params, torch.tensor([1, 2, 3, 3]), 2, 6, plain_up(torch.device("cpu")))
     state.add(torch.tensor([4]))
     logits = torch.tensor([1.0, 1.0, -1.0, 2.0, 4.0, 1.0])
     state.apply_(logits)

@@ -18,15 +18,19 @@ FILES = [
     "attention",
     "elementwise",
     "engine",
+    "experts",
     "gemm",
     "gguf",
     "linear",
     "many",
     "moe",
     "narrow",
+    "narrow_experts",
     "recurrent",
     "sample",
+    "scan",
     "shared",
+    "sparse",
 ]
 
 

@@ -130,6 +130,29 @@ def test_a_card_that_is_not_there_is_refused_with_the_reason() -> None:
         on_cards(gpu_id_step=0)
 
 
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"tp_comm": "nccl"}, "tp_comm: nccl is for ranks with a graphics card each, and these run on processors"),
+        ({"base_gpu_id": 1}, "base_gpu_id: it numbers graphics cards, and this runs on cpu: leave it out"),
+        ({"gpu_id_step": 2}, "gpu_id_step: it numbers graphics cards, and this runs on cpu"),
+        ({"gpu_id_step": 2, "tp_size": 2}, "gpu_id_step: it numbers graphics cards, and this runs on cpu"),
+        ({"base_gpu_id": 1, "tp_size": 2}, "base_gpu_id: it numbers graphics cards"),
+    ],
+)
+def test_what_is_of_cards_alone_is_refused_on_processors(settings: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        cards.refuse(Config.from_flat({"device": "cpu", **settings}))
+    assert why in caught.value.message and caught.value.param in settings
+
+
+def test_what_says_nothing_is_taken_on_processors() -> None:
+    for settings in ({}, {"base_gpu_id": 0}, {"tp_comm": "gloo"}, {"tp_size": 2, "tp_comm": "shm"}):
+        cards.refuse(Config.from_flat({"device": "cpu", **settings}))
+    for rank in range(2):
+        cards.refuse(placed(Config.from_flat({"device": "cpu", "dp_size": 2}), rank))
+
+
 def test_replicas_take_the_cards_behind_each_other() -> None:
     config = on_cards(dp_size=3, tp_size=2, base_gpu_id=1, gpu_id_step=2)
     assert [placed(config, rank).runtime.base_gpu_id for rank in range(3)] == [1, 5, 9]

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
+import pytest
 import torch
 
 from phloem.attention import sharing_of
+from phloem.attention import triton as triton_backend
 from phloem.attention._store import unserved
-from phloem.checkpoint.describe import Checkpoint, describe
+from phloem.checkpoint.describe import Checkpoint, describe, described
 from phloem.checkpoint.families import family
 from phloem.core.batch import Batch
-from phloem.engine import ahead
+from phloem.core.config import Config
+from phloem.engine import ahead, foretold
 from phloem.engine.beside import part_of
 from phloem.engine.forward import run_forward
 from phloem.engine.inputs import Step, no_shared_pages
 from phloem.engine.logprobs import logprob_tensors
+from phloem.engine.rehearsal import Rehearsed
 from phloem.engine.sampler import sample
 from phloem.engine.sizing import Need, dummy_settings
 from phloem.engine.transfer import LastTokens
 from phloem.engine.wanted import Wanted
 from phloem.kernels.ops import Ops
 from phloem.kernels.triton import ahead as kernels
+from phloem.kernels.triton import table
 from phloem.kvcache.pool import KVPool
 from phloem.layers.context import BuildContext
 from phloem.models import build_model
@@ -89,11 +96,11 @@ def unforetold(plan: ahead.Plan, drafts: ahead.Drafts | None = None, steps: int 
     random = np.random.default_rng(0)
     with torch.inference_mode(), more.taken():
         for number in range(steps):
-            _random_step(need, pool, plan, random, number)
+            random_step(need, pool, plan, random, number)
     return [note.name for key, note in more.found.items() if key not in notes.found]
 
 
-def _random_step(need: Need, pool: KVPool, plan: ahead.Plan, random: np.random.Generator, number: int) -> None:
+def random_step(need: Need, pool: KVPool, plan: ahead.Plan, random: np.random.Generator, number: int) -> None:
     """Decode, verification of up to 7 drafts a row, mixed, one prompt, and drafts of one token, in turns; every second
     one anywhere in the context, every third with shared pages, adapters and a pass of what drafts."""
     rows = int(random.integers(1, plan.running + 1))
@@ -112,10 +119,14 @@ def _random_step(need: Need, pool: KVPool, plan: ahead.Plan, random: np.random.G
     wide = plan.context // need.page_size + 1 if number % 4 == 1 else 0
     special = number % 3 == 0
     sizes = lens, prefixes.astype(np.int32), outputs, wide
-    hidden, logits = _step(need, pool, *sizes, shared=special and sharing_of(need.backend)[0] is not None)
+    shares = sharing_of(need.backend)[0] is not None and not isinstance(need.model, Rehearsed)
+    hidden, logits = _step(need, pool, *sizes, shared=special and shares)
     if special and need.adapts:
         _step(need, pool, *sizes, adapted=True)
-    _choose(need, hidden, logits)
+    if need.leads:
+        _choose(need, hidden, logits)
+    else:
+        need.model.greedy(hidden)
     if need.helper is not None and need.attends is not None:
         model: Any = need.helper.model
         part = part_of(pool, need.helper.first, len(model.memory))
@@ -131,7 +142,7 @@ def _step(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     rows, width = len(lens), max(wide, int(-(-(lens + prefixes).max() // need.page_size)))
     batch = Batch(
-        step=0, slots=np.zeros(rows, np.int32), query_lens=lens, prefix_lens=prefixes,
+        step=0, slots=np.arange(rows, dtype=np.int32), query_lens=lens, prefix_lens=prefixes,
         input_ids=np.zeros(int(lens.sum()), np.int32),
         tables=tuple(
             np.zeros((rows, width if group.kind == "pages" else 2), np.int32)
@@ -139,10 +150,14 @@ def _step(
         ),
         outputs=outputs, adapters=np.ones(rows, np.int32) if adapted else None,
     )  # fmt: skip
-    inputs = Step(batch, Wanted.of(batch), pool, LastTokens(1, pool.device, False, None)).inputs
+    last = LastTokens(1, pool.device, False, None)
+    inputs = Step(batch, Wanted.of(batch), pool, last).inputs
     if shared:
         inputs.shared = no_shared_pages(pool, batch.num_tokens, rows)
-    hidden = run_forward(need.model, need.backend, pool, inputs, inputs.logit_index)
+    if isinstance(need.model, Rehearsed):
+        hidden = need.model.run(need.backend, pool, batch, inputs, last)
+    else:
+        hidden = run_forward(need.model, need.backend, pool, inputs, inputs.logit_index)
     return hidden, need.model.head(hidden)
 
 
@@ -157,3 +172,27 @@ def _choose(need: Need, hidden: torch.Tensor, logits: torch.Tensor) -> None:
         logprob_tensors(chosen, tokens, 5, None, need.ops)
     mask = torch.full((len(some), -(-vocab // 32)), -1, dtype=torch.int32, device=logits.device)
     need.ops.mask_tokens_(logits, some.int(), mask)
+
+
+class Pretended:
+    """A platform as a Hopper GPU's, as far as the plan asks."""
+
+    device = torch.device("cuda")
+    quantised_kv_dtype = None
+
+    def attention_backends(self) -> list[str]:
+        return ["triton", "flashinfer", "flash", "reference"]
+
+
+def told(
+    path: Path, monkeypatch: pytest.MonkeyPatch, ops: str = "triton", **settings: Any
+) -> tuple[ahead.Plan, str | None]:
+    """What an engine of these settings tells the process, as the process reads it."""
+    monkeypatch.setattr(triton_backend, "processors", lambda device: 132)
+    config = Config.from_flat({"model_path": str(path), **settings})
+    found = described(config.model)
+    platform: Any = Pretended()
+    own = table.table() if ops == "triton" else table.invariant_table()
+    plan, refusal = foretold.plan_of(config, found, platform, own, torch.bfloat16, (8, 128), "")
+    whole = plan | {"target": ("cuda", 90, 32), "processors": 132, "cache": "none"}
+    return msgspec.json.decode(json.dumps(whole).encode(), type=ahead.Plan), refusal

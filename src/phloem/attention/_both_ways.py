@@ -18,16 +18,20 @@ from torch.nn import functional as F
 
 from phloem.attention._store import call_of
 from phloem.kernels.calls import PagedBatch
+from phloem.kernels.ops import Ops
 from phloem.kernels.reference_attention import paged_attention
+from phloem.kernels.shapes_only import shapes_only
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.attention import Memory
     from phloem.kernels.calls import Cache
-    from phloem.kernels.ops import Ops
     from phloem.kvcache.pool import KVPool
     from phloem.layers.context import AttentionSpec, AttentionStep, Heads
+
+
+_WITHOUT_DATA = shapes_only(Ops()).paged_attention
 
 
 @dataclass(slots=True)
@@ -66,7 +70,8 @@ class SpanStep:
             out[self._index] = canvas_attention(q, cache, self._batch, spec.window, spec.scale).to(out.dtype)
             return out
         call = call_of(replace(spec, causal=False), heads.sinks)
-        out[self._index] = paged_attention(q, cache, self._batch, call).to(out.dtype)
+        plain = _WITHOUT_DATA if q.is_meta else paged_attention
+        out[self._index] = plain(q, cache, self._batch, call).to(out.dtype)
         return out
 
 

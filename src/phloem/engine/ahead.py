@@ -10,6 +10,8 @@ Standard output: one JSON object (`Done`).
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import sys
 from collections.abc import Callable
@@ -24,23 +26,32 @@ import torch
 
 from phloem.adapters._sites import Sites
 from phloem.attention._elsewhere import backend_without_data
-from phloem.checkpoint.describe import Checkpoint
+from phloem.checkpoint.describe import Checkpoint, described
 from phloem.checkpoint.gguf_reader import GGUFFile
 from phloem.checkpoint.quant_config import StoredFormat
+from phloem.core.config import ModelConfig
 from phloem.core.errors import PhloemError
-from phloem.engine.shapes import Shape, run_shape, step_shapes
-from phloem.engine.sizing import Need
+from phloem.engine.alone import Alone, Arrangement, placed
+from phloem.engine.blank import encode_all
+from phloem.engine.dtypes import tower_of
+from phloem.engine.media import Pictures
+from phloem.engine.pooled import run_texts
+from phloem.engine.rehearsal import Rehearsed
+from phloem.engine.shapes import Shape, lengths_of, run_shape, step_shapes, text_shapes
+from phloem.engine.sizing import Need, run_step
 from phloem.kernels.shapes_only import shapes_only
 from phloem.kernels.triton import ahead, table
 from phloem.kvcache.pool import KVPool, fewest_pages
-from phloem.layers.context import BuildContext
+from phloem.layers.context import BuildContext, Chosen
+from phloem.layers.spread import Spread
 from phloem.models import build_model
 from phloem.models._common import Decoder
 from phloem.models._narrowed import load_forms
+from phloem.models._pooled import load_pooled
 from phloem.quant import method_for
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Generator, Sequence
 
     from phloem.engine.drafting import Loaded
     from phloem.models import Model
@@ -74,6 +85,10 @@ class Plan(msgspec.Struct, frozen=True):
     quantization: str | None = None  # of `--quantization`
     stored: dict[str, Any] | None = None  # as `checkpoint.quant_config.StoredFormat`; None: plain matrices
     consolidated: bool = False  # the files are in Mistral's own format
+    ranks: Arrangement | None = None  # of a model that is shared out; None: it is on one rank
+    spread: tuple[int, bool] | None = None  # slots beyond the experts, and whether choices are counted, as `Spread`
+    told: bool = False  # answers tell which experts computed their tokens
+    pooled: dict[str, Any] | None = None  # settings (`core.config.ModelConfig`) of a model that reads whole texts
     gguf: str = ""  # the file, or the first of its parts; "": another format
 
 
@@ -124,14 +139,18 @@ def checkpoint_of(plan: Plan, config: dict[str, Any]) -> Checkpoint:
     )  # fmt: skip
 
 
-def need_of(plan: Plan, layers: int | None = LAYERS[-1], drafts: Drafts | None = None) -> Need:
-    """The model without data and with so many layers at most (None: all), and what steps need of the engine."""
-    config = plan.config if layers is None else shallow(plan.config, layers)
+def need_of(plan: Plan, layers: int | None = LAYERS[-1], drafts: Drafts | None = None, rank: int = 0) -> Need:
+    """The model, or a rank's share of it, without data and with so many layers at most (None: all; of stages, on each),
+    and what steps need of the engine."""
+    stages = 1 if plan.ranks is None else plan.ranks.pp
+    config = plan.config if layers is None else shallow(plan.config, layers * stages)
     device = torch.device("meta")
     checkpoint = checkpoint_of(plan, config)
     ops = shapes_only(table.invariant_table() if plan.ops == "invariant" else table.table())
     dtype, kv_dtype = getattr(torch, plan.dtype), getattr(torch, plan.kv_dtype)
-    ctx = BuildContext(ops, dtype, device)
+    spread = None if plan.spread is None else Spread(plan.spread[0], counting=plan.spread[1])
+    ctx = BuildContext(ops, dtype, device, spread=spread, chosen=Chosen() if plan.told else None)
+    ctx, groups = (ctx, None) if plan.ranks is None else placed(ctx, plan.ranks, rank)
     model = _loaded(plan, checkpoint, ctx)
     if plan.adapters is not None:
         Sites(model, ops, dtype, *plan.adapters)
@@ -143,7 +162,8 @@ def need_of(plan: Plan, layers: int | None = LAYERS[-1], drafts: Drafts | None =
     scales = {pool: both for pool, both in ones.items() if pool < len(model.memory)}
     sizes = page, plan.context, plan.running, plan.chunk
     adapts = plan.adapters is not None
-    return Need(model, backend, ops, kv_dtype, *sizes, True, scales, (), adapts, helper, attends)
+    shared = model if groups is None else Rehearsed(Alone(model, groups, dtype), together=False)
+    return Need(shared, backend, ops, kv_dtype, *sizes, True, scales, (), adapts, helper, attends)
 
 
 def _loaded(plan: Plan, checkpoint: Checkpoint, ctx: BuildContext) -> Model:
@@ -166,39 +186,97 @@ def _attends(name: str, ops: Any, device: torch.device, kv_dtype: torch.dtype, s
 
 
 def trace(plan: Plan, drafts: Drafts | None = None) -> tuple[ahead.Notes, list[Shape]]:
-    """Every launch of every class of steps, and the classes that launched something new."""
+    """Every launch of every class of steps, on every rank, and the classes that launched something new."""
+    if plan.pooled is not None:
+        return _texts(plan, plan.pooled)
     every = step_shapes(plan.running, plan.chunk, plan.context)
-    few, many = (_noted_need(plan, layers, drafts) for layers in depths(plan))
-    if few is None or many is None:
-        whole = _noted_need(plan, None, drafts) if many is None else many
-        assert whole is not None
-        return noted(whole, every)
+    found, shapes = ahead.Notes(), list[Shape]()
+    for rank in range(1 if plan.ranks is None else plan.ranks.size):
+        need, ends = _as_deep_as_needed(plan, every, drafts, rank)
+        if rank and set(ends.found) <= set(found.found):
+            continue  # as one of the ranks before
+        own, new = noted(need, every)
+        found.found |= own.found | _seen(plan, need, every).found
+        shapes += [shape for shape in new if shape not in shapes]
+    return found, sorted(shapes, key=every.index)
+
+
+def _texts(plan: Plan, settings: dict[str, Any]) -> tuple[ahead.Notes, list[Shape]]:
+    """The same of a model that reads whole texts."""
+    ops = shapes_only(table.invariant_table() if plan.ops == "invariant" else table.table())
+    found = described(ModelConfig(**settings))
+    config = shallow(found.config, LAYERS[-1])
+    checkpoint = replace(found, config=config, format="dummy", gguf=None, context_length=plan.context)
+    method = method_for(plan.quantization, checkpoint.stored)
+    ctx = BuildContext(ops, getattr(torch, plan.dtype), torch.device("meta"), quant=method)
+    with torch.inference_mode(), ahead.Notes().taken():
+        model = load_pooled(checkpoint, ctx)
+    run = partial(run_texts, model, ops)
+    # A step has so many tokens at most, or one text.
+    return _new(text_shapes(max(plan.chunk, plan.context), plan.context), lambda shape: run(lengths_of(shape)))
+
+
+def _as_deep_as_needed(
+    plan: Plan, every: Sequence[Shape], drafts: Drafts | None, rank: int
+) -> tuple[Need, ahead.Notes]:
+    """Of few layers where these launch what more do, and the launches of the first and the last shape."""
     ends = [every[0], every[-1]]
+    few, many = (_noted_need(plan, layers, drafts, rank) for layers in depths(plan))
+    if few is None or many is None:
+        whole = _noted_need(plan, None, drafts, rank) if many is None else many
+        assert whole is not None
+        return whole, noted(whole, ends)[0]
     # Two layers stand for all where they launch what eight do, and take a quarter of the time.
-    need = few if set(noted(few, ends)[0].found) == set(noted(many, ends)[0].found) else many
-    return noted(need, every)
+    short, long = noted(few, ends)[0], noted(many, ends)[0]
+    return (few, short) if set(short.found) == set(long.found) else (many, long)
 
 
-def _noted_need(plan: Plan, layers: int | None, drafts: Drafts | None) -> Need | None:
+def _noted_need(plan: Plan, layers: int | None, drafts: Drafts | None, rank: int) -> Need | None:
     """`need_of`, whose launches while the weights are prepared belong to no step; None: there is no such model with so
     few layers."""
     with torch.inference_mode(), ahead.Notes().taken():
         try:
-            return need_of(plan, layers, drafts)
+            return need_of(plan, layers, drafts, rank)
         except (PhloemError, IndexError):
             if layers is None:
                 raise
             return None
 
 
+def _seen(plan: Plan, need: Need, every: Sequence[Shape]) -> ahead.Notes:
+    """The launches of the model's tower, and of steps with what it gives; none where it has no tower."""
+    tower, notes, device = tower_of(need.model), ahead.Notes(), torch.device("meta")  # pyright: ignore[reportArgumentType]
+    if tower is None or need.model.hidden_size != tower.hidden_size:
+        return notes
+    pool = pool_of(need)
+    with torch.inference_mode(), notes.taken():
+        encode_all(checkpoint_of(plan, plan.config), tower, need.ops)
+        for shape in every:
+            lengths = lengths_of(shape)
+            if len(lengths) == shape[0] > 1:
+                continue  # rows that decode are in no picture
+            values = torch.empty(
+                lengths[0], tower.parts * tower.hidden_size, dtype=getattr(torch, plan.dtype), device=device
+            )
+            index = torch.zeros(lengths[0], dtype=torch.int64, device=device)
+            spans = [(0, lengths[0], lengths[0])] if tower.whole else []
+            pictures = Pictures(index, values, tower.hidden_size, spans)
+            run_step(need, pool, lengths, pictures=pictures)
+    return notes
+
+
 def noted(need: Need, every: Sequence[Shape]) -> tuple[ahead.Notes, list[Shape]]:
     """The launches of these shapes, and which of them brought new ones."""
-    notes, shapes = ahead.Notes(), []
     pool = pool_of(need)
+    return _new(every, lambda shape: run_shape(need, pool, shape))
+
+
+def _new(every: Sequence[Shape], work: Callable[[Shape], object]) -> tuple[ahead.Notes, list[Shape]]:
+    notes, shapes = ahead.Notes(), []
     with torch.inference_mode(), notes.taken():
         for shape in every:
             before = len(notes.found)
-            run_shape(need, pool, shape)
+            work(shape)
             if len(notes.found) > before:
                 shapes.append(shape)
     return notes, shapes
@@ -217,10 +295,23 @@ def run(plan: Plan, drafts: Drafts | None = None) -> Done:
     backend, arch, warp = plan.target
     ahead.aim(backend, arch, warp, plan.processors, Path(plan.cache))
     notes, shapes = trace(plan, drafts)
-    compiled = ahead.compile_all(list(notes.found.values()), plan.processes)
+    with _turn(Path(plan.cache)):
+        compiled = ahead.compile_all(list(notes.found.values()), plan.processes)
     slowest = max(((one.kernel, one.seconds) for one in compiled), key=lambda one: one[1], default=("", 0.0))
     errors = [f"{one.kernel}: {one.error}" for one in compiled if one.error is not None]
     return Done(shapes, len(compiled), sum(one.cached for one in compiled), perf_counter() - begun, slowest, errors)
+
+
+@contextlib.contextmanager
+def _turn(cache: Path) -> Generator[None]:
+    """One process at a time fills a cache: what replicas, or servers that start together, have in common is compiled by
+    the first of them."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a file system without locks: then each compiles for itself
+            cache.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((cache / "turn").open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def main(drafts: Drafts | None = None) -> int:

@@ -12,6 +12,8 @@ import torch
 from phloem import platforms
 from phloem.core.errors import ConfigError
 from phloem.core.nodes import Nodes
+from phloem.distributed.choose import choose
+from phloem.distributed.nccl import Nccl
 from phloem.engine.unshared import option_of
 
 if TYPE_CHECKING:
@@ -28,11 +30,13 @@ def refuse(config: Config) -> None:
     """Raises ConfigError where this machine's ranks have no card each, or ask for what hosts alone can tell."""
     runtime = config.runtime
     several = runtime.tp_size * runtime.pp_size > 1
-    if not several and runtime.base_gpu_id is None:
+    told = runtime.base_gpu_id is not None or runtime.gpu_id_step != 1 or runtime.tp_comm == Nccl.name
+    if not several and not told:
         return  # the one that the process has
     name = platforms.named(runtime.device)
     kind = platforms.cards_of(name)
     if kind is None:
+        _refuse_numbers(config, name)
         # What replicas are given says nothing where they share one device.
         if runtime.base_gpu_id is not None and runtime.dp_size == 1 and not platforms.facts_of(name).on_host:
             raise ConfigError(f"base_gpu_id: {name} devices are not chosen by number here", param="base_gpu_id")
@@ -47,6 +51,18 @@ def refuse(config: Config) -> None:
     if not available:
         raise ConfigError(f"device {name!r} is not available: {why}", param="device")
     _check(config, kind.cards())
+
+
+def _refuse_numbers(config: Config, name: str) -> None:
+    """Raises ConfigError for what says something of graphics cards alone, where there are none."""
+    runtime = config.runtime
+    if runtime.tp_comm == Nccl.name:
+        choose(runtime.tp_comm, meets=platforms.facts_of(name).meets)
+    asked = {"base_gpu_id": runtime.base_gpu_id or 0, "gpu_id_step": runtime.gpu_id_step - 1}
+    option = next((option for option, more in asked.items() if more), "")
+    # Replicas on one machine are all given a number.
+    if option and platforms.facts_of(name).on_host and (runtime.dp_size == 1 or option != "base_gpu_id"):
+        raise ConfigError(f"{option}: it numbers graphics cards, and this runs on {name}: leave it out", param=option)
 
 
 def _check(config: Config, there: int) -> None:

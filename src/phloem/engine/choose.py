@@ -184,7 +184,7 @@ class WholeRows:
             adjust_(logits_LV, slots, wanted, self._masks)
         settings = self._slots.columns.rows(wanted.slots, wanted.known).over(self._ends.vocab_size, logits_LV.shape[1])
         if asked is not None and self._slots.processed:
-            asked.logits_LV = processed(logits_LV[asked.index], settings.of_rows(np.array(asked.places)))
+            asked.logits_LV = processed(logits_LV[asked.index], settings.of_rows(np.array(asked.places)), self._last.up)
         tokens_L = sample(logits_LV, settings, self._ops, self._last.up)
         self._count(choice, tokens_L)
         coming = self._last.keep(wanted, tokens_L, logits_LV.gather(1, tokens_L.unsqueeze(1)).squeeze(1))
@@ -202,11 +202,14 @@ class WholeRows:
         ids = np.zeros((len(places), width), np.int64)
         for row, of_row in zip(ids, chosen, strict=True):
             row[: len(of_row)] = of_row
-        index, *ids_LC = self._last.up([np.array(places, np.int64), *([ids] if width else [])])
+        heats = np.array([slots[i].heat for i in places], np.float32)
+        heated = bool((heats != 1).any())
+        arrays = [np.array(places, np.int64), *([ids] if width else []), *([heats] if heated else [])]
+        index, *ids_LC = self._last.up(arrays)
         tops = [min(slots[i].top_logprobs, self._ends.vocab_size) for i in places]
-        wanted_LV, heats = logits_LV[index], [slots[i].heat for i in places]
-        if any(heat != 1.0 for heat in heats):
-            wanted_LV = wanted_LV / torch.tensor(heats, device=wanted_LV.device).unsqueeze(1)
+        wanted_LV = logits_LV[index]
+        if heated:
+            wanted_LV = wanted_LV / ids_LC.pop().unsqueeze(1)
         return Asked(places, index, wanted_LV, tops, chosen, ids_LC[0] if ids_LC else None)
 
     def _logprobs(self, choice: Choice, asked: Asked, tokens_L: Tensor) -> Later:

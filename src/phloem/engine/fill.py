@@ -77,7 +77,7 @@ class Filler:
         settings = self._slots.columns.rows(wanted.slots, places.draws)
         asked = self._asked(wanted)
         tokens_L = sample(logits_LV, settings, self._ops, self._last.up)
-        drawn_LV = logits_LV if settings.greedy.all() else processed(logits_LV, settings)
+        drawn_LV = logits_LV if settings.greedy.all() else processed(logits_LV, settings, self._last.up)
         chosen_L = drawn_LV.gather(1, tokens_L.long().unsqueeze(1)).squeeze(1)
         confidence_L = (chosen_L - self._ops.logsumexp(drawn_LV)).exp()
         if asked is not None:

@@ -13,11 +13,13 @@ import torch
 from phloem.adapters import served
 from phloem.checkpoint.kv_scheme import FP8
 from phloem.core import speculation
-from phloem.core.errors import PhloemError
+from phloem.core.errors import ConfigError, PhloemError
+from phloem.distributed.groups import Groups
 from phloem.engine import warm
+from phloem.engine.counts import spread_of
 from phloem.engine.dtypes import kept_in, stored_scales, unasked
 from phloem.engine.kept import choice_of
-from phloem.engine.parallel import ranks_of
+from phloem.engine.parallel import mesh_of, shared
 from phloem.layers.context import BuildContext
 from phloem.models import build_model
 from phloem.utils.cores import available_cores
@@ -25,6 +27,7 @@ from phloem.utils.cores import available_cores
 if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.config import Config
+    from phloem.distributed.mesh import Mesh
     from phloem.kernels.ops import Ops
     from phloem.models import Model
     from phloem.platforms import Platform
@@ -37,31 +40,24 @@ def plan_of(
     ops: Ops,
     dtype: torch.dtype,
     sizes: tuple[int, int],
-    eager: str,
+    apart: str,
 ) -> tuple[dict[str, Any], str | None]:
-    """What the process is told, or why there is none. `sizes`: rows that may run, and tokens of a step; `eager`: why
-    steps cannot be recorded."""
+    """What the process is told, or why there is none. `sizes`: rows that may run, and tokens of a step; `apart`: why
+    other things than our own kernels, on the device alone, compute the model."""
     if ops.name not in warm.TABLES:
         return {}, f"the op table {ops.name!r} has no such kernels"
-    if eager:
-        return {}, f"{eager}: which kernels it needs shows when it runs"
-    if ranks_of(config) > 1:
-        return {}, "several ranks have other sizes than the whole model, and launch their kernels together"
+    if apart:
+        return {}, f"{apart}: which kernels it needs shows when it runs"
     try:
-        return _told(config, checkpoint, platform, ops, dtype, sizes), None
+        told = _told if checkpoint.pooling is None else _pooled
+        return _common(config, checkpoint, ops, dtype, sizes) | told(config, checkpoint, platform, ops, dtype), None
     except PhloemError as error:  # loading will meet the same, and say so
         return {}, error.message
 
 
-def _told(
-    config: Config, checkpoint: Checkpoint, platform: Platform, ops: Ops, dtype: torch.dtype, sizes: tuple[int, int]
+def _common(
+    config: Config, checkpoint: Checkpoint, ops: Ops, dtype: torch.dtype, sizes: tuple[int, int]
 ) -> dict[str, Any]:
-    ctx = BuildContext(ops, dtype, torch.device("meta"))
-    model = build_model(checkpoint.model_type, checkpoint.config, ctx, checkpoint.context_length)
-    kv_dtype = unasked(config, checkpoint, model, platform, ops) or kept_in(config, dtype, model)
-    scales = _scales(config, checkpoint, model, kv_dtype)
-    chosen = choice_of(config, model, platform, ops, kv_dtype, max((keys for keys, _ in scales.values()), default=0))
-    drafts = speculation.wanted(config)
     return {
         "model_type": checkpoint.model_type,
         "config": checkpoint.config,
@@ -69,15 +65,9 @@ def _told(
         "vocab": checkpoint.vocab_size,
         "ops": ops.name,
         "dtype": str(dtype).removeprefix("torch."),
-        "kv_dtype": str(kv_dtype).removeprefix("torch."),
-        "page": config.cache.page_size,
         "running": sizes[0],
         "chunk": sizes[1],
         "processes": available_cores(),
-        "backend": chosen.backend.name,
-        "scales": scales,
-        "adapters": served.sizes(config.lora, on_host=False)[:2] if served.enabled(config.lora) else None,
-        "drafting": asdict(drafts) if drafts.algorithm in speculation.MODELS else None,
         "path": str(checkpoint.path),
         "files": [str(file) for file in checkpoint.files],
         "quantization": config.model.quantization,
@@ -85,6 +75,43 @@ def _told(
         "consolidated": checkpoint.consolidated,
         "gguf": "" if checkpoint.gguf is None else str(checkpoint.gguf.path),
     }
+
+
+def _pooled(config: Config, checkpoint: Checkpoint, platform: Platform, ops: Ops, dtype: torch.dtype) -> dict[str, Any]:
+    """Of a model that reads whole texts, and keeps nothing."""
+    del platform, ops
+    if checkpoint.stored is not None:
+        raise ConfigError("a model that reads whole texts, and is quantised, is known once its weights are")
+    model = asdict(config.model) | {"model_path": str(checkpoint.path)}
+    return {"kv_dtype": str(dtype).removeprefix("torch."), "page": None, "pooled": model}
+
+
+def _told(config: Config, checkpoint: Checkpoint, platform: Platform, ops: Ops, dtype: torch.dtype) -> dict[str, Any]:
+    spread, mesh = spread_of(config, checkpoint), mesh_of(config, 0)
+    ctx = BuildContext(ops, dtype, torch.device("meta"))
+    if mesh.size > 1:
+        ctx = shared(ctx, mesh, Groups(), config.runtime.moe_a2a_backend)
+    model = build_model(checkpoint.model_type, checkpoint.config, ctx, checkpoint.context_length)
+    kv_dtype = unasked(config, checkpoint, model, platform, ops) or kept_in(config, dtype, model)
+    scales = _scales(config, checkpoint, model, kv_dtype)
+    chosen = choice_of(config, model, platform, ops, kv_dtype, max((keys for keys, _ in scales.values()), default=0))
+    drafts = speculation.wanted(config)
+    return {
+        "kv_dtype": str(kv_dtype).removeprefix("torch."),
+        "page": config.cache.page_size,
+        "backend": chosen.backend.name,
+        "scales": scales,
+        "adapters": served.sizes(config.lora, on_host=False)[:2] if served.enabled(config.lora) else None,
+        "drafting": asdict(drafts) if drafts.algorithm in speculation.MODELS else None,
+        "ranks": None if mesh.size == 1 else _arrangement(mesh, config.runtime.moe_a2a_backend),
+        "spread": None if spread is None else (spread.redundant, spread.counting),
+        "told": config.runtime.enable_return_routed_experts,
+    }
+
+
+def _arrangement(mesh: Mesh, backend: str) -> dict[str, Any]:
+    """As `alone.Arrangement`."""
+    return {axis: getattr(mesh, axis).size for axis in ("pp", "dp", "cp", "tp", "ep")} | {"backend": backend}
 
 
 def _scales(config: Config, checkpoint: Checkpoint, model: Model, kv_dtype: torch.dtype) -> dict[int, tuple[int, int]]:

@@ -5,7 +5,7 @@ Legend: V vocabulary.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from phloem.core.request import SamplingParams
+    from phloem.engine.transfer import Up
 
 
 class Penalties:
@@ -25,17 +26,16 @@ class Penalties:
     Repetition (Keskar et al. 2019) looks at prompt and output; presence and frequency (OpenAI) at the output alone.
     """
 
-    def __init__(
-        self, params: SamplingParams, tokens: NDArray[np.int32], num_prompt: int, vocab: int, device: torch.device
-    ):
+    def __init__(self, params: SamplingParams, known: Tensor, num_prompt: int, vocab: int, up: Up) -> None:
+        """`known`: prompt, then output so far, int64 on the device; `up` brings arrays there."""
         self._repetition = params.repetition_penalty
         self._presence = params.presence_penalty
         self._frequency = params.frequency_penalty
-        known = torch.from_numpy(tokens.astype(np.int64)).to(device)
-        self._prompt_V = torch.zeros(vocab, dtype=torch.bool, device=device)
+        self._up = up
+        self._prompt_V = torch.zeros(vocab, dtype=torch.bool, device=known.device)
         self._prompt_V[known[:num_prompt]] = True
         # Counted without `bincount`, which would wait for the device to learn the largest id.
-        self._count_V = torch.zeros(vocab, dtype=torch.float32, device=device)
+        self._count_V = torch.zeros(vocab, dtype=torch.float32, device=known.device)
         self.add(known[num_prompt:])
 
     @staticmethod
@@ -53,7 +53,7 @@ class Penalties:
         width = min(len(logits_V), len(self._count_V))
         logits_V, count_V, prompt_V = logits_V[:width], self._count_V[:width], self._prompt_V[:width]
         if drafts:
-            more = index_tensor(drafts, count_V.device)
+            (more,) = self._up([np.array(drafts, np.int64)])
             count_V = count_V.index_add(0, more, torch.ones(len(drafts), device=count_V.device))
         if self._repetition != 1:
             scaled_V = torch.where(logits_V > 0, logits_V / self._repetition, logits_V * self._repetition)
@@ -62,14 +62,7 @@ class Penalties:
             logits_V.sub_(self._frequency * count_V + self._presence * (count_V > 0))
 
 
-def index_tensor(ids: Sequence[int], device: torch.device) -> Tensor:
-    """Token ids on the device, int64."""
-    return torch.tensor(list(ids), dtype=torch.int64).to(device, non_blocking=True)
-
-
-def bias_tensors(params: SamplingParams, device: torch.device) -> tuple[Tensor, Tensor] | None:
-    """(token ids, values) of `logit_bias`, or None."""
-    if not params.logit_bias:
-        return None
-    ids = torch.tensor([int(key) for key in params.logit_bias], dtype=torch.int64, device=device)
-    return ids, torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
+def bias_arrays(params: SamplingParams) -> list[NDArray[Any]]:
+    """Token ids, int64, and values, float32, of `logit_bias`; nothing where there are none."""
+    bias = params.logit_bias
+    return [np.array([int(key) for key in bias], np.int64), np.array([*bias.values()], np.float32)] if bias else []

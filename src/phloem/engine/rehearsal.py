@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 class Rehearsed:
     """All ranks' shares of a model, called on every rank together (`sizing.Rehearsing`)."""
 
-    def __init__(self, whole: Together) -> None:
-        self._whole, model = whole, whole.model
+    def __init__(self, whole: Together, *, together: bool = True) -> None:
+        """`together`: there are others, who run the same steps and no more; otherwise this rank is by itself
+        (`engine.alone`)."""
+        self._whole, model, self.together = whole, whole.model, together
         self.attention_specs: list[AttentionSpec] = model.attention_specs
         self.memory: list[MemorySpec] = model.memory
         self.vocab_size, self.hidden_size = model.vocab_size, model.hidden_size

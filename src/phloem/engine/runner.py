@@ -105,9 +105,9 @@ class StepWork:
         wardrobe: Wardrobe | None = None,
     ) -> None:
         self.model, self.ops, self._sharing = model, ops, sharing
-        self.slots = Slots(max_slots, model.vocab_size, pool.device, logprobs)
         drafts = 0 if drafting is None else MOST_DRAFTS
         self.last = LastTokens(max_slots, pool.device, facts.on_host, streams, ops, drafts=drafts)
+        self.slots = Slots(max_slots, model.vocab_size, pool.device, logprobs, self.last.up)
         self.masks = Masks(model.vocab_size, pool.device, ops, facts.masks_ahead, self.last.up)
         self._on_host, self._forgotten = facts.on_host, 0
         self.stands_apart = stands_apart(model, pool.groups, on_host=facts.on_host)

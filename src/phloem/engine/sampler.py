@@ -18,6 +18,7 @@ from torch import Tensor
 
 from phloem.engine.transfer import plain_up
 from phloem.kernels.calls import Draw
+from phloem.platforms._facts import in_host_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -165,19 +166,22 @@ def _draw(logits_LV: Tensor, rows: SamplingRows, index: NDArray[np.int64]) -> Te
     return _invert(kept_LV, uniform_L1)
 
 
-def processed(logits_LV: Tensor, rows: SamplingRows) -> Tensor:
+def processed(
+    logits_LV: Tensor,
+    rows: SamplingRows,
+    up: Callable[[Sequence[NDArray[Any]]], list[Tensor]] | None = None,
+) -> Tensor:
     """Logits of which the log-softmax is that of what is drawn from: after temperature and filters; of greedy rows as
-    they are. What is excluded is `EXCLUDED` below the best."""
-    device, vocab = logits_LV.device, logits_LV.shape[1]
+    they are. What is excluded is `EXCLUDED` below the best. `up`: as in `sample`."""
+    vocab = logits_LV.shape[1]
     heats = np.where(rows.greedy, np.float32(1), rows.temperature)
-    found_LV = logits_LV.float() / torch.from_numpy(heats).to(device).unsqueeze(1)
     filtered = (rows.top_k < vocab) | (rows.top_p < 1) | (rows.min_p > 0)
     index = np.flatnonzero(filtered & ~rows.greedy)
-    if len(index):
-        at = torch.from_numpy(index).to(device)
-        k_L1, p_L1, least_L1 = (
-            torch.from_numpy(one[index]).to(device).unsqueeze(1) for one in (rows.top_k, rows.top_p, rows.min_p)
-        )
+    columns = [index, *(one[index] for one in (rows.top_k, rows.top_p, rows.min_p))] if len(index) else []
+    heats_L, *found = (up or plain_up(logits_LV.device))([heats, *columns])
+    found_LV = logits_LV.float() / heats_L.unsqueeze(1)
+    if found:
+        at, k_L1, p_L1, least_L1 = found[0], *(one.unsqueeze(1) for one in found[1:])
         some_LV = found_LV[at]
         kept_LV = _filter(torch.softmax(some_LV, -1), k_L1, p_L1, least_L1, rows, index)
         found_LV[at] = some_LV.masked_fill(kept_LV == 0, -torch.inf)
@@ -192,7 +196,9 @@ def _filter(
     wide = (rows.top_k[index] == vocab) & (rows.top_p[index] < 1)
     size = min(vocab, max(CANDIDATES, int(np.where(rows.top_k[index] < vocab, rows.top_k[index], 0).max())))
     best_LC, ids_LC = torch.topk(probs_LV, size, dim=-1)
-    if size < vocab and wide.any() and bool((best_LC.sum(-1, keepdim=True) < top_p_L1)[torch.from_numpy(wide)].any()):
+    # Whether they are enough the host alone can know; a device would be waited for.
+    here, wide_L = in_host_memory(probs_LV.device), torch.from_numpy(wide)
+    if size < vocab and wide.any() and (not here or bool((best_LC.sum(-1, keepdim=True) < top_p_L1)[wide_L].any())):
         best_LC, ids_LC = torch.sort(probs_LV, dim=-1, descending=True, stable=True)
     rank_C = torch.arange(best_LC.shape[1], device=probs_LV.device)
     keep_LC = rank_C < top_k_L1

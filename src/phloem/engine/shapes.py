@@ -59,19 +59,30 @@ def text_lengths(most: int) -> list[int]:
     return sorted(length for length in found if length <= most)
 
 
+def text_shapes(most: int, longest: int) -> list[Shape]:
+    """The same as shapes, each of as few texts of up to `longest` tokens as can be, and two texts of one token."""
+    return [(tokens, -(-tokens // longest), 0) for tokens in text_lengths(most)] + [(2, 2, 0)]
+
+
+def lengths_of(shape: Shape) -> list[int]:
+    """New tokens of each row."""
+    tokens, rows, _ = shape
+    return [tokens // rows + (row < tokens % rows) for row in range(rows)]
+
+
 def run_shape(need: Need, pool: KVPool, shape: Shape) -> None:
     """A step of this shape on dummy inputs, with adapters too where there may be any, and each way of choosing tokens
     from it; then a pass of what drafts."""
     tokens, rows, prefix = shape
-    lengths = [tokens // rows + (row < tokens % rows) for row in range(rows)]
+    lengths = lengths_of(shape)
     hidden_RN, logits_RV = run_step(need, pool, lengths, prefix=prefix)
-    alone = not isinstance(need.model, Rehearsed)  # ranks run the same steps, and no others
-    if alone and rows > 1 and sharing_of(need.backend)[0] is not None:
+    ranks = need.model if isinstance(need.model, Rehearsed) else None
+    if ranks is None and rows > 1 and sharing_of(need.backend)[0] is not None:
         run_step(need, pool, lengths, shared=True, prefix=prefix)
-    if alone and need.adapts:
+    if need.adapts and (ranks is None or not ranks.together):  # ranks together run the same steps, and no others
         run_step(need, pool, lengths, prefix=prefix, adapted=True)
     chosen_R = need.model.greedy(hidden_RN)
-    if alone and rows == 1 and tokens <= VERIFIED:
+    if ranks is None and rows == 1 and tokens <= VERIFIED:
         need.model.head(hidden_RN.repeat(tokens, 1))
     if not need.leads:
         return
@@ -119,8 +130,7 @@ def _draft(need: Need, helper: Loaded, pool: KVPool, lengths: list[int]) -> None
     model.greedy(hidden_RN)
     if need.ops.sample is not None:
         sample(logits_RV, dummy_settings(len(lengths), need.model.vocab_size), need.ops)
-    carried_RN = None if helper.carries is None else helper.carries()
-    if carried_RN is not None:
-        first, second = (half.unsqueeze(1) for half in carried_RN.chunk(2, -1))
-        slots = torch.zeros(len(carried_RN), dtype=torch.int32, device=pool.device)
+    if helper.carries:
+        first, second = (half.unsqueeze(1) for half in hidden_RN.chunk(2, -1))
+        slots = torch.zeros(len(hidden_RN), dtype=torch.int32, device=pool.device)
         need.ops.write_kv(first, second, part.keys[0], part.values[0], slots)

@@ -28,6 +28,7 @@ from phloem.engine.shares import Load, shares
 from phloem.engine.transfer import LastTokens
 from phloem.engine.wanted import Wanted
 from phloem.kvcache.pool import KVPool, fewest_pages
+from phloem.models._common import Decoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from phloem.attention import AttentionBackend
     from phloem.core.config import CacheConfig
     from phloem.engine.drafting import Loaded
+    from phloem.engine.media import Pictures
     from phloem.kernels.ops import Ops
     from phloem.layers.context import AttentionSpec
     from phloem.models import Model
@@ -164,12 +166,20 @@ def run_largest_steps(need: Need, device: torch.device) -> None:
 
 
 def run_step(
-    need: Need, pool: KVPool, lengths: list[int], *, shared: bool = False, prefix: int = 0, adapted: bool = False
+    need: Need,
+    pool: KVPool,
+    lengths: list[int],
+    *,
+    shared: bool = False,
+    prefix: int = 0,
+    adapted: bool = False,
+    pictures: Pictures | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One step on dummy inputs, every row on page 0: (hidden states, logits) of the rows' last tokens.
 
     `shared`: by the kernels of rows that share pages, though none do. `prefix`: tokens of each row before the step.
-    `adapted`: every row has the first adapter.
+    `adapted`: every row has the first adapter. `pictures`: tokens of them in the first row, all of whose tokens then
+    have places in time, height and width, if any of the model's have.
     """
     rows, model = len(lengths), need.model
     query_lens = np.array(lengths, np.int32)
@@ -188,8 +198,11 @@ def run_step(
         outputs=np.ones(rows, np.int32),
         adapters=np.ones(rows, np.int32) if adapted else None,
     )
+    tower = model.tower if pictures is not None and isinstance(model, Decoder) else None
+    if tower is not None and tower.turns:
+        batch = replace(batch, positions=np.zeros((3, batch.num_tokens), np.int64))
     last = LastTokens(1, pool.device, False, None)
-    inputs = Step(batch, Wanted.of(batch), pool, last).inputs
+    inputs = Step(batch, Wanted.of(batch), pool, last, pictures=pictures).inputs
     if shared:
         inputs.shared = no_shared_pages(pool, batch.num_tokens, rows)
     if isinstance(model, Rehearsed):

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from phloem.engine.candidates import candidates_wanted
-from phloem.engine.penalties import Penalties, bias_tensors, index_tensor
+from phloem.engine.penalties import Penalties, bias_arrays
 from phloem.engine.processors import make
 from phloem.engine.sampler import SamplingColumns
+from phloem.engine.transfer import plain_up
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from phloem.core.config import LogprobsMode
     from phloem.core.request import SamplingParams
     from phloem.engine.processors import Processor
+    from phloem.engine.transfer import Up
 
 
 @dataclass(slots=True)
@@ -74,12 +76,14 @@ class Slot:
 class Slots:
     """All of them. What only decides how a token is chosen is kept in arrays by slot."""
 
-    def __init__(self, count: int, vocab: int, device: torch.device, logprobs: LogprobsMode = "raw") -> None:
-        """`logprobs`: of which distribution those of sampled tokens are."""
+    def __init__(
+        self, count: int, vocab: int, device: torch.device, logprobs: LogprobsMode = "raw", up: Up | None = None
+    ) -> None:
+        """`logprobs`: of which distribution those of sampled tokens are; `up` brings arrays to the device."""
         self._heated, self.processed = logprobs == "temperature", logprobs == "processed"
         self._slots: list[Slot | None] = [None] * count
         self._vocab = vocab
-        self._device = device
+        self._up = up or plain_up(device)
         self.columns = SamplingColumns(count, vocab)
         self.prompts = np.zeros(count, np.int32)  # tokens of each prompt
         # A row of which only its most likely token is wanted: no logits need be written for it.
@@ -98,9 +102,12 @@ class Slots:
         if admission.constrained and follower is None:
             raise ValueError(f"request {admission.request_id}: nothing was given that follows its constraint")
         params = admission.params
-        penalised = Penalties.wanted(params)
+        penalised, least = Penalties.wanted(params), params.min_new_tokens > 0
         self.columns.set(admission.slot, params, admission.seed)
         self.prompts[admission.slot] = admission.num_prompt
+        arrays = [admission.tokens.astype(np.int64)] if penalised else []
+        arrays += (bias := bias_arrays(params)) + ([np.array(admission.eos_ids, np.int64)] if least else [])
+        tensors = list(self._up(arrays)) if arrays else []
         found = self._slots[admission.slot] = Slot(
             request_id=admission.request_id,
             params=params,
@@ -111,12 +118,10 @@ class Slots:
             token_ids_logprob=admission.token_ids_logprob,
             return_hidden=admission.return_hidden,
             follower=follower if admission.constrained else None,
-            penalties=Penalties(params, admission.tokens, admission.num_prompt, vocab, self._device)
-            if penalised
-            else None,
-            bias=bias_tensors(params, self._device),
+            penalties=Penalties(params, tensors.pop(0), admission.num_prompt, vocab, self._up) if penalised else None,
+            bias=(tensors.pop(0), tensors.pop(0)) if bias else None,
             vocab=vocab,
-            eos=index_tensor(admission.eos_ids, self._device) if params.min_new_tokens else None,
+            eos=tensors.pop(0) if least else None,
             output=admission.tokens[admission.num_prompt :].tolist() if params.processors else [],
         )
         if self._heated and not params.greedy:

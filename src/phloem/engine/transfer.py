@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     from phloem.platforms._streams import Streams
 
 
+class Up(Protocol):
+    """Brings host arrays to the device, all of them at once."""
+
+    def __call__(self, arrays: Sequence[NDArray[Any]], /) -> Sequence[Tensor]: ...
+
+
 class Coming(Protocol):
     """Device values on their way to the host."""
 

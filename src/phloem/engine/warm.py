@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from phloem.core.resolve import Decision
-from phloem.engine.shapes import run_shape, text_lengths
+from phloem.engine.shapes import lengths_of, run_shape, text_shapes
 from phloem.engine.sizing import run_largest_steps
 from phloem.kernels import chosen
 from phloem.kvcache.pool import KVPool, fewest_pages
@@ -44,35 +44,50 @@ class Warming:
     reason: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def finish(self, need: Need, device: torch.device, decisions: list[Decision]) -> None:
-        """Wait for the process, and launch every kernel once."""
-        begun = perf_counter()
-        found, why = self.service.wait(WAIT_SECONDS) if self.service is not None else (None, self.reason)
-        waited = perf_counter() - begun
-        self.facts["waited"] = round(waited, 3)
-        if found is not None:
-            shapes: list[Shape] = [(tokens, rows, prefix) for tokens, rows, prefix in found["shapes"]]
-            self.facts |= {key: found[key] for key in ("kernels", "cached", "seconds", "slowest", "errors")}
-            new, seconds = found["kernels"] - found["cached"], found["seconds"]
-            text = f"{new} of {found['kernels']} compiled beside the loading in {seconds:.1f} s"
-            text += f", of which {waited:.1f} were waited for"
-            for error in found["errors"]:
-                _log.warning("a kernel was not compiled ahead: %s", error)
-        else:
-            shapes = few_shapes(need)
-            text = f"not compiled beside the loading: {why}"
+    def finish(
+        self,
+        need: Need,
+        device: torch.device,
+        decisions: list[Decision],
+        tell: Callable[[list[Shape]], None] | None = None,
+    ) -> None:
+        """Wait for the process, and launch every kernel once. `tell`: called before that with the shapes that are run,
+        where other ranks run them too."""
+        found, text = self.wait()
+        shapes = few_shapes(need) if found is None else found
+        if tell is not None:
+            tell(shapes)
         self._run(lambda: run_all(need, device, shapes), len(shapes), text, decisions)
 
     def finish_texts(self, run: Callable[[list[int]], None], most: int, decisions: list[Decision]) -> None:
         """The same for a model that reads whole texts. `run`: computes texts of these lengths; `most`: tokens of a
         step."""
-        texts = [[length] for length in text_lengths(most)] + [[1, 1]]
+        found, text = self.wait()
+        # Those of longer texts are loaded at the first of these: what one takes is not tried at the start.
+        texts = [shape for shape in found or text_shapes(most, most) if shape[0] <= most]
 
         def run_texts() -> None:
-            for lengths in texts:
-                run(lengths)
+            for shape in texts:
+                run(lengths_of(shape))
 
-        self._run(run_texts, len(texts), f"not compiled beside the loading: {self.reason}", decisions)
+        self._run(run_texts, len(texts), text, decisions)
+
+    def wait(self) -> tuple[list[Shape] | None, str]:
+        """(Shapes that launch all that the process has compiled, None: there was none, or it failed; what is said of
+        it)."""
+        begun = perf_counter()
+        found, why = self.service.wait(WAIT_SECONDS) if self.service is not None else (None, self.reason)
+        waited = perf_counter() - begun
+        self.facts["waited"] = round(waited, 3)
+        if found is None:
+            return None, f"not compiled beside the loading: {why}"
+        self.facts |= {key: found[key] for key in ("kernels", "cached", "seconds", "slowest", "errors")}
+        new, seconds = found["kernels"] - found["cached"], found["seconds"]
+        text = f"{new} of {found['kernels']} compiled beside the loading in {seconds:.1f} s"
+        text += f", of which {waited:.1f} were waited for"
+        for error in found["errors"]:
+            _log.warning("a kernel was not compiled ahead: %s", error)
+        return [(tokens, rows, prefix) for tokens, rows, prefix in found["shapes"]], text
 
     def _run(self, work: Callable[[], None], steps: int, text: str, decisions: list[Decision]) -> None:
         begun = perf_counter()
@@ -114,6 +129,21 @@ def start(platform: Platform, plan: dict[str, Any], refusal: str | None) -> Warm
         return Warming(compiled, None, str(error))
 
 
+def loaded(
+    warming: Warming | None,
+    need: Need,
+    platform: Platform,
+    decisions: list[Decision],
+    tell: Callable[[list[Shape]], None] | None,
+) -> bool:
+    """`Warming.finish`, and whether there is anything to be loaded; other ranks are told (`tell`) in any case."""
+    if warming is not None:
+        warming.finish(need, platform.device, decisions, tell)
+    elif tell is not None:
+        tell([])
+    return warming is not None
+
+
 def few_shapes(need: Need) -> list[Shape]:
     """Shapes that launch most of what steps launch, where nobody has found out which launch all."""
     decode = [(rows, rows, 0) for rows in FEW if rows <= min(need.running, need.chunk)]
@@ -137,8 +167,6 @@ def run_all(need: Need, device: torch.device, shapes: list[Shape]) -> None:
 def rehearse(need: Need, platform: Platform, shapes: list[Shape], say: Callable[[int, int], None]) -> None:
     """A rank's part, beside the first, of what loads kernels and is measured (`Warming.finish`, `sizing.size_pool`): it
     says (free, all) bytes of its device, beside what the largest step takes."""
-    if platform.compiled is not None:
-        platform.compiled.begin()
     if shapes:
         run_all(need, platform.device, shapes)
     taken = platform.measure(lambda: run_largest_steps(need, platform.device))

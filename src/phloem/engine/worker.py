@@ -18,6 +18,7 @@ from phloem.attention._packed import refusal
 from phloem.core import resolve, speculation
 from phloem.core.errors import ConfigError
 from phloem.core.memory import groups_of
+from phloem.core.nodes import Nodes
 from phloem.core.ranges import parse_bytes
 from phloem.core.resolve import Decision
 from phloem.engine import balancing, compiled, denoising, drafted, experts, on_paper, warm
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from phloem.engine.forward import Way
     from phloem.engine.parallel import Team, Told
     from phloem.engine.recorded.flexible import FlexibleSteps
+    from phloem.engine.shapes import Shape
     from phloem.engine.transfer import LastTokens
     from phloem.engine.warm import Warming
     from phloem.layers.context import AttentionSpec, Chosen
@@ -137,13 +139,12 @@ def build(
     if checkpoint.chosen.impl == "transformers":
         machine = _foreign(config, machine)
     if checkpoint.pooling is not None:
-        phase.end("device")
-        return _build_pooled(config, checkpoint, machine, decisions, phase)
-    platform, table, sizes = machine.platform, machine.ops, (machine.running, machine.chunk)
-    foretold = plan_of(config, checkpoint, platform, table, machine.dtype, sizes, machine.eager)
-    warming = warm.start(platform, *foretold)
+        machine = _reading(config, machine)
+    warming = _warming(config, checkpoint, machine)
     phase.end("device")
     try:
+        if checkpoint.pooling is not None:
+            return _build_pooled(config, checkpoint, machine, decisions, phase, warming)
         built = _build(config, checkpoint, machine, warming, decisions, phase, team, beside, fills is not None)
         return replace(built, denoising=fills)
     except BaseException:
@@ -157,6 +158,15 @@ def _foreign(config: Config, machine: Machine) -> Machine:
     if config.lora.enable_lora or config.lora.lora_paths:
         raise ConfigError("adapters are served beside models with a file of their own alone", param="enable_lora")
     return replace(machine, ops=replace(machine.ops, row_bits=False), eager="transformers' code is called op by op")
+
+
+def _warming(config: Config, checkpoint: Checkpoint, machine: Machine) -> Warming | None:
+    """Begin to compile what this machine's ranks will launch."""
+    apart = "transformers' code" if checkpoint.chosen.impl == "transformers" else ""
+    apart = apart or ("" if machine.hosted is None else machine.hosted.eager)
+    sizes = machine.running, machine.chunk
+    plan = plan_of(config, checkpoint, machine.platform, machine.ops, machine.dtype, sizes, apart)
+    return warm.start(machine.platform, *plan)
 
 
 def _build(
@@ -183,9 +193,9 @@ def _build(
     own, stages = _stages(model)
     carded = Together(model, team.groups) if team is not None and platform.facts.meets else None
     need = _need(config, machine, model, kept, context, (stages, sites is not None, helper))
-    need = need if team is None or carded is None else _rehearsed(need, team, carded, machine, warming, told)
-    if warming is not None:
-        warming.finish(need, platform.device, decisions)
+    need = need if carded is None else replace(need, model=Rehearsed(carded))
+    rehearse = None if team is None or carded is None else _rehearsing(team, machine, told)
+    if warm.loaded(warming, need, platform, decisions, rehearse):
         phase.end("kernels")
     weights = min(_taken(model, sites, machine) + drafts.taken(helper), free)
     sizing = size_pool(config.cache, platform, need, weights, *_beside(config, platform, team))
@@ -237,15 +247,12 @@ def _telling(machine: Machine, chosen: Chosen | None) -> Machine:
     return replace(machine, eager="the experts of tokens are told op by op")
 
 
-def _rehearsed(
-    need: Need, team: Team, whole: Together, machine: Machine, warming: Warming | None, facts: dict[str, str]
-) -> Need:
-    """Of rank 0 with others that have a device each: what is run for it from here on all run, who are told so."""
-    need, streams = replace(need, model=Rehearsed(whole)), machine.platform.streams
-    team.tell(Rehearse([] if warming is None else warm.few_shapes(need), facts))
+def _rehearsing(team: Team, machine: Machine, facts: dict[str, str]) -> Callable[[list[Shape]], None]:
+    """Of rank 0 with others that have a device each: how they are told which steps are run, from then on by all."""
+    streams = machine.platform.streams
     if streams is not None:
         streams.check = team.groups.check
-    return need
+    return lambda shapes: team.tell(Rehearse(shapes, facts))
 
 
 def _beside(config: Config, platform: Platform, team: Team | None) -> tuple[int, Callable[[], tuple[int, int] | None]]:
@@ -368,6 +375,22 @@ def build_executor(config: Config, checkpoint: Checkpoint, team: Team, receive: 
     decisions: list[Decision] = []
     checkpoint = _bounded(config, checkpoint, decisions)
     machine = machine_of(config, checkpoint, decisions)
+    if team.groups.rank % Nodes.of(config).each == 0:  # the first of a further machine
+        warming = _warming(config, checkpoint, machine)
+    else:
+        warming = warm.start(machine.platform, {}, "another rank of this machine has a process for that")
+    try:
+        return _executor(config, checkpoint, machine, decisions, team, receive, warming)
+    except BaseException:
+        if warming is not None:
+            warming.close()
+        raise
+
+
+def _executor(
+    config: Config, checkpoint: Checkpoint, machine: Machine, decisions: list[Decision], team: Team,
+    receive: Callable[[], Told], warming: Warming | None,
+) -> Executor:  # fmt: skip
     model = _loaded(config, checkpoint, machine, decisions, team)
     kept = kept_of(config, checkpoint, machine.platform, machine.ops, machine.dtype, model, decisions)
     team.loaded(_read(model))
@@ -377,6 +400,8 @@ def build_executor(config: Config, checkpoint: Checkpoint, team: Team, receive: 
         alike(told.facts, mine, team.groups.rank)
         sizes = kept.page, checkpoint.context_length, machine.running, machine.chunk
         need = Need(Rehearsed(whole), kept.backend, machine.ops, kept.dtype, *sizes, False, kept.scales)
+        if warming is not None:
+            warming.wait()
         warm.rehearse(need, platform, told.shapes, team.measured)
         told = receive()
     if not isinstance(told, Pages):
@@ -420,9 +445,17 @@ def _taken(model: Model, sites: Sites | None, machine: Machine) -> int:
     return found + (0 if sites is None or on_host else sites.nbytes)
 
 
+def _reading(config: Config, machine: Machine) -> Machine:
+    """For a model that reads whole texts: as many texts and tokens as a step of it may have."""
+    schedule = config.schedule
+    running = schedule.max_running_requests or max(machine.running, POOLED_ROWS)
+    return replace(machine, running=running, chunk=schedule.chunked_prefill_size or max(machine.chunk, POOLED_TOKENS))
+
+
 def _build_pooled(
-    config: Config, checkpoint: Checkpoint, machine: Machine, decisions: list[Decision], phase: _Phase
-) -> Built:
+    config: Config, checkpoint: Checkpoint, machine: Machine, decisions: list[Decision], phase: _Phase,
+    warming: Warming | None,
+) -> Built:  # fmt: skip
     """A model that does not generate: no pages, no sampling, whole texts."""
     platform, pooling = machine.platform, checkpoint.pooling
     assert pooling is not None
@@ -432,14 +465,11 @@ def _build_pooled(
     ctx = BuildContext(
         ops, machine.dtype, platform.device, quant=quant.method_for(config.model.quantization, checkpoint.stored)
     )
-    warming = warm.start(platform, {}, "texts are read whole, by few kernels")
     model = load_pooled(checkpoint, ctx, log.progress(_log, "loading", checkpoint.name))
     if isinstance(model.body, Decoder) and (why := refusal(model.body.memory, model.body.attention_specs)) is not None:
         raise ConfigError(f"task {pooling.task}: {checkpoint.model_type} cannot be served so: {why}", param="task")
     phase.end("weights")
-    schedule = config.schedule
-    running = schedule.max_running_requests or max(machine.running, POOLED_ROWS)
-    chunk = schedule.chunked_prefill_size or max(machine.chunk, POOLED_TOKENS)
+    running, chunk = machine.running, machine.chunk
     decisions[:] = [
         d for d in decisions if d.name not in ("max_running_requests", "chunked_prefill_size", "mixed_prefill_size")
     ]

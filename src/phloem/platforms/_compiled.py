@@ -6,6 +6,7 @@ the versions of the compiler and of torch, and the kernels' source.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.metadata
@@ -150,8 +151,11 @@ def _version(package: str) -> str:
 
 
 def _drop_old(mine: Path) -> None:
-    """Of the other directories only the ones that were used last stay."""
-    others = [path for path in mine.parent.iterdir() if path.is_dir() and path != mine]
-    others.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in others[KEPT:]:
+    """Of the other directories only the ones that were used last stay. Processes that start together all do this."""
+    others: list[tuple[float, Path]] = []
+    for path in mine.parent.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another one has dropped it
+            if path.is_dir() and path != mine:
+                others.append((path.stat().st_mtime, path))
+    for _, path in sorted(others, reverse=True)[KEPT:]:
         shutil.rmtree(path, ignore_errors=True)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 ALIGNMENT = 16  # bytes: kernels load aligned vectors
+MOST = 64  # buffers of the ring
 
 
 @dataclass(slots=True)
@@ -44,7 +45,7 @@ class Arriving:
 
 
 class Streams:
-    """One copy stream and a ring of staging buffers, of which a step takes up to three.
+    """One copy stream and a ring of staging buffers, of which a step takes few; it grows where they are all in use.
 
     `cuda` is torch.cuda, or what stands in for it in a test.
     """
@@ -134,8 +135,12 @@ class Streams:
         self._next = (self._next + 1) % len(self._buffers)
 
     def _buffer(self, size: int) -> Tensor:
-        if self._used[self._next] is not None:
-            self._used[self._next].synchronize()
+        used = self._used[self._next]
+        if used is not None and len(self._buffers) < MOST and not used.query():
+            self._buffers.insert(self._next, None)
+            self._used.insert(self._next, None)
+        elif used is not None:
+            used.synchronize()
         found = self._buffers[self._next]
         if found is None or found.numel() < size:
             grown = 1 << (size - 1).bit_length()

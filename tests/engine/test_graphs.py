@@ -18,6 +18,7 @@ from phloem.engine.recorded.graphs import StepGraphs, bucket_sizes
 from phloem.engine.recorded.looks import Looks
 from phloem.kernels.graph import Interrupted, RecordError
 from phloem.kernels.graph_cuda import Recorder, alias
+from phloem.platforms import _streams as streams_file
 from phloem.platforms._streams import Streams
 
 
@@ -512,12 +513,23 @@ def test_inputs_go_up_in_one_copy_and_keep_shape_and_type() -> None:
         assert tensor.data_ptr() % 16 == 0 or not tensor.numel()
 
 
-def test_a_staging_buffer_is_written_again_only_after_its_copy() -> None:
+def test_a_staging_buffer_is_written_again_only_after_its_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams_file, "MOST", 2)
     cuda = FakeCuda()
     side = streams(cuda)
     for value in range(3):
         side.up([np.full(4, value, np.int32)])
     assert cuda.log == ["event on main", "event on main", "host waits for main", "event on main"]
+
+
+def test_a_ring_whose_buffers_are_all_in_use_grows_and_nobody_waits() -> None:
+    cuda = FakeCuda()
+    side = streams(cuda)
+    for value in range(streams_file.MOST):
+        side.up([np.full(4, value, np.int32)])
+    assert cuda.log == ["event on main"] * streams_file.MOST
+    side.up([np.full(4, 7, np.int32)])
+    assert cuda.log[-2:] == ["host waits for main", "event on main"]
 
 
 def test_results_come_down_behind_the_computation_and_beside_the_next() -> None:

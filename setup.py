@@ -57,8 +57,8 @@ LEVELS["avxvnni"] = [*LEVELS["avx2"], "-DPHL_VNNI=1", *VNNI]
 PARTIAL = {"avxvnni": VNNI, "amx": AMX, "i8mm": I8MM}
 # A library that runs with glibc 2.28: functions that newer ones have twice are taken in their first form.
 OLD_GLIBC = ["-include", str(CSRC / "old_glibc.h")]
-# gcc 12 finds, at -O3, that unpacking a block of Q2_K for AVX-512 writes nothing, and leaves the call out: what functions
-# do to memory is not concluded from their bodies, by the compilers that know these words.
+# gcc 12 finds, at -O3, that unpacking a block of Q2_K for AVX-512 writes nothing, and leaves the call out: what
+# functions do to memory is not concluded from their bodies, by the compilers that know these words.
 CAREFUL = ["-fno-ipa-modref", "-fno-ipa-pure-const"]
 MOST_JOBS = 8  # compilers at a time; each takes up to half a gigabyte
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import gpu_card
 import numpy as np
 import torch
 from gpu_models import Dummy, decode_work, prefill_flops
@@ -17,36 +18,18 @@ from torch import Tensor
 from phloem.core.batch import FROM_DEVICE, Batch
 from phloem.engine.forward import run_forward
 from phloem.engine.inputs import StepInputs
-from phloem.kernels.graph_cuda import Recorder
 
 TRACED_STEPS = 24
 STEP_BYTES = 6 << 30  # for activations, graphs and libraries
 
 
 def timed(device: torch.device, run: Callable[[], Any], least: int, seconds: float) -> list[float]:
-    """Seconds of single runs, by device events where there are any: `least` runs (2 in a dry run), or `seconds`."""
-    run()
-    _sync(device)
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < (least if seconds > 0.1 else 2) or time.perf_counter() < end:
-        if device.type == "cuda":
-            begin, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            run()
-            after.record()
-            after.synchronize()
-            times.append(begin.elapsed_time(after) / 1e3)
-        else:
-            begun = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - begun)
-    return times
+    """Seconds of single runs on the process's card (`gpu_card.timed`)."""
+    return gpu_card.timed(run, least, seconds)
 
 
 def _sync(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    gpu_card.here().wait()
 
 
 @dataclass
@@ -73,14 +56,13 @@ def measure_floors(device: torch.device, tiny: bool, float8: torch.dtype) -> Flo
     a, b = (torch.randn(n, n, device=device).to(torch.bfloat16) for _ in range(2))
     product = statistics.median(timed(device, lambda: a @ b, 5, 0.5))
     flops_8 = None
-    if device.type == "cuda":
-        try:
-            a8, b8 = a.to(float8), b.t().contiguous().to(float8).t()
-            one = torch.ones((), device=device)
-            run8 = lambda: torch._scaled_mm(a8, b8, one, one, out_dtype=torch.bfloat16)  # noqa: E731
-            flops_8 = 2 * n**3 / statistics.median(timed(device, run8, 5, 0.5))
-        except (RuntimeError, NotImplementedError) as error:
-            print(f"  no float8 product here: {error}")
+    try:
+        a8, b8 = a.to(float8), b.t().contiguous().to(float8).t()
+        one = torch.ones((), device=device)
+        run8 = lambda: torch._scaled_mm(a8, b8, one, one, out_dtype=torch.bfloat16)  # noqa: E731
+        flops_8 = 2 * n**3 / statistics.median(timed(device, run8, 5, 0.5))
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        print(f"  no float8 product here: {error}")
     return Floors(2 * size / copy, 2 * n**3 / product, flops_8)
 
 
@@ -102,13 +84,10 @@ def bench_decode(
     """Time of a captured decode step on the device against its floor."""
     inputs = dummy.inputs([1] * rows, [context] * rows)
     run = decode_step(dummy, inputs)
-    step, replay, capture = run, run, None
-    if dummy.device.type == "cuda":
-        begun = time.perf_counter()
-        graph, _ = Recorder(dummy.device).record(step)
-        capture = time.perf_counter() - begun
-        replay = graph.replay
-    times = timed(dummy.device, replay, 5, seconds)
+    begun = time.perf_counter()
+    graph, _ = dummy.recorder().record(run)
+    capture = time.perf_counter() - begun
+    times = timed(dummy.device, graph.replay, 5, seconds)
     best = statistics.median(times)
     work = decode_work(dummy.config, rows, context, weight_size, dummy.pool.dtype.itemsize)
     floor = work.floor(floors.bytes_per_second, floors.flops(float8))
@@ -161,29 +140,35 @@ def bench_pieces(dummy: Dummy, counts: list[int], seconds: float) -> list[dict[s
     return rows
 
 
-def _runner(dummy: Dummy, rows: int, context: int) -> Any:
+def _runner(dummy: Dummy, rows: int, context: int, sizes: list[int]) -> tuple[Any, dict[str, Any]]:
+    """A runner whose decode steps of these sizes are recorded by now (on a card it would record in pauses, of which a
+    measurement has none), and what became of the recordings."""
     from phloem.engine.runner import ModelRunner
     from phloem.platforms._facts import StepFacts
-    from phloem.platforms._streams import Streams
 
-    streams = Streams(dummy.device) if dummy.device.type == "cuda" else None
+    streams = gpu_card.here().streams()
     facts = StepFacts(records_idle=streams is not None)
+    way = dummy.graphs(rows, context)
+    way.graphs.sizes[:] = sizes
+    with torch.inference_mode():
+        way.graphs.record_all()
+    told = {"recorded": [size for size in sizes if way.graphs.refusal(size) is None]}
+    told |= {"given_up": dict(way.graphs.given_up)} if way.graphs.given_up else {}
     whole = dummy.model, dummy.backend, dummy.pool, dummy.ops
-    return ModelRunner(*whole, rows, facts=facts, recorded=[dummy.graphs(rows, context)], streams=streams)
+    return ModelRunner(*whole, rows, facts=facts, recorded=[way], streams=streams), told
 
 
 def bench_runner(dummy: Dummy, rows: int, context: int, steps: int, device_ms: float) -> dict[str, Any]:
     """Decode steps through the engine's runner, the next one launched before the last one's tokens are read.
 
-    The idle share is that of `phloem bench step`: the time between kernels in a trace of some more steps. Without a
-    device it is what of the wall time `device_ms` does not fill.
+    The idle share is that of `phloem bench step`: the time between kernels in a trace of some more steps. Where the
+    trace shows none it is what of the wall time `device_ms` does not fill.
     """
     from phloem.bench._timeline import device_figures
-    from phloem.bench._trace import traced
     from phloem.core.batch import Admission
     from phloem.core.request import SamplingParams
 
-    runner = _runner(dummy, rows, context + steps + 64)
+    runner, graphs = _runner(dummy, rows, context + steps + 64, [rows])
     width = -(-(context + steps + 8) // dummy.page_size)
     table = (np.arange(rows * width) % (dummy.pool.num_pages[0] - 1) + 1).reshape(rows, width).astype(np.int32)
     slots, ones = np.arange(rows, dtype=np.int32), np.ones(rows, np.int32)
@@ -214,16 +199,14 @@ def bench_runner(dummy: Dummy, rows: int, context: int, steps: int, device_ms: f
         return time.perf_counter() - begun
 
     try:
-        warm = min(8, steps // 2)  # the policy records the graph in these
+        warm = min(8, steps // 2)
         run(0, warm)
         wall = run(warm, steps) / (steps - warm)
-        seen = None
-        if dummy.device.type == "cuda":
-            last = min(steps, warm + TRACED_STEPS)
-            seen = device_figures(traced(lambda: run(warm, last)), last - warm, top=5)
+        last = min(steps, warm + TRACED_STEPS)
+        seen = device_figures(gpu_card.here().trace(lambda: run(warm, last)), last - warm, top=5)
     finally:
         runner.close()
-    found = {"rows": rows, "context": context, "wall_ms": wall * 1e3, "tok_per_s": rows / wall}
+    found = {"rows": rows, "context": context, "wall_ms": wall * 1e3, "tok_per_s": rows / wall, "graphs": graphs}
     if seen is None:
         return {**found, "gpu_idle": max(0.0, 1 - device_ms / 1e3 / wall)}
     return {**found, "gpu_idle": seen["device_idle"], "launches": seen["launches"], "top_kernels": seen["top"]}
@@ -263,7 +246,8 @@ def bench_serving(dummy: Dummy, rate: float, seconds: float, prompt: int, output
     from phloem.scheduler.scheduler import Scheduler, ScheduleSettings
 
     vocab, context = dummy.config["vocab_size"], prompt + output + 64
-    runner = _runner(dummy, running, context)
+    sizes = [1 << power for power in range(running.bit_length()) if 1 << power < running]
+    runner, graphs = _runner(dummy, running, context, [*sizes, running])
     came: dict[str, float] = {}
     seen: dict[str, list[float]] = {}
     failures: list[str] = []
@@ -305,6 +289,7 @@ def bench_serving(dummy: Dummy, rate: float, seconds: float, prompt: int, output
     gaps = [b - a for times in seen.values() for a, b in pairwise(times)]
     return {
         "rate": rate,
+        "graphs": graphs,
         "requests": len(arrivals),
         "failed": len(failures),
         "failures": sorted(set(failures))[:3],
@@ -329,7 +314,7 @@ def bench_transformers(
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(model_config, dtype=dtype).eval()
     forward = model.forward
-    if device.type == "cuda":
+    if not gpu_card.here().pretended:
         forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=False)
     results: list[dict[str, Any]] = []
     for rows in batches:

@@ -1,502 +1,353 @@
 """One command for a machine with a GPU: is every kernel right on it, and how fast is the engine against its floors?
 
     python scripts/gpu_check.py                      everything; results under benchmarks/results/
+    python scripts/gpu_check.py --plan               what to run in three calls of ten minutes, and what to carry there
+    python scripts/gpu_check.py --call 1             one of those
     python scripts/gpu_check.py --only kernels       correctness of the kernels alone
     python scripts/gpu_check.py --dry-run --out DIR  on a CPU, tiny: shows that the script works, and nothing else
 
-It needs torch, Triton and numpy, for serving msgspec as well, for the comparison transformers; what is missing is
-said and left out. Weights are random, nothing is downloaded. Exit status: 0 all right, 1 something is wrong, 2 no GPU.
+It needs torch, Triton, numpy and msgspec, for servers what `--plan` names, for the comparison transformers; what is
+missing is said and left out. Weights are random, nothing is downloaded. Each section is a process, ended when its time
+is over; each kernel is checked where it can end no other. What is found is written as it is found. Exit status: 0 all
+right, 1 something is wrong, 2 no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import importlib.util
+import atexit
+import contextlib
+import itertools
 import json
 import os
-import platform
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "src")]
-SECTIONS = ("kernels", "models", "floors", "cold", "shared", "llama", "llama-fp8", "qwen", "qwen-fp8", "transformers")
-SECTIONS += ("peers", "experts", "ranks")
-BATCHES = (1, 8, 32, 128, 256)
-GRACE = 40.0  # seconds that the last section may take beyond the limit
-LEFT_BYTES = 64 << 20  # workspaces of libraries stay
-PIECES = [16, 64, 256, 1024, 2048]  # tokens of a prefill step, eagerly and in recorded pieces
+sys.path.insert(0, str(HERE))
+
+import gpu_watch  # noqa: E402
+from gpu_page import failures, markdown  # noqa: E402
+from gpu_plan import CALL_SECONDS, LIMIT, PEER_SECONDS, SECTIONS, fits, of_call, plan  # noqa: E402
+from gpu_watch import Child, Pool, watch  # noqa: E402
+
+ENDING = 20.0  # seconds of the limit that are kept for ending what hangs, and for writing
+QUESTION = 90.0  # seconds for one kernel or model: compiling is most of them
+WORKERS = max(1, min(6, (os.cpu_count() or 2) // 2))
+DRY_SECONDS = 3600.0  # the interpreter takes its time
+LOST_GIB = 1.0  # of the device's free memory, between two sections
+_MACHINE = """
+import json, platform, sys
+import torch, triton
+found = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
+if sys.argv[1] == "card":
+    if not torch.cuda.is_available():
+        print(f"no GPU: torch {torch.__version__} finds no device; --dry-run --out DIR tries the script on a CPU")
+        sys.exit(2)
+    props = torch.cuda.get_device_properties(0)
+    found |= {"gpu": props.name, "memory_gib": props.total_memory / 2**30, "processors": props.multi_processor_count}
+    found["free_gib"] = torch.cuda.mem_get_info()[0] / 2**30
+print("@@ " + json.dumps(found))
+"""
 
 
 class Check:
-    """The run: its device, its clock and what it found."""
+    """The run: its clock, its children and what it found."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        import torch
-
-        from phloem.platforms._facts import own_float8
-
+    def __init__(self, args: argparse.Namespace, child: list[str] | None = None) -> None:
         self.args = args
         self.tiny: bool = args.dry_run
-        self.device = torch.device("cpu" if self.tiny else "cuda")
-        self.dtype = torch.float32 if self.tiny else torch.bfloat16
-        self.float8 = own_float8()
-        self.begun = time.perf_counter()
-        self.report: dict[str, Any] = {"machine": machine(self.tiny), "dry_run": self.tiny, "skipped": {}, "errors": {}}
-        self.report["left_mib"] = {}
+        self.begun = time.monotonic()
+        self.report: dict[str, Any] = {"machine": {}, "dry_run": self.tiny, "skipped": {}, "errors": {}, "left": {}}
+        self.report |= {"section_s": {}, "free_gib": {}, "left_mib": {}}
+        self._child = child or [sys.executable, str(HERE / "gpu_child.py")]
+        self._marks = (f"{os.getpid()}-{number}" for number in itertools.count())
+        self._mark = next(self._marks)
+        self._place = Path(tempfile.mkdtemp(prefix="gpu-check-"))
+        self._written, self._lock = 0.0, threading.RLock()
+        self.stem: Path | None = None
 
     @property
     def left(self) -> float:
-        return self.args.seconds - (time.perf_counter() - self.begun)
+        return self.args.seconds - (time.monotonic() - self.begun)
 
-    def section(self, name: str, needs: float, run: Callable[[], Any]) -> None:
-        """Run one section if it is wanted and time is left; an error is noted and the next section runs."""
-        if self.args.only and not any(name.startswith(only) for only in self.args.only.split(",")):
-            return
-        if self.left < needs and not self.tiny:
-            self.report["skipped"][name] = f"{self.left:.0f} s were left, it needs about {needs:.0f}"
-            print(f"== {name}: skipped, {self.report['skipped'][name]}", flush=True)
-            return
-        print(f"== {name}", flush=True)
-        begin = time.perf_counter()
-        try:
-            found = run()
-        except ImportError as error:
-            self.report["skipped"][name] = f"missing: {error}"
-            print(f"  skipped: {error}")
-        except Exception as error:
-            # What another engine cannot do here is no fault of ours.
-            where = "skipped" if name == "transformers" else "errors"
-            self.report[where][name] = f"{type(error).__name__}: {error}"[:1000]
-            traceback.print_exc()
-        else:
-            self.report[name] = found
-        print(f"  {time.perf_counter() - begin:.1f} s", flush=True)
-        self._leave_nothing(name)
+    def environment(self, name: str) -> dict[str, str]:
+        """With temporary files in a place that goes with the section."""
+        place = self._place / name
+        place.mkdir(exist_ok=True)
+        path = os.pathsep.join(filter(None, (str(HERE.parent / "src"), os.environ.get("PYTHONPATH"))))
+        return {**os.environ, "TMPDIR": str(place), "PYTHONPATH": path}
 
-    def _leave_nothing(self, name: str) -> None:
-        """What a section still holds would be missing from the next one; that it holds something is an error."""
-        gc.collect()
-        if self.device.type != "cuda":
-            return
-        import torch
+    def start(self, name: str, *arguments: str) -> Child:
+        command = [*self._child, *arguments, *(["--tiny"] if self.tiny else [])]
+        return Child(command, self._mark, self.environment(name), lambda line: print(line, flush=True))
 
-        torch.cuda.empty_cache()
-        left = torch.cuda.memory_allocated(self.device)
-        self.report["left_mib"][name] = left / 2**20
-        if left > LEFT_BYTES:
-            self.report["errors"][f"{name} left memory behind"] = f"{left / 2**20:.0f} MiB are still allocated"
+    def machine(self) -> int:
+        """What this runs on; 0, or the exit status where nothing can run."""
+        kind = "host" if self.tiny else "card"
+        command = [sys.executable, "-c", _MACHINE, kind]
+        child = Child(command, self._mark, self.environment("machine"), lambda line: print(line, flush=True))
+        why = watch(child, 120.0, self.report["machine"].update)
+        if not self.report["machine"]:
+            print(f"nothing can be checked here: {why}")
+            return 2
+        self.report["machine"] |= {"date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()), "commit": commit(self.args)}
+        if self.tiny:
+            self.report["machine"]["memory_gib"] = self.args.pretend_gib
+        name = "dry-run" if self.tiny else self.report["machine"]["gpu"].lower().replace(" ", "-")
+        when = time.strftime("%Y%m%d-%H%M", time.gmtime())
+        self.stem = self.args.out / f"gpu-check-{name}-{when}-{self.report['machine']['commit']}"
+        return 0
 
-    # sections
-
-    def kernels(self) -> list[dict[str, Any]]:
-        import gpu_kernels
-        import torch
-
-        found = gpu_kernels.run(self.device, self.dtype, self.tiny, self.args.checks)
-        if not self.tiny:
-            # float32 shows an error of logic that the rounding of bf16 might hide.
-            found += gpu_kernels.run(self.device, torch.float32, True, self.args.checks)
-        for outcome in found:
-            verdict = "ok" if outcome.ok else "WRONG"
-            error = f"error {outcome.error:.2g} (limit {outcome.limit:.2g})"
-            print(f"  {verdict:5} {outcome.name:26} {error} {outcome.message}")
-        return gpu_kernels.as_dicts(found)
-
-    def models(self) -> list[dict[str, Any]]:
-        import gpu_kernels
-        import gpu_models
-        import torch
-
-        found = []
-        for dtype in (torch.float32,) if self.tiny else (torch.float32, torch.bfloat16):
-            found += gpu_models.check_models(self.device, dtype, self.ops())
-        for outcome in found:
-            print(
-                f"  {'ok' if outcome.ok else 'WRONG':5} {outcome.name:44} error {outcome.error:.2g} {outcome.message}"
-            )
-        return gpu_kernels.as_dicts(found)
-
-    def ops(self) -> Any:
-        from phloem.kernels.triton import table
-
-        return table.table()
-
-    def floors(self) -> dict[str, Any]:
-        import gpu_bench
-
-        found = gpu_bench.measure_floors(self.device, self.tiny, self.float8)
-        self.report["_floors"] = found
-        eight = f", float8 {found.flops_8 / 1e12:.0f}" if found.flops_8 else ""
-        print(
-            f"  copy {found.bytes_per_second / 1e12:.2f} TB/s, matmul bf16 {found.flops_16 / 1e12:.0f}{eight} TFLOP/s"
-        )
-        return {"bytes_per_second": found.bytes_per_second, "flops_16": found.flops_16, "flops_8": found.flops_8}
-
-    def benchmark(self, config: dict[str, Any], float8: bool, serve: bool) -> dict[str, Any]:
-        import gpu_bench
-        import gpu_experts
-        import gpu_models
-        import torch
-
-        floors = self.report.get("_floors") or gpu_bench.measure_floors(self.device, self.tiny, self.float8)
-        batches, context, prompt = ((1, 2), 40, 48) if self.tiny else (BATCHES, 1024, 4096)
-        seconds = 0.01 if self.tiny else 0.5
-        size = 1 if float8 else self.dtype.itemsize
-        if not self.tiny:
-            free = torch.cuda.mem_get_info(self.device)[0]
-            batches = tuple(gpu_bench.fitting(config, free, size, BATCHES, context, self.dtype.itemsize))
-            if not batches:
-                raise MemoryError(f"{free / 2**30:.0f} GiB are free: not enough for these weights and one row")
-        begin = time.perf_counter()
-        page = 16
-        pages = max(batches) * -(-(context + 192) // page) + prompt // page + 64
-        with torch.inference_mode():
-            # A dry run measures the reference table: the interpreter would take minutes.
-            ops = gpu_models.Ops() if self.tiny else self.ops()
-            wide = self.float8 if float8 else None
-            dummy = gpu_models.Dummy(config, ops, self.device, self.dtype, pages, wide, triton=not self.tiny)
-            dummy.fill_cache()
-            found: dict[str, Any] = {
-                "weight_gib": dummy.model.weight_bytes / 2**30,
-                "build_s": time.perf_counter() - begin,
-                "decode": [],
-                "runner": [],
-            }
-            for rows in batches:
-                row = gpu_bench.bench_decode(dummy, floors, rows, context, size, float8, seconds)
-                found["decode"].append(row)
-                rate = f"{row['step_ms']:.2f} ms, {row['tok_per_s']:.0f} tok/s"
-                if not self.tiny:
-                    with gpu_experts.late():
-                        after = gpu_bench.bench_decode(dummy, floors, rows, context, size, float8, seconds)
-                    row["late_ms"] = after["step_ms"]
-                    rate += f" ({row['late_ms']:.2f} ms without early launches)"
-                print(f"  decode {rows:3}: {rate}, {row['of_floor']:.2f} of floor", flush=True)
-            prefill = found["prefill"] = gpu_bench.bench_prefill(dummy, floors, prompt, float8, seconds)
-            print(f"  prefill {prompt}: {prefill['tok_per_s']:.0f} tok/s, {prefill['of_matmul_rate']:.2f} of matmul")
-            if serve:
-                found["pieces"] = gpu_bench.bench_pieces(dummy, [16, 40] if self.tiny else PIECES, seconds / 2)
-                for row in found["pieces"]:
-                    ran = row["refused"] if row["pieces_ms"] is None else f"{row['pieces_ms']:.2f} ms"
-                    print(f"  prefill {row['tokens']:4}: eager {row['eager_ms']:.2f} ms, in pieces {ran}")
-        if serve:
-            self._serve(dummy, found, context)
-        return found
-
-    def _serve(self, dummy: Any, found: dict[str, Any], context: int) -> None:
-        import gpu_bench
-
-        try:
-            for row in found["decode"]:
-                steps = 6 if self.tiny else 120
-                one = gpu_bench.bench_runner(dummy, row["rows"], context, steps, row["step_ms"])
-                found["runner"].append(one)
-                print(f"  runner {one['rows']:3}: {one['wall_ms']:.2f} ms a step, GPU idle {one['gpu_idle']:.1%}")
-            most = max(row["rows"] for row in found["decode"])  # what the card's memory allows
-            how = (50.0, 0.1, 20, 4, 4) if self.tiny else (16.0, 12.0, 512, 128, most)
-            found["serving"] = gpu_bench.bench_serving(dummy, *how)
-            print(f"  serving: {found['serving']}")
-        except ImportError as error:
-            self.report["skipped"]["serving"] = f"missing: {error}"
-            print(f"  serving skipped: {error}")
-
-    def experts(self) -> dict[str, Any]:
-        """Each kernel that may multiply many rows of experts."""
-        import gpu_experts
-        import gpu_models
-
-        config = {**gpu_models.TINY_MOE, "num_experts": 2} if self.tiny else gpu_models.QWEN3_30B_A3B
-        found: dict[str, Any] = {}
-        for name, float8 in ((str(self.dtype).removeprefix("torch."), None), ("float8", self.float8)):
-            seconds = 0.01 if self.tiny else 0.2
-            found[name] = gpu_experts.bench_experts(config, self.device, self.dtype, float8, seconds)
-        print("\n".join(f"  {line}" for line in gpu_experts.lines(found)))
-        return found
-
-    def cold(self) -> dict[str, Any]:
-        """A first start without any cache of kernels, and one with it, each in a process of its own."""
-        import gpu_models
-
-        config = {**(gpu_models.TINY_LLAMA if self.tiny else gpu_models.LLAMA_8B), "architectures": []}
-        less = ["--requests", "6", "--flight", "3", "--prompt", "20", "--output", "4", "--device", "cpu"]
-        found: dict[str, Any] = {}
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "config.json"
-            path.write_text(json.dumps(config))
-            environment = {key: value for key, value in os.environ.items() if key != "TRITON_CACHE_DIR"}
-            environment |= {"XDG_CACHE_HOME": folder}
-            for name in ("first start", "second start"):
-                command = [sys.executable, str(HERE / "gpu_cold.py"), str(path), *(less if self.tiny else [])]
-                done = subprocess.run(
-                    command, env=environment, capture_output=True, text=True, timeout=max(30.0, self.left)
-                )
-                if done.returncode != 0:
-                    raise RuntimeError(f"{name}: {done.stderr.strip()[-800:]}")
-                one = found[name] = json.loads(done.stdout.strip().splitlines()[-1])
-                first, last = one["rounds"][0], one["rounds"][-1]
-                print(
-                    f"  {name}: ready in {one['ready_s']:.1f} s; {first['output_tok_per_s']:.0f} tok/s, then "
-                    f"{last['output_tok_per_s']:.0f}: {one['cold_over_warm']:.2f}; longest TTFT "
-                    f"{first['ttft_ms_max']:.0f} ms, longest gap {first['longest_gap_ms']:.0f} ms"
-                )
-        return found
-
-    def ranks(self) -> dict[str, Any]:
-        """The way of several ranks on one card, against one rank; and two ranks, where there are two cards."""
-        import gpu_models
-
-        shape = gpu_models.TINY_LLAMA if self.tiny else {**gpu_models.LLAMA_8B, "num_hidden_layers": 8}
-        less = ["--device", "cpu", "--turns", "1"] if self.tiny else []
-        found: dict[str, Any] = {}
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "config.json"
-            path.write_text(json.dumps({**shape, "architectures": []}))
-            for what, where in (("one", path), ("two", Path(folder))):
-                command = [sys.executable, str(HERE / "gpu_ranks.py"), what, str(where), *less]
-                done = subprocess.run(command, capture_output=True, text=True, timeout=max(30.0, self.left))
-                if done.returncode != 0:
-                    raise RuntimeError(f"{what}: {done.stderr.strip()[-800:]}")
-                one = found[what] = json.loads(done.stdout.strip().splitlines()[-1])
-                print(f"  {what}: { ({key: value for key, value in one.items() if key != 'turns'}) }")
-        if not found["two"].get("same_tokens", True):
-            self.report["errors"]["ranks"] = "two ranks answer otherwise than one"
-        return found
-
-    def shared(self) -> dict[str, Any]:
-        """Requests that share a prefix: pages read once a step, and for every row."""
-        return self._servers("shared", ("phloem", "phloem-apart"), ("shared",))
-
-    def peers(self) -> dict[str, Any]:
-        """This engine and those that are installed beside it, under the same requests."""
-        import gpu_peers
-
-        there = [name for name in ("vllm", "sglang") if importlib.util.find_spec(name) is not None]
-        if not there and not self.tiny:
-            raise ImportError("neither vllm nor sglang is installed")
-        return self._servers("peers", ("phloem", *there), tuple(gpu_peers.LOADS))
-
-    def _servers(self, name: str, engines: tuple[str, ...], workloads: tuple[str, ...]) -> dict[str, Any]:
-        import gpu_models
-        import gpu_peers
-
-        shape = gpu_models.TINY_LLAMA if self.tiny else gpu_models.LLAMA_8B
-        config = {**shape, "architectures": ["LlamaForCausalLM"]}
-        loads = gpu_peers.TINY if self.tiny else gpu_peers.LOADS
-        seconds = 120.0 if self.tiny else max(30.0, self.left)
-        device = "cpu" if self.tiny else ""
-        found = gpu_peers.compare(config, engines, [loads[one] for one in workloads], seconds, device)
-        print("\n".join(f"  {line}" for line in gpu_peers.table(found)))
-        if mine := [why for engine, why in found["skipped"].items() if engine.startswith("phloem")]:
-            self.report["errors"][name] = mine[0]
-        return found
-
-    def transformers(self) -> list[dict[str, Any]]:
-        import gpu_bench
-        import gpu_models
-
-        config = gpu_models.TINY_LLAMA if self.tiny else gpu_models.LLAMA_8B
-        batches, context = ([2], 40) if self.tiny else ([1, 32], 1024)
-        found = gpu_bench.bench_transformers(
-            config, self.device, self.dtype, batches, context, 0.01 if self.tiny else 0.5
-        )
-        for row in found:
-            print(f"  transformers {row['rows']:3}: {row['step_ms']:.2f} ms, {row['tok_per_s']:.0f} tok/s")
-        return found
+    def wanted(self) -> list[str]:
+        """Sections by the order of the plan. A section's own name means that one alone, else all that begin so."""
+        names = of_call(self.args.call) if self.args.call else list(SECTIONS)
+        only = [one for one in self.args.only.split(",") if one]
+        exact = {one for one in only if one in SECTIONS}
+        begin = tuple(one for one in only if one not in SECTIONS)
+        return [name for name in names if not only or name in exact or (begin and name.startswith(begin))]
 
     def run(self) -> None:
-        import gpu_models
+        for name in self.wanted():
+            self.section(name)
+        self.write()
 
-        llama = gpu_models.TINY_LLAMA if self.tiny else gpu_models.LLAMA_8B
-        qwen = gpu_models.TINY_MOE if self.tiny else gpu_models.QWEN3_30B_A3B
-        self.section("kernels", 60, self.kernels)
-        self.section("models", 30, self.models)
-        self.section("floors", 10, self.floors)
-        self.section("experts", 30, self.experts)
-        self.section("cold", 120, self.cold)
-        self.section("ranks", 90, self.ranks)
-        self.section("shared", 120, self.shared)
-        self.section("llama", 60, lambda: self.benchmark(llama, False, True))
-        self.section("llama-fp8", 45, lambda: self.benchmark(llama, True, False))
-        self.section("qwen", 60, lambda: self.benchmark(qwen, False, True))
-        self.section("qwen-fp8", 60, lambda: self.benchmark(qwen, True, False))
-        self.section("transformers", 90, self.transformers)
-        self.section("peers", 240, self.peers)
-        self.report.pop("_floors", None)
-        self.report["seconds"] = time.perf_counter() - self.begun
+    def section(self, name: str) -> None:
+        """Run one section, if the card and the time suffice; what comes of it is noted, and the next one can run."""
+        one, needs = SECTIONS[name], SECTIONS[name].seconds * (0.0 if self.tiny else 0.6)
+        why = fits(one, self.report["machine"].get("memory_gib", 0.0))
+        if not why and self.left - ENDING < needs:
+            why = f"{self.left - ENDING:.0f} s were left, it needs about {one.seconds:.0f}"
+        if why:
+            self.report["skipped"][name] = why
+            print(f"== {name}: skipped, {why}", flush=True)
+            return
+        print(f"== {name}", flush=True)
+        begun, memory, self._mark = time.monotonic(), gpu_watch.in_memory(), next(self._marks)
+        limit = one.seconds * LIMIT * (5 if self.tiny else 1) + (2 * PEER_SECONDS if name == "peers" else 0.0)
+        limit = min(self.left - ENDING, self.args.limit or limit)
+        try:
+            if name in ("kernels", "models"):
+                self._ask(name, limit)
+            else:
+                self._measure(name, limit)
+        except Exception as error:  # of this script itself
+            self.report["errors"][name] = f"{type(error).__name__}: {error}"[:1000]
+        self._clean(name, memory)
+        self.report["section_s"][name] = time.monotonic() - begun
+        print(f"  {self.report['section_s'][name]:.1f} s", flush=True)
+        self.write()
+
+    def _measure(self, name: str, limit: float) -> None:
+        ended: list[dict[str, Any]] = []
+
+        def heard(told: dict[str, Any]) -> None:
+            if "found" in told:
+                self.report[name] = told["found"]
+            if "skipped" in told:
+                self.report["skipped"][name] = told["skipped"]
+                print(f"  skipped: {told['skipped']}", flush=True)
+            if "error" in told:
+                self._wrong(name, told)
+            if "left_mib" in told:
+                self.report["left_mib"][name] = told["left_mib"]
+                ended.append(told)
+            if "free_gib" in told:
+                self._free(name, told["free_gib"])
+            self.write(often=True)
+
+        # By the clock of the machine: starting takes a part of it.
+        more = ["--until", f"{time.monotonic() + limit - 5:.1f}", "--pretend-gib", str(self.args.pretend_gib)]
+        more += ["--floors", json.dumps(self.report["floors"])] if "floors" in self.report else []
+        device = self.args.engine_device or ("cpu" if self.tiny else "")
+        more += ["--engine-device", device] if device else []
+        why = watch(self.start(name, name, *more), limit, heard)
+        if why and not ended:
+            self._wrong(name, {"error": why})
+
+    def _wrong(self, name: str, told: dict[str, Any]) -> None:
+        # What another engine cannot do here is no fault of ours.
+        where = "skipped" if name == "transformers" else "errors"
+        of = f"{name} {told['of']}" if "of" in told else name
+        before = f"{self.report[where][of]}; then: " if of in self.report[where] else ""
+        self.report[where][of] = before + told["error"]
+        print(f"  WRONG: {told['error']}", flush=True)
+
+    def _free(self, name: str, free: float) -> None:
+        """Processes have gone; if less memory is free than before them, it is lost to whatever comes."""
+        most = max(self.report["free_gib"].values(), default=free)
+        if most - free > LOST_GIB:
+            self.report["errors"][f"memory before {name}"] = f"{free:.1f} GiB are free, {most:.1f} were"
+        self.report["free_gib"][name] = free
+
+    def _ask(self, name: str, limit: float) -> None:
+        """Kernels and models: one question for each and each type, to workers that may die of it."""
+        rows: list[dict[str, Any]] = self.report.setdefault(name, [])
+
+        def answered(question: dict[str, Any], answer: dict[str, Any] | str) -> None:
+            found = outcomes(question, answer)
+            for row in found:
+                error = "" if row["error"] is None else f"error {row['error']:.2g} (limit {row['limit']:.2g})"
+                print(f"  {'ok' if row['ok'] else 'WRONG':5} {row['name']:44} {error} {row['message']}", flush=True)
+            rows.extend(found)
+            self.write(often=True)
+
+        until = time.monotonic() + limit
+        patience = self.args.question or (600.0 if self.tiny else QUESTION)
+        pool = Pool(lambda: self.start(name, "worker", name), self.args.workers, patience, until)
+        open_ = pool.run(lambda names: self._questions(name, names), answered)
+        if pool.missing:
+            self.report["skipped"][name] = pool.broken
+        elif pool.broken:
+            self.report["errors"][name] = f"no worker starts: {pool.broken}"
+        elif open_:
+            self.report["errors"][name] = f"{open_} of {open_ + pool.asked} were not asked: the time was over"
+
+    def _questions(self, name: str, names: list[str]) -> list[dict[str, Any]]:
+        only = self.args.checks.split(",") if self.args.checks else names
+        # float32 shows an error of logic that the rounding of bf16 might hide.
+        dtypes = ("float32",) if self.tiny else ("bfloat16", "float32")
+        return [
+            {"kind": name, "name": one, "dtype": dtype, "tiny": self.tiny or (name == "kernels" and dtype == "float32")}
+            for dtype in dtypes
+            for one in names
+            if one in only or name == "models"
+        ]
+
+    def _clean(self, name: str, memory: set[str]) -> None:
+        """End what a section left running, and remove what it left lying."""
+        left = [f"ended {line}" for line in gpu_watch.end(self._mark)]
+        left += [f"removed {gpu_watch.MEMORY}/{one}" for one in gpu_watch.forget(memory, alone=not self.tiny)]
+        shutil.rmtree(self._place / name, ignore_errors=True)
+        if left:
+            self.report["left"][name] = "; ".join(left)
+            if name not in self.report["errors"]:  # what is killed cannot tidy up
+                self.report["errors"][f"{name} left something behind"] = self.report["left"][name][:1000]
+
+    def write(self, often: bool = False) -> None:
+        """The report, in two files; `often`: at most once a second."""
+        with self._lock:
+            if self.stem is None or (often and time.monotonic() - self._written < 1.0):
+                return
+            self._written = time.monotonic()
+            self.report["seconds"] = time.monotonic() - self.begun
+            self.stem.parent.mkdir(parents=True, exist_ok=True)
+            for end, text in ((".json", json.dumps(self.report, indent=1) + "\n"), (".md", page(self.report))):
+                part = self.stem.with_name(self.stem.name + end + ".part")
+                part.write_text(text)
+                part.replace(self.stem.with_name(self.stem.name + end))
+
+    def close(self) -> None:
+        gpu_watch.end(self._mark, 1.0)
+        shutil.rmtree(self._place, ignore_errors=True)
 
 
-def machine(dry: bool) -> dict[str, Any]:
-    import torch
-    import triton
+def page(report: dict[str, Any]) -> str:
+    """The report for people; what keeps it from being made costs nothing but itself."""
+    try:
+        return markdown(report)
+    except Exception as error:
+        return f"# {'Dry run' if report['dry_run'] else 'GPU check'}\n\nno page: {type(error).__name__}: {error}\n"
 
-    found: dict[str, Any] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
-    }
-    if not dry:
-        props = torch.cuda.get_device_properties(0)
-        found |= {
-            "gpu": props.name,
-            "memory_gib": props.total_memory / 2**30,
-            "processors": props.multi_processor_count,
-        }
+
+def outcomes(question: dict[str, Any], answer: dict[str, Any] | str) -> list[dict[str, Any]]:
+    """The rows of one question. `answer` is a text where there came none: why."""
+    if isinstance(answer, str):
+        found, why = [], answer
+    else:
+        found, why = list(answer.get("outcomes", [])), str(answer.get("failed", ""))
+        if "dead" in answer and not why and all(row["ok"] for row in found):
+            if found:
+                found[-1] |= {"ok": False, "message": f"afterwards the device did no more: {answer['dead']}"}
+            else:
+                why = f"the device did no more: {answer['dead']}"
+    if why:
+        name = f"{question['name']} ({question['dtype']})"
+        found.append({"name": name, "ok": False, "error": None, "limit": None, "seconds": None, "message": why[:1000]})
     return found
 
 
-def failures(report: dict[str, Any]) -> list[str]:
-    wrong = [row["name"] for part in ("kernels", "models") for row in report.get(part, []) if not row["ok"]]
-    return wrong + [f"{name}: {text}" for name, text in report["errors"].items()]
+def commit(args: argparse.Namespace) -> str:
+    """Of this checkout, which says where files differ from it; where that cannot be asked, as it was told."""
+    if args.commit:
+        return args.commit
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        ask = ["git", "-C", str(HERE), "describe", "--always", "--exclude=*", "--dirty=-changed"]
+        done = subprocess.run(ask, capture_output=True, text=True, timeout=20)
+        if done.returncode == 0 and done.stdout.strip():
+            return done.stdout.strip()
+    return "unknown"
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """The report as a page."""
-    info = report["machine"]
-    title = "Dry run on a CPU: the numbers mean nothing" if report["dry_run"] else f"GPU check on {info['gpu']}"
-    lines = [f"# {title}", "", ", ".join(f"{key} {value}" for key, value in info.items()), ""]
-    checked = [row for part in ("kernels", "models") for row in report.get(part, [])]
-    if checked:
-        wrong = failures(report)
-        lines += [f"{len(checked)} checks, {sum(row['ok'] for row in checked)} right.", ""]
-        lines += [f"- WRONG: {text}" for text in wrong] + ([""] if wrong else [])
-    if floors := report.get("floors"):
-        eight = f", float8 {floors['flops_8'] / 1e12:.0f} TFLOP/s" if floors["flops_8"] else ""
-        rate = f"matmul bf16 {floors['flops_16'] / 1e12:.0f} TFLOP/s{eight}"
-        lines += [f"Floors: copy {floors['bytes_per_second'] / 1e12:.2f} TB/s, {rate}.", ""]
-    if cold := report.get("cold"):
-        lines += ["## Cold start (Llama-8B shapes, 32 in flight)", ""]
-        lines += ["| | ready s | first round tok/s | later tok/s | ratio | longest TTFT ms | compiled late |"]
-        lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
-        for name, one in cold.items():
-            first, last = one["rounds"][0], one["rounds"][-1]
-            late = len((one["kernels"] or {}).get("late", []))
-            rates = f"{first['output_tok_per_s']:.0f} | {last['output_tok_per_s']:.0f} | {one['cold_over_warm']:.2f}"
-            lines.append(f"| {name} | {one['ready_s']:.1f} | {rates} | {first['ttft_ms_max']:.0f} | {late} |")
-        lines.append("")
-    if experts := report.get("experts"):
-        import gpu_experts
-
-        lines += ["## Many rows of experts (Qwen3-30B-A3B shapes)", "", *gpu_experts.lines(experts), ""]
-
-    if ranks := report.get("ranks"):
-        one, two = ranks["one"], ranks["two"]
-        lines += ["## Several ranks", ""]
-        step = f"A decode step of {one['rows']} rows takes {one['ms']['alone']:.3f} ms alone"
-        lines += [f"{step}, as one of several ranks would run it {one['ratio']:.3f} times that. Two ranks:"]
-        lines += [", ".join(f"{key} {value}" for key, value in two.items()), ""]
-    for name, title in (("shared", "A shared prefix of 2,048 tokens"), ("peers", "Beside other engines")):
-        if found := report.get(name):
-            import gpu_peers
-
-            lines += [f"## {title} (Llama-8B shapes)", "", *gpu_peers.table(found), ""]
-    baseline = {row["rows"]: row for row in report.get("transformers", [])}
-    for name in ("llama", "llama-fp8", "qwen", "qwen-fp8"):
-        if found := report.get(name):
-            lines += _model_lines(name, found, baseline if name == "llama" else {})
-    lines += [f"- skipped: {name} ({why})" for name, why in report["skipped"].items()]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _model_lines(name: str, found: dict[str, Any], baseline: dict[int, Any]) -> list[str]:
-    lines = [f"## {name} ({found['weight_gib']:.1f} GiB of random weights)", ""]
-    lines += ["| rows | step ms | tok/s | floor ms | of floor | runner ms | GPU idle | transformers tok/s |"]
-    lines += ["| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
-    runner = {row["rows"]: row for row in found["runner"]}
-    for row in found["decode"]:
-        ran, other = runner.get(row["rows"]), baseline.get(row["rows"])
-        wall, idle = (f"{ran['wall_ms']:.2f}", f"{ran['gpu_idle']:.1%}") if ran else ("", "")
-        theirs = f"{other['tok_per_s']:.0f}" if other else ""
-        numbers = f"{row['step_ms']:.2f} | {row['tok_per_s']:.0f} | {row['floor_ms']:.2f} | {row['of_floor']:.2f}"
-        lines.append(f"| {row['rows']} | {numbers} | {wall} | {idle} | {theirs} |")
-    prefill = found["prefill"]
-    lines += ["", f"Prefill of {prefill['tokens']} tokens: {prefill['tok_per_s']:.0f} tok/s, "]
-    lines[-1] += f"{prefill['tflops']:.0f} TFLOP/s, {prefill['of_matmul_rate']:.2f} of the matmul rate."
-    if found.get("pieces"):
-        lines += ["", "| prefill tokens | eager ms | in pieces ms | recording s | MiB |"]
-        lines += ["| ---: | ---: | ---: | ---: | ---: |"]
-        for row in found["pieces"]:
-            ran = row.get("refused") or f"{row['pieces_ms']:.2f}"
-            took = f"{row['record_s']:.1f} | {row.get('memory_mib', 0):.0f}"
-            lines.append(f"| {row['tokens']} | {row['eager_ms']:.2f} | {ran} | {took} |")
-    if serving := found.get("serving"):
-        kept = (
-            "rate",
-            "requests",
-            "failed",
-            "output_tok_per_s",
-            "ttft_ms_p50",
-            "ttft_ms_p99",
-            "itl_ms_p50",
-            "itl_ms_p99",
-        )
-        lines += ["", "Serving: " + ", ".join(f"{key} {_short(serving[key])}" for key in kept) + "."]
-    return [*lines, ""]
-
-
-def _short(value: Any) -> str:
-    return f"{value:.1f}" if isinstance(value, float) else str(value)
-
-
-def main(argv: list[str] | None = None) -> int:
+def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", action="store_true", help="print what to do with half an hour of a card")
+    parser.add_argument("--call", type=int, choices=(1, 2, 3), default=0, help="the sections of one call of the plan")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, tiny, under Triton's interpreter")
     parser.add_argument("--only", default="", help=f"sections by prefix, with commas: {', '.join(SECTIONS)}")
     parser.add_argument("--checks", default="", help="of the kernels, only these, with commas")
-    parser.add_argument("--seconds", type=float, default=520.0, help="no section begins that would not end by then")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=0.0,
+        help=f"it has ended by then: {CALL_SECONDS:.0f}, of a dry run {DRY_SECONDS:.0f}",
+    )
+    parser.add_argument("--limit", type=float, default=0.0, help="seconds for each section; default: by the plan")
+    parser.add_argument("--question", type=float, default=0.0, help=f"seconds for a kernel or model: {QUESTION:.0f}")
+    parser.add_argument(
+        "--workers", type=int, default=0, help=f"that check kernels beside each other: {WORKERS}, dry: 1"
+    )
+    parser.add_argument("--commit", default="", help="of what is checked, where git cannot be asked")
+    parser.add_argument("--engine-device", default="", help="of the engines that are started")
+    parser.add_argument("--pretend-gib", type=float, default=141.0, help="the memory of a dry run's card")
     parser.add_argument("--out", type=Path, default=HERE.parent / "benchmarks" / "results")
     args = parser.parse_args(argv)
-    if args.dry_run:
-        if args.out == parser.get_default("out"):
-            parser.error("a dry run needs --out: its numbers must not stand among results")
-        os.environ["TRITON_INTERPRET"] = "1"
-    import torch
+    if args.dry_run and args.out == parser.get_default("out"):
+        parser.error("a dry run needs --out: its numbers must not stand among results")
+    args.seconds = args.seconds or (DRY_SECONDS if args.dry_run else CALL_SECONDS)
+    args.workers = args.workers or (1 if args.dry_run else WORKERS)
+    return args
 
-    if not args.dry_run and not torch.cuda.is_available():
-        print(f"no GPU: torch {torch.__version__} finds no device; --dry-run --out DIR tries the script on a CPU")
-        return 2
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        print("Triton is not installed: there are no kernels to check")
-        return 2
+
+def main(argv: list[str] | None = None) -> int:
+    args = parsed(argv)
+    if args.plan:
+        print("\n".join(plan(commit(args))))
+        return 0
+    if args.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"
     check = Check(args)
+    atexit.register(check.close)
+    # Whoever ends this gets what there is.
+    for kind in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(kind, lambda number, frame: out_of_time(check, f"ended by {signal.Signals(number).name}"))
+    if code := check.machine():
+        return code
     if not args.dry_run:
-        watch = threading.Timer(args.seconds + GRACE, out_of_time, (check,))
-        watch.daemon = True
-        watch.start()
+        watcher = threading.Timer(check.left + 10.0, out_of_time, (check, "the script itself hangs"))
+        watcher.daemon = True
+        watcher.start()
     check.run()
     wrong = failures(check.report)
-    stem = write(check)
-    print(markdown(check.report))
-    print(f"{stem}.json, .md; " + (f"{len(wrong)} WRONG" if wrong else "all right"))
+    print(page(check.report))
+    skipped = f", {len(check.report['skipped'])} skipped" if check.report["skipped"] else ""
+    print(f"{check.stem}.json, .md; " + (f"{len(wrong)} WRONG" if wrong else "all right") + skipped)
     return 1 if wrong else 0
 
 
-def write(check: Check) -> Path:
-    """The report, in two files of this name."""
-    args, report = check.args, {key: value for key, value in check.report.items() if not key.startswith("_")}
-    args.out.mkdir(parents=True, exist_ok=True)
-    name = "dry-run" if args.dry_run else report["machine"]["gpu"].lower().replace(" ", "-")
-    stem = args.out / f"gpu-check-{name}-{time.strftime('%Y%m%d-%H%M', time.gmtime())}"
-    stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(markdown(report))
-    return stem
-
-
-def out_of_time(check: Check) -> None:
-    """Something hangs: what there is by now is written, and the process ends."""
-    check.report["errors"]["time"] = f"not done {GRACE:.0f} s after the {check.args.seconds:.0f} s it was given"
-    print(f"out of time; {write(check)}.json, .md", flush=True)
+def out_of_time(check: Check, why: str) -> None:
+    """What there is by now is written, and everything ends."""
+    check.report["errors"]["time"] = f"{why}, {check.args.seconds - check.left:.0f} s after the start"
+    check.write()
+    print(f"{why}; {check.stem}.json, .md", flush=True)
+    check.close()
     os._exit(1)
 
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import faulthandler
 import json
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -90,6 +92,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> int:
+    faulthandler.register(signal.SIGUSR1)  # where it stands, if it has to be ended
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     for name, value in (("requests", 96), ("flight", 32), ("prompt", 512), ("output", 128), ("rounds", 2)):

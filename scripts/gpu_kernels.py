@@ -7,12 +7,16 @@ norm: NaN never passes. On a CPU the kernels run under Triton's interpreter, in 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import gpu_odd
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -257,7 +261,7 @@ class Kernels:
         mask = torch.rand(sum(queries), max(queries), device=self.device) > 0.4
         start = 0
         for count in queries:
-            mask[start : start + count, :count].fill_diagonal_(True)
+            mask[start : start + count, :count].tril_().fill_diagonal_(True)  # a draft sees drafts before it
             start += count
         return [
             self._attend(queries, lengths, head, 8, 2),
@@ -422,6 +426,18 @@ class Kernels:
             pairs.append((gemm_int.int4_gemm(x, packed, step, zero.float()), F.linear(x.float(), wide.float())))
         return pairs
 
+    def experts_any(self) -> list[tuple[Tensor, Tensor]]:
+        return gpu_odd.experts_any(self)
+
+    def experts_4bit(self) -> list[tuple[Tensor, Tensor]]:
+        return gpu_odd.experts_4bit(self)
+
+    def gemm_mxfp4(self) -> list[tuple[Tensor, Tensor]]:
+        return gpu_odd.gemm_mxfp4(self)
+
+    def late_router(self) -> list[tuple[Tensor, Tensor]]:
+        return gpu_odd.late_router(self)
+
     def lora(self) -> list[tuple[Tensor, Tensor]]:
         from phloem.kernels.triton import lora
 
@@ -469,8 +485,10 @@ class Kernels:
 CHECKS = [
     *("norms", "activations", "rope", "pages", "tokens", "decode", "extend", "mla", "sampling", "moe", "quantise"),
     *("gemm_fp8", "moe_fp8", "gemm_int", "lora", "invariant", "float8_norm", "few_rows", "shared_pages"),
-    *("moe_many", "moe_many_fp8"),
+    *("moe_many", "moe_many_fp8", "experts_any", "experts_4bit", "gemm_mxfp4", "late_router"),
 ]
+# Kernels some ways of which need no check of their own, and why.
+UNCHECKED: dict[str, str] = {}
 # Checks whose result is rounded to float8 or int8 on the way: (limit of the relative norm).
 ROUNDED = {"quantise": 0.04, "moe_fp8": 0.04, "moe_many_fp8": 0.04, "float8_norm": 0.04}
 # The interpreter loses a carry when it rounds to float8, which costs a factor of two here and there.
@@ -487,17 +505,37 @@ def distance(got: Tensor, want: Tensor) -> float:
     return float(error) if torch.isfinite(error) else float("inf")
 
 
+Check = Callable[[Kernels], list[tuple[Tensor, Tensor]]]
+
+
+def beside() -> dict[str, Check]:
+    """Checks in files beside this one: each `gpu_kernels_*.py` has a `CHECKS` of its own, by name, and may have
+    `ROUNDED`."""
+    found: dict[str, Check] = {}
+    for path in sorted(Path(__file__).parent.glob("gpu_kernels_*.py")):
+        module = importlib.import_module(path.stem)
+        ROUNDED.update(getattr(module, "ROUNDED", {}))
+        ROUNDED_TINY.update(dict.fromkeys(getattr(module, "ROUNDED", {}), 0.15))
+        found |= module.CHECKS
+    return found
+
+
+def names() -> list[str]:
+    """All checks, in the order in which they are worth running."""
+    return [*CHECKS, *(name for name in beside() if name not in CHECKS)]
+
+
 def run(device: torch.device, dtype: torch.dtype, tiny: bool, only: str = "") -> list[Outcome]:
     """Every check; one that fails or raises does not stop the others."""
-    kernels = Kernels(device, dtype, tiny)
+    kernels, others = Kernels(device, dtype, tiny), beside()
     outcomes: list[Outcome] = []
-    for name in CHECKS:
+    for name in names():
         if only and name not in only.split(","):
             continue
         limit = (ROUNDED_TINY if tiny else ROUNDED).get(name, LIMITS[dtype])
         begin = time.perf_counter()
         label = f"{name} ({str(dtype).removeprefix('torch.')})"
-        check: Callable[[], list[tuple[Tensor, Tensor]]] = getattr(kernels, name)
+        check = partial(others[name], kernels) if name in others else getattr(kernels, name)
         try:
             with poisoned(), torch.inference_mode():
                 errors = [distance(got, want) for got, want in check()]

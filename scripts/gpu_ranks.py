@@ -1,7 +1,7 @@
 """Ranks on graphics cards, for scripts/gpu_check.py: what that way costs one, and two of them.
 
     python scripts/gpu_ranks.py one CONFIG.json [--rows 8] [--turns 6] [--device cpu]
-    python scripts/gpu_ranks.py two FOLDER [--device cpu]
+    python scripts/gpu_ranks.py two FOLDER [--tokens 64] [--device cpu]
 
 `one`: decode steps of one rank, alone and as the first of several would run them (told in words, its calls by NCCL, its
 graphs agreed on), by turns in one process; random weights in the shapes of a config.json, or a checkpoint's. `two`, for
@@ -12,6 +12,7 @@ then the second rank's process is killed. One JSON object goes to standard outpu
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import signal
@@ -103,7 +104,7 @@ def two(args: argparse.Namespace) -> dict[str, Any]:
     common: dict[str, Any] = {"model_path": str(path), "dtype": "float32", "max_total_tokens": 4096}
     common |= {"device": args.device or "cuda"}
     texts = [f"{number} foxes jump over {number + 1} lazy dogs" for number in range(8)]
-    params = {"temperature": 0.0, "max_new_tokens": 64, "ignore_eos": True}
+    params = {"temperature": 0.0, "max_new_tokens": args.tokens, "ignore_eos": True}
     found: dict[str, Any] = {"tok_per_s": {}}
     answers: list[Any] = []
     for size in (1, 2):
@@ -111,7 +112,7 @@ def two(args: argparse.Namespace) -> dict[str, Any]:
             engine.generate(texts, params)
             begun = time.perf_counter()
             told: Any = engine.generate(texts, params)
-            found["tok_per_s"][size] = 8 * 64 / (time.perf_counter() - begun)
+            found["tok_per_s"][size] = 8 * args.tokens / (time.perf_counter() - begun)
             answers.append([one["output_ids"] for one in told])
             if size == 2:
                 found["decided"] = dict(
@@ -137,7 +138,10 @@ def _lose(engine: Any, params: dict[str, Any]) -> float:
 
     asker = threading.Thread(target=ask)
     asker.start()
+    until = time.monotonic() + 60
     while not engine.get_server_info()["internal_states"][0]["running"]:
+        if time.monotonic() > until:
+            raise RuntimeError("a long request was not begun within 60 s")
         time.sleep(0.01)
     begun = time.perf_counter()
     os.kill(_rank(), signal.SIGKILL)
@@ -160,11 +164,13 @@ def _rank() -> int:
 
 
 def main() -> int:
+    faulthandler.register(signal.SIGUSR1)  # where it stands, if it has to be ended
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("one", "two"))
     parser.add_argument("path", type=Path)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--turns", type=int, default=6)
+    parser.add_argument("--tokens", type=int, default=64, help="of each answer of `two`")
     parser.add_argument("--device", default="")
     args = parser.parse_args()
     found = one(args) if args.what == "one" else two(args)

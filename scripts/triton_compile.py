@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,7 @@ class Launch:
     constants: tuple[tuple[str, Any], ...]
     aligned: tuple[int, ...]
     options: tuple[tuple[str, Any], ...]
+    grid: tuple[int, ...] = ()  # of the first launch of this form
 
 
 @dataclass
@@ -97,7 +98,7 @@ def record(cases: Sequence[Any], name: str) -> list[Launch]:
     current = ""
 
     def note(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launch = _describe(current, self, args, kwargs)
+        launch = replace(_describe(current, self, args, kwargs), grid=tuple(grid))
         seen.setdefault(
             (launch.module, launch.kernel, launch.signature, launch.constants, launch.aligned, launch.options), launch
         )
@@ -160,16 +161,21 @@ def _kind(value: Any) -> str:
     return "fp32"
 
 
+def compiled_for(target: GPUTarget, launch: Launch) -> Any:
+    """What Triton makes of a launch; raises what Triton raises."""
+    kernel = getattr(__import__(launch.module, fromlist=["x"]), launch.kernel)
+    attributes = {(place,): [["tt.divisibility", 16]] for place in launch.aligned}
+    source = ASTSource(kernel, dict(launch.signature), dict(launch.constants), attributes)
+    return triton.compile(source, target=target, options=dict(launch.options))
+
+
 def compile_one(work: tuple[str, Launch]) -> Result:
     """Compile one launch for one target; never raises."""
     name, launch = work
     target, shared_limit, _ = TARGETS[name]
     result = Result(name, launch.case, launch.kernel)
     try:
-        kernel = getattr(__import__(launch.module, fromlist=["x"]), launch.kernel)
-        attributes = {(place,): [["tt.divisibility", 16]] for place in launch.aligned}
-        source = ASTSource(kernel, dict(launch.signature), dict(launch.constants), attributes)
-        compiled = triton.compile(source, target=target, options=dict(launch.options))
+        compiled = compiled_for(target, launch)
     except Exception as error:
         result.error = f"{type(error).__name__}: {error}".strip()
         return result
@@ -182,7 +188,7 @@ def compile_one(work: tuple[str, Launch]) -> Result:
         result.registers = _number(r"\.vgpr_count:\s+(\d+)", text)
         result.stack = _number(r"\.private_segment_fixed_size:\s+(\d+)", text)
     else:
-        result.registers, result.stack = _cubin_usage(compiled.asm["cubin"])
+        result.registers, result.stack = cubin_usage(compiled.asm["cubin"])
         result.early = bool(compiled.metadata.launch_pdl)
         result.error = result.error or early_fault(compiled.asm["ptx"], result.early)
     return result
@@ -207,7 +213,7 @@ def _number(pattern: str, text: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
-def _cubin_usage(cubin: bytes) -> tuple[int | None, int | None]:
+def cubin_usage(cubin: bytes) -> tuple[int | None, int | None]:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool.exists():
         return None, None

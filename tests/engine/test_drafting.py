@@ -77,7 +77,7 @@ def work(on_host: bool, forward: Forward) -> tuple[DraftWork, LastTokens]:
     pool = pool_for([Paged(1, 4, 4)], 40, 4, torch.float32, CPU)
     last = LastTokens(4, CPU, on_host, None, drafts=8)
     slots: Any = SimpleNamespace(columns=SimpleNamespace(greedy=np.ones(4, bool)))
-    loaded: Any = SimpleNamespace(model=Model(), carries=None)
+    loaded: Any = SimpleNamespace(model=Model(), carries=False)
     return DraftWork(loaded, forward, Ops(), pool, slots, last), last  # type: ignore[arg-type]
 
 
@@ -157,7 +157,7 @@ def test_passes_of_a_model_that_drafts_are_recorded_on_a_device(tmp_path: Path, 
         )
         pool = pool_for([*model.memory, *model.memory], 40, 4, torch.float32, CPU)
         first = len(model.memory)
-        loaded = Loaded(model, first, None, Decision("speculative_draft", "draft_model", ""))
+        loaded = Loaded(model, first, False, Decision("speculative_draft", "draft_model", ""))
         platform: Any = SimpleNamespace(facts=StepFacts(records_idle=True), memory=lambda: (1 << 20, 1 << 20))
         backend = BACKENDS.get("reference")(ops, model.attention_specs, CPU, torch.float32)
         sizes = 4, 8, 16, "" if on_device else "eagerly, to compare"

@@ -166,6 +166,34 @@ def test_kernels_of_narrow_weights_are_foretold(case: str, tmp_path: Path, monke
     assert ({*wanted} <= found) == (case == "awq")
 
 
+EXPERTS: dict[str, tuple[str, dict[str, Any], Any, bool, dict[str, Any], tuple[str, ...]]] = {
+    "gpt-oss": (
+        "gpt_oss", {"intermediate_size": 64}, packers.mxfp4_stack, True, {"quant_method": "mxfp4"}, ("_grouped_any",),
+    ),
+    "gptq": (
+        "qwen3_moe", {"moe_intermediate_size": 64}, packers.gptq, False,
+        {"quant_method": "gptq", "bits": 4, "group_size": 32}, ("_grouped_any", "_few_up_any", "_gemm_int4"),
+    ),
+    "mxfp4": (
+        "qwen3_moe", {"moe_intermediate_size": 64}, packers.mxfp4_matrix, False,
+        {"quant_method": "compressed-tensors", "config_groups": {}}, ("_grouped_any", "_few_down_any", "_gemm_mxfp4"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", EXPERTS)
+def test_kernels_of_experts_of_4_bits_are_foretold(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(AHEAD, "capability", 90)
+    name, sizes, pack, named, config, wanted = EXPERTS[case]
+    path = tiny_checkpoint(name, tmp_path / "made", hidden_size=64, head_dim=16, **sizes)
+    plan, refusal = told(packers.quantised(path, tmp_path, pack, config, named=named)[0], monkeypatch)
+    assert refusal is None and plan.stored is not None
+    found = {note.name: note for note in ahead.trace(plan)[0].found.values()}
+    assert {*wanted} <= set(found) and found["_grouped_any"].kwargs["WIDTH"] > 0
+    assert not unforetold(plan, steps=10)
+
+
 @pytest.mark.parametrize("method,kernel", [("fp8", "_gemm_few"), ("int4", "_gemm_int4")])
 def test_so_are_those_of_weights_that_are_rounded(
     method: str, kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

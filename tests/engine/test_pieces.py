@@ -22,8 +22,9 @@ from phloem.core.config import Config
 from phloem.core.request import SamplingParams
 from phloem.core.resolve import Decision
 from phloem.engine.recorded import choice
+from phloem.engine.recorded.between import Between
 from phloem.engine.recorded.looks import Looks
-from phloem.engine.recorded.pieces import PieceGraphs, _Between, token_buckets
+from phloem.engine.recorded.pieces import PieceGraphs, token_buckets
 from phloem.engine.runner import ModelRunner
 from phloem.kernels import reference as ref
 from phloem.kernels import reference_experts
@@ -268,7 +269,7 @@ def test_what_a_failing_step_leaves_is_not_seen_by_the_next(llama: Path) -> None
     assert ours.pieces is not None
     with torch.inference_mode():
         ours.pieces.graphs.record_all()
-    (buffer,) = ours.pieces._attention._outs.values()
+    (buffer,) = ours.pieces._between._outs.values()
     with torch.inference_mode():
         buffer.fill_(float("nan"))
     same(ours.run(ours.steps()), eager.run(eager.steps()))
@@ -285,7 +286,8 @@ def test_buckets_are_few_and_grow(limit: int) -> None:
 
 
 def test_attention_gets_the_true_tokens_alone() -> None:
-    between, seen = _Between(8, Looks()), list[Any]()
+    pool: Any = SimpleNamespace(group_of=[0])
+    between, seen = Between(pool, Ops(), 8, Looks()), list[Any]()
 
     def step(spec: Any, heads: Heads) -> Any:
         turn = heads.rotation
@@ -293,7 +295,6 @@ def test_attention_gets_the_true_tokens_alone() -> None:
         return heads.q + 1
 
     q, kv, sinks, spec = torch.ones(8, 2, 4), torch.ones(8, 1, 4), torch.ones(2), AttentionSpec(0, 2, 1, 4, 1.0)
-    pool: Any = SimpleNamespace(group_of=[0])
     between.begin(Memory(pool, [step]), 3)
     out = between.attend(spec, Heads(q, kv, kv, sinks, Rotation(torch.arange(8), torch.ones(9, 2, 2), False)))
     assert out.shape == (8, 2, 4) and (out[:3] == 2).all() and not out[3:].any()
@@ -305,7 +306,7 @@ def test_attention_gets_the_true_tokens_alone() -> None:
 # Settings
 
 
-RECORDABLE: Any = SimpleNamespace(name="some", recordable=True)
+RECORDABLE: Any = SimpleNamespace(name="some", recordable=True, ops=Ops())
 
 
 class Cuttable:
@@ -313,7 +314,7 @@ class Cuttable:
 
     def trunk(self) -> None: ...
 
-    def finish(self) -> None: ...
+    def conclude(self) -> None: ...
 
 
 def decide(
@@ -367,7 +368,7 @@ def test_reasons_to_run_eagerly() -> None:
 
 
 def test_a_backend_that_plans_on_the_host_still_gets_pieces() -> None:
-    backend = SimpleNamespace(name="planner", recordable=False)
+    backend = SimpleNamespace(name="planner", recordable=False, ops=Ops())
     decode, pieces, decisions = decide(TapeRecorder(), backend=backend)
     assert decode is None and pieces is not None
     assert decisions["step_graphs"].reason == "the attention backend 'planner' plans each step on the host"

@@ -39,6 +39,19 @@ class Graph:
     def replay(self, *sizes: int) -> None: ...
 
 
+class Cut:
+    """Notes what runs between pieces. (A class made within a function would be a circle of its own.)"""
+
+    def __init__(self) -> None:
+        self.parts: list[Any] = []
+
+    def __call__(self, call: Any, more: bool = True) -> None:
+        self.parts.append(call)
+
+    def hold(self, x: Any) -> Any:
+        return x
+
+
 class Recorder:
     """Captures nothing; what the step gave stands as its result. `capturing` while a capture would be open."""
 
@@ -56,19 +69,11 @@ class Recorder:
         return graph, found
 
     def record_pieces(self, fn: Any) -> Any:
-        parts: list[Any] = []
-
-        class Cut:
-            def __call__(self, call: Any, more: bool = True) -> None:
-                parts.append(call)
-
-            def hold(self, x: Any) -> Any:
-                return x
-
-        found = fn(Cut())
+        cut = Cut()
+        found = fn(cut)
         graph = Graph(self)
         self.made.append(weakref.ref(graph))
-        return Pieces([graph.replay, *parts], 1, 0), found
+        return Pieces([graph.replay, *cut.parts], 1, 0), found
 
 
 @pytest.fixture(scope="module")

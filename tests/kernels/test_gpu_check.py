@@ -1,4 +1,4 @@
-"""The GPU check runs where there is no GPU as far as it can, and claims nothing."""
+"""The GPU check runs where there is no GPU as far as it can, and claims nothing; its sections break as told."""
 
 from __future__ import annotations
 
@@ -8,19 +8,25 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import gpu_watch
 import pytest
 import torch
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
+SUPPORT = Path(__file__).parents[1] / "support"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
 ]
 
 
-def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+def _run(*arguments: str, places: tuple[str, ...] = (), **more: str) -> subprocess.CompletedProcess[str]:
+    """`places`: folders of tests/support whose modules its processes find."""
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1", **more}
+    paths = [*(str(SUPPORT / place) for place in places), os.environ.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     command = [sys.executable, str(SCRIPTS / "gpu_check.py"), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
@@ -37,7 +43,7 @@ def test_a_dry_run_never_writes_among_the_results() -> None:
 
 
 def test_dry_run_measures_and_reports(tmp_path: Path) -> None:
-    done = _run("--dry-run", "--only", "floors,llama,qwen,transformers", "--out", str(tmp_path))
+    done = _run("--dry-run", "--only", "floors,llam,qw,transformers", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     (file,) = tmp_path.glob("*.json")
     report = json.loads(file.read_text())
@@ -90,15 +96,19 @@ def test_the_cold_start_runs_in_processes_of_its_own(tmp_path: Path) -> None:
 
 
 def test_servers_are_compared_under_the_same_requests(tmp_path: Path) -> None:
-    done = _run("--dry-run", "--only", "shared,peers", "--out", str(tmp_path))
+    done = _run("--dry-run", "--only", "shared,peers", "--out", str(tmp_path), places=("peer_stand_ins",))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     (file,) = tmp_path.glob("*.json")
     report = json.loads(file.read_text())
     assert list(report["shared"]["engines"]) == ["phloem", "phloem-apart"] and not report["shared"]["skipped"]
-    rounds = report["peers"]["engines"]["phloem"]["rounds"]
-    assert {name: len(rows) for name, rows in rounds.items()} == {"one": 2, "32": 2, "128": 2, "shared": 2}
-    assert all(row["output_tok_per_s"] > 0 and row["ttft_ms_max"] > 0 for rows in rounds.values() for row in rows)
+    for engine in ("phloem", "vllm", "sglang"):
+        rounds = report["peers"]["engines"][engine]["rounds"]
+        assert {name: len(rows) for name, rows in rounds.items()} == {"one": 2, "32": 2, "128": 2, "shared": 2}
+        rows = [row for rows in rounds.values() for row in rows]
+        assert all(row["output_tok_per_s"] > 0 and row["ttft_ms_max"] > 0 and row["unseen"] <= 2 for row in rows)
+    assert report["peers"]["interleaved"] and report["shared"]["interleaved"]
     page = next(tmp_path.glob("*.md")).read_text()
+    assert "| goal | this engine | best peer |" in page and "another run" not in page
     assert "## A shared prefix of 2,048 tokens" in page and "| shared | phloem-apart |" in page
 
 
@@ -124,51 +134,93 @@ assert fits(40, gpu_models.QWEN3_30B_A3B) == []
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_what_a_section_leaves_behind_and_a_run_that_hangs_are_errors(tmp_path: Path) -> None:
-    code = f"""
-import sys, time
-sys.path.insert(0, {str(SCRIPTS)!r})
-import gpu_check, torch
-args = gpu_check.argparse.Namespace(dry_run=True, only="", seconds=5.0, out=gpu_check.Path({str(tmp_path)!r}))
-check = gpu_check.Check(args)
-check.device = torch.device("cuda")
-left = [0]
-torch.cuda.empty_cache = lambda: None
-torch.cuda.memory_allocated = lambda device: left[0]
-check._leave_nothing("first")
-left[0] = 1 << 30
-check._leave_nothing("second")
-assert list(check.report["errors"]) == ["second left memory behind"]
-gpu_check.out_of_time(check)
-"""
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent / "src")}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "out of time" in done.stdout, done.stderr[-2000:]
-    (file,) = tmp_path.glob("*.json")
-    assert "time" in json.loads(file.read_text())["errors"]
+# --- faults in true sections, by tests/support/faults_put_in.py
 
 
-def test_kernel_checks_notice_errors(tmp_path: Path) -> None:
-    """A kernel that is wrong, raises, or leaves its output unwritten is reported, and the exit status is 1."""
-    code = f"""
-import sys
-sys.path.insert(0, {str(SCRIPTS)!r})
-import os; os.environ["TRITON_INTERPRET"] = "1"
-import gpu_check, torch
-from phloem.kernels.triton import activation, pages
-activation.silu_and_mul = lambda x: torch.empty(x.shape[0], x.shape[1] // 2)
-pages.select_rows = lambda x, index: 1 / 0
-some = ["--only", "kernels", "--checks", "activations,pages,lora"]
-sys.exit(gpu_check.main(["--dry-run", "--out", {str(tmp_path)!r}, *some]))
-"""
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent / "src"), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
+def _broken(tmp_path: Path, only: str, *arguments: str, **environment: str) -> dict[str, Any]:
+    """The report of a run in which something breaks, and no process of which is left."""
+    before = gpu_watch.in_memory()
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text("import faults_put_in\n")
+    arguments = ("--dry-run", "--only", only, "--out", str(tmp_path), *arguments)
+    done = _run(*arguments, places=(str(tmp_path / "site"), ".", "peer_stand_ins"), **environment)
+    assert done.returncode in (0, 1), done.stdout[-4000:] + done.stderr[-2000:]
     (file,) = tmp_path.glob("*.json")
-    rows = {row["name"].split()[0]: row for row in json.loads(file.read_text())["kernels"]}
-    assert not rows["activations"]["ok"] and "#0: inf" in rows["activations"]["message"]
-    assert not rows["pages"]["ok"] and "ZeroDivisionError" in rows["pages"]["message"]
-    assert rows["lora"]["ok"]
+    assert not [one for one in gpu_watch.in_memory() - before if one.endswith("-fault")]
+    stem = str(next(tmp_path.glob("*.md")))
+    assert Path(stem).read_text().startswith("# Dry run")
+    return json.loads(file.read_text())
+
+
+@pytest.mark.some(4)
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [
+        ("gpu_bench:bench_decode=raise@4", "RuntimeError: a fault was put in"),
+        ("gpu_bench:bench_prefill=memory", "out of memory: OutOfMemoryError"),
+        ("gpu_bench:bench_pieces=die", "killed by SIGKILL"),
+        ("gpu_bench:bench_runner=exit@2", "exit status 7"),
+        ("gpu_bench:bench_serving=dead", "an illegal memory access"),
+        ("gpu_bench:bench_pieces=hang", "not done after"),
+        ("gpu_models:Dummy.fill_cache=stop", "not done after"),
+        ("gpu_bench:bench_decode=orphan@1;gpu_bench:bench_prefill=litter", "left something behind"),
+    ],
+)
+def test_a_model_section_that_breaks_keeps_what_it_found(fault: str, why: str, tmp_path: Path) -> None:
+    report = _broken(tmp_path, "floors,llama", "--limit", "60", FAULTS=fault)
+    told = {name: text for name, text in report["errors"].items() if name.startswith("llama")}
+    assert any(why in f"{name}: {text}" for name, text in told.items()), report["errors"]
+    assert report["floors"]["flops_16"] > 0 and list(report["errors"]) == list(told)
+    assert "fill_cache" in fault or report["llama"]["decode"]  # the rows before the fault
+    if "hang" in fault:
+        assert "in _break" in told["llama"] and "in _model" in told["llama"]  # where it stood
+
+
+@pytest.mark.some(3)
+@pytest.mark.parametrize(
+    ("section", "fault", "why"),
+    [
+        ("cold", "phloem.engine.worker:build=raise", "gpu_cold.py: exit status 1"),
+        ("cold", "phloem.engine.worker:build=stop", "gpu_cold.py: not done after"),
+        ("cold", "phloem.engine.worker:build=die", "gpu_cold.py: "),
+        ("ranks", "phloem.engine.worker:build=hang", "gpu_ranks.py: not done after"),
+        ("ranks", "phloem.engine.parallel:ParallelRunner.__init__=die", "gpu_ranks.py: killed by SIGKILL"),
+        ("peers", "phloem.engine.worker:build=die", "phloem did not start"),
+    ],
+)
+def test_a_section_whose_processes_break_says_so(section: str, fault: str, why: str, tmp_path: Path) -> None:
+    report = _broken(tmp_path, f"{section},floors", "--limit", "60", FAULTS=fault)
+    assert why in report["errors"][section], report["errors"]
+    assert report["floors"]["flops_16"] > 0
+    if section == "peers":  # the others were compared
+        assert report["peers"]["engines"]["vllm"]["rounds"]["shared"] and "phloem" in report["peers"]["skipped"]
+
+
+def test_kernels_that_break_cost_themselves_alone(tmp_path: Path) -> None:
+    faults = "phloem.kernels.triton.pages:select_rows=die;phloem.kernels.triton.tokens:keep_tokens_=raise"
+    faults += ";phloem.kernels.triton.quantise:per_token_fp8=hang"
+    checks = ("--checks", "pages,tokens,quantise,activations", "--question", "45")
+    report = _broken(tmp_path, "kernels", *checks, FAULTS=faults)
+    rows = {row["name"].split()[0]: row for row in report["kernels"]}
+    assert rows["activations"]["ok"] and len(rows) == 4 and sum(row["ok"] for row in rows.values()) == 1
+    assert rows["pages"]["message"].startswith("killed by SIGKILL")
+    assert "a fault was put in" in rows["tokens"]["message"] and "not done after" in rows["quantise"]["message"]
+
+
+@pytest.mark.some(2)
+@pytest.mark.parametrize(
+    ("missing", "skipped", "runs"),
+    [
+        ("msgspec", {"floors", "llama", "kernels", "peers"}, set[str]()),
+        ("fastapi,uvicorn", {"peers"}, {"floors", "llama"}),
+        ("gguf,llguidance,vllm,sglang", set[str](), {"floors", "llama", "peers"}),
+    ],
+)
+def test_packages_that_are_missing_are_told(missing: str, skipped: set[str], runs: set[str], tmp_path: Path) -> None:
+    report = _broken(tmp_path, "kernels,floors,llama,peers", "--checks", "pages", ABSENT=missing)
+    assert set(report["skipped"]) == skipped and not report["errors"]
+    assert all("missing" in why and missing.split(",")[0] in why for why in report["skipped"].values())
+    assert all(report.get(name) for name in runs)
 
 
 def test_floors_are_counted_right() -> None:

@@ -18,14 +18,18 @@ FILES = [
     "attention",
     "elementwise",
     "engine",
+    "experts",
     "gemm",
     "linear",
     "many",
     "moe",
     "narrow",
+    "narrow_experts",
     "recurrent",
     "sample",
+    "scan",
     "shared",
+    "sparse",
 ]
 
 

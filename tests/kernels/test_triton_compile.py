@@ -76,6 +76,38 @@ def test_tiles_of_many_rows_are_brought_by_descriptors_and_multiplied_in_the_pip
     assert loads >= 2 and waits == 2 and (hopper if target == "sm_90" else blackwell) > 0
 
 
+@pytest.mark.parametrize("case", ["gpt-oss experts in mxfp4, 4096 tokens", "MoE, int4, 64 tokens"])
+def test_widened_weights_go_from_registers_to_the_tensor_cores(case: str) -> None:
+    """On Hopper the first operand of every product is registers, not the descriptor of shared memory; what is read is
+    copied in the background, and nothing is spilled."""
+    code = (
+        "import re, triton, triton_compile as c; from triton.compiler import ASTSource; from triton_cases import cases;"
+        "import phloem.kernels.triton.grouped as grouped;"
+        f"chosen = [x for x in cases() if x.name == {case!r}];"
+        "found = [l for l in c.record(chosen, 'sm_90') if l.kernel == '_grouped_any'];"
+        "attrs = [{(n,): [['tt.divisibility', 16]] for n in l.aligned} for l in found];"
+        "sources = [ASTSource(grouped._grouped_any, dict(l.signature), dict(l.constants), a)"
+        " for l, a in zip(found, attrs)];"
+        "made = [triton.compile(s, target=c.TARGETS['sm_90'][0], options=dict(l.options))"
+        " for s, l in zip(sources, found)];"
+        "text = ''.join(m.asm['ptx'] for m in made);"
+        "every = re.findall(r'wgmma.mma_async[^;]*;', text);"
+        "mine = [x for x in every if re.search(r'\\}, *\\{', x)];"
+        "stack = sum(c._cubin_usage(m.asm['cubin'])[1] for m in made);"
+        "print(len(made), len(every), len(mine), text.count('cp.async.cg.shared'), stack)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, "PYTHONPATH": str(SCRIPT.parent)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels, products, from_registers, copies, stack = map(int, done.stdout.split())
+    assert kernels == 2 and products == from_registers > 8 and copies > 8 and stack == 0
+
+
 def test_the_switch_turns_early_launches_off() -> None:
     code = (
         "import triton_compile as c; from triton_cases import cases;"

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Generator
-
 import pytest
 import torch
-from triton_support import DTYPES, assert_close, need_interpreter
+from triton_support import DTYPES, assert_close, filled_with_nan, need_interpreter
 
 from phloem.kernels import reference_experts as ref
 from phloem.kernels import reference_formats as formats
@@ -65,13 +62,28 @@ def test_sorting(tokens: int, top_k: int, experts: int) -> None:
     assert sum(-(-int((ids == e).sum()) // 16) for e in range(experts)) == int(used.sum())
 
 
+@pytest.mark.parametrize(("tokens", "top_k", "experts", "tile"), [(5, 2, 8, 16), (64, 3, 6, 32), (33, 4, 60, 16)])
+def test_one_launch_sorts_as_two_do(
+    tokens: int, top_k: int, experts: int, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ids of no expert here, on either side, are left out; one may stand twice."""
+    ids = torch.randint(-1, experts + 3, (tokens, top_k)).int()
+    ids[1] = ids[1, 0]
+    order, tile_expert = route.sort_by_expert(ids, experts, tile)
+    monkeypatch.setattr(route, "SORTED_TOKENS", 0)
+    want_order, want_expert = route.sort_by_expert(ids, experts, tile)
+    used = want_expert >= 0
+    assert torch.equal(tile_expert, want_expert)
+    assert torch.equal(order.view(-1, tile)[used], want_order.view(-1, tile)[used])
+
+
 @pytest.mark.some(5)
 @pytest.mark.parametrize("renormalise", [False, True])
 @pytest.mark.parametrize(
     ("tokens", "top_k", "experts", "tile"), [(5, 2, 8, 16), (33, 3, 6, 16), (64, 8, 128, 16), (7, 4, 60, 32)]
 )
 def test_one_launch_routes_and_sorts_as_three_do(
-    tokens: int, top_k: int, experts: int, tile: int, renormalise: bool
+    tokens: int, top_k: int, experts: int, tile: int, renormalise: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logits = torch.randn(tokens, experts) * 2
     logits[1] = 0.0  # equal scores
@@ -79,6 +91,7 @@ def test_one_launch_routes_and_sorts_as_three_do(
     want_weights, want_ids = moe.route(logits, top_k, renormalise)
     assert torch.equal(ids, want_ids)
     torch.testing.assert_close(weights, want_weights, atol=1e-6, rtol=1e-5)
+    monkeypatch.setattr(route, "SORTED_TOKENS", 0)
     order, tile_expert = moe.sort_by_expert(want_ids, experts, tile)
     used = tile_expert >= 0
     assert torch.equal(lists[1], tile_expert)
@@ -162,7 +175,10 @@ SPECS = [
     RouterSpec(4, "sigmoid", True, eps=1e-20, scale=2.5, groups=4, keep=2),
     RouterSpec(3, "softmax", False, groups=8, keep=3, group_best=1),
     RouterSpec(2, "softmax", True, floor=0.7),
-    RouterSpec(2, "chosen_sigmoid"),
+    RouterSpec(1, "chosen_sigmoid"),
+    RouterSpec(4, "chosen_softmax"),
+    RouterSpec(3, "chosen_sigmoid", True, scale=2.0),
+    RouterSpec(3, "chosen_softmax", groups=4, keep=2),
     RouterSpec(2, "sparse_mixer", jitter=0.01),
 ]
 
@@ -207,23 +223,6 @@ def test_experts_that_were_chosen_elsewhere(tokens: int, spec: ExpertSpec) -> No
         assert_close(plain, ref.chosen_experts(x, ids, weights, gate_up, down), torch.float32)
 
 
-def test_experts_with_biases_are_those_of_plain_torch() -> None:
-    x, gate_up, down, spec = torch.randn(6, 24), torch.randn(3 * 32, 24), torch.randn(3 * 24, 16), ExpertSpec(3)
-    ids, weights, biases = torch.randint(3, (6, 2)).int(), torch.rand(6, 2), (torch.randn(3 * 32), torch.randn(3 * 24))
-    want = models.experts(x, ids, weights, gate_up, down, spec, biases)
-    assert torch.equal(moe.experts_op(x, ids, weights, gate_up, down, spec, biases), want)
-
-
-@contextlib.contextmanager
-def filled_with_nan() -> Generator[None]:
-    """What is allocated and not written is NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 def test_moe_in_float8(monkeypatch: pytest.MonkeyPatch) -> None:
     """Block-scaled weights; activations are quantised by the reference, as the interpreter rounds float8 wrongly."""
     torch.manual_seed(10)
@@ -250,6 +249,25 @@ def test_few_tokens_meet_float8_experts_unquantised() -> None:
     weights, ids = ref.route(logits, 2, True)
     got = moe.experts(x, weights, ids, gate_up, down, scales=(gate_scale, down_scale))
     wide = formats.spread_blocks(gate_up, gate_scale), formats.spread_blocks(down, down_scale)
+    assert_close(got, ref.experts(x, weights, ids, *wide), torch.float32)
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize(("size", "inner", "top_k"), [(400, 384, 3), (264, 24, 1)])
+def test_few_tokens_meet_scaled_experts_in_several_turns(size: int, inner: int, top_k: int, rows: bool) -> None:
+    """Features that fill more than one turn and end inside one; choices that are no power of two."""
+    torch.manual_seed(12)
+    x, logits, float8 = torch.randn(2, size), torch.randn(2, 5), torch.float8_e4m3fn
+    wide = torch.randn(5, 2 * inner, size) / size**0.5, torch.randn(5, size, inner) / inner**0.5
+    if rows:
+        scales = wide[0].abs().amax(-1) / 448, wide[1].abs().amax(-1) / 448
+        gate_up, down = ((w / s[..., None]).to(float8) for w, s in zip(wide, scales, strict=True))
+        wide = gate_up.float() * scales[0][..., None], down.float() * scales[1][..., None]
+    else:
+        (gate_up, first), (down, second) = (formats.quantise_blocks(each, float8) for each in wide)
+        scales, wide = (first, second), (formats.spread_blocks(gate_up, first), formats.spread_blocks(down, second))
+    weights, ids = ref.route(logits, top_k, True)
+    got = moe.experts(x, weights, ids, gate_up, down, scales=scales)
     assert_close(got, ref.experts(x, weights, ids, *wide), torch.float32)
 
 

@@ -175,7 +175,6 @@ def test_what_is_kept_is_told(llama: Path, tmp_path: Path) -> None:
 EXPERTS: dict[str, tuple[Any, dict[str, Any], type]] = {
     "blocks": KEPT["blocks"],
     "rows": KEPT["rows"],
-    "int4": (KEPT["packed"][0], INTS, torch.Tensor),
 }
 MOE: dict[str, Any] = {"moe_intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 2}
 
@@ -192,11 +191,10 @@ def test_experts_stay_narrow(case: str, tmp_path: Path) -> None:
     packed, plain = packers.quantised(made, tmp_path, pack, config)
     (ours, told), theirs = decision(packed, table.table()), loaded(plain, Ops())
     assert len(stacks(ours)) == 2 and all(isinstance(value, form) for value in stacks(ours))
-    assert ("experts of 4 bits have no kernel" in told) == (case == "int4")
+    assert "unpacked" not in told
     for name in theirs.weight_names():
         torch.testing.assert_close(ours.get_weight(name), theirs.get_weight(name), rtol=1e-6, atol=1e-7)
-    if case != "int4":
-        check_experts(ours, theirs)
+    check_experts(ours, theirs)
 
 
 def check_experts(ours: Any, theirs: Any) -> None:
@@ -219,7 +217,7 @@ def test_experts_of_another_rank_may_be_narrow() -> None:
     dense = [one.rows(torch.arange(len(one.values))) for one in pair]
     want = Ops().experts(x, ids, weights, dense[0], dense[1], spec, None)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    other = replace(spec, activation="relu2", gated=False)  # which plain torch computes, of plain matrices
+    other = replace(spec, activation="relu2", gated=False)  # which is computed of plain matrices
     got = table.table().experts(x, ids, weights, pair[1], pair[1], other, None)
     half = pair[1].rows(torch.arange(256))
     torch.testing.assert_close(got, Ops().experts(x, ids, weights, half, half, other, None))

@@ -8,7 +8,6 @@ from typing import Any
 
 import packers
 import pytest
-import torch
 from model_support import PROMPT, their_greedy
 
 from phloem import Engine
@@ -39,20 +38,12 @@ CASES: dict[str, tuple[Any, dict[str, Any], str]] = {
 }
 
 
-def experts(name: str, tensor: torch.Tensor) -> packers.Packed | None:
-    if not name.endswith(("gate_up_proj", "down_proj")):
-        return None
-    codes, exponents, values = packers.mxfp4(tensor.transpose(1, 2).contiguous())
-    blocks = packers.halves(codes).unflatten(-1, (-1, 16))
-    return {"_blocks": blocks, "_scales": exponents}, values.transpose(1, 2).contiguous()
-
-
 def write(case: str, target: Path) -> tuple[Path, Path, str]:
     """A packed checkpoint, the plain one of the same values, and a word of the decision."""
     if case == "mxfp4":
         path = tiny_checkpoint("gpt_oss", target / "made", hidden_size=64, intermediate_size=32)
         config = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-        return *packers.quantised(path, target, experts, config, named=True), "experts in one stack"
+        return *packers.quantised(path, target, packers.mxfp4_stack, config, named=True), "experts in one stack"
     pack, config, word = CASES[case]
     path = tiny_checkpoint("llama", target / "made", **SIZES)
     return *packers.quantised(path, target, pack, config), word

@@ -233,16 +233,9 @@ def test_ranks_give_the_logits_of_one(pairs: Any, case: str) -> None:
 
 
 def gpt_oss(made: Any, target: Path) -> tuple[Path, Path]:
-    def pack(name: str, tensor: torch.Tensor) -> packers.Packed | None:
-        if not name.endswith(("gate_up_proj", "down_proj")):
-            return None
-        codes, exponents, values = packers.mxfp4(tensor.transpose(1, 2).contiguous())
-        blocks = packers.halves(codes).unflatten(-1, (-1, 16))
-        return {"_blocks": blocks, "_scales": exponents}, values.transpose(1, 2).contiguous()
-
     path, _ = made("gpt_oss", hidden_size=64, intermediate_size=32)
     config = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
-    return packers.quantised(path, target, pack, config, named=True)
+    return packers.quantised(path, target, packers.mxfp4_stack, config, named=True)
 
 
 @pytest.mark.slow

@@ -21,6 +21,9 @@ from phloem.core.errors import ConfigError
 from phloem.engine import growing
 from phloem.engine.branches import ROOT, Branches
 from phloem.engine.growing import TreeWork
+from phloem.engine.growing_late import LateTrees
+from phloem.platforms._facts import StepFacts
+from phloem.platforms.cpu import Platform
 from phloem.speculation.capture import aux_layers
 from phloem.testing.checkpoints import tiny_checkpoint
 
@@ -195,10 +198,16 @@ def head_of(head: Path, algorithm: str = "EAGLE") -> dict[str, Any]:
     return {"speculative_algorithm": algorithm, "speculative_draft_model_path": str(head), **TREE}
 
 
-@pytest.mark.slow
-def test_a_head_grows_the_tree_that_plain_torch_grows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """EAGLE-3 by whole texts, without a cache: every tree of every step, its tokens and who follows whom."""
-    grown, run = list[tuple[int, list[int], list[int]]](), TreeWork.run
+Grown = list[tuple[int, list[int], list[int]]]
+WORKS = {"host": TreeWork, "device": LateTrees}
+
+
+def spied_on(where: str, monkeypatch: pytest.MonkeyPatch) -> Grown:
+    """Of each tree how many tokens are known, its tokens, and who follows whom; `where` the model is taken to be."""
+    work, grown = WORKS[where], Grown()
+    run = work.run
+    if where == "device":
+        monkeypatch.setattr(Platform, "facts", StepFacts())
 
     def spied(self: TreeWork, batch: Batch, late: bool = False) -> tuple[Batch, float]:
         sent, seconds = run(self, batch, late)
@@ -211,10 +220,22 @@ def test_a_head_grows_the_tree_that_plain_torch_grows(folder: Path, monkeypatch:
             grown.append((known, ids, (parents[root + 1 :] - root - 1).tolist()))
         return sent, seconds
 
-    monkeypatch.setattr(TreeWork, "run", spied)
-    values = {"ops": "reference", "dtype": "float32", "max_total_tokens": 400, "max_running_requests": 3}
+    monkeypatch.setattr(work, "run", spied)
+    return grown
+
+
+VALUES: dict[str, Any] = {"ops": "reference", "dtype": "float32", "max_total_tokens": 400, "max_running_requests": 3}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", WORKS)
+def test_a_head_grows_the_tree_that_plain_torch_grows(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """EAGLE-3 by whole texts, without a cache: every tree of every step, its tokens and who follows whom."""
+    grown = spied_on(where, monkeypatch)
     head, params = folder / "eagle3", {"max_new_tokens": 9, "temperature": 0.0, "ignore_eos": True}
-    with phloem.Engine(model_path=str(folder / "target"), **values, **head_of(head, "EAGLE3")) as engine:
+    with phloem.Engine(model_path=str(folder / "target"), **VALUES, **head_of(head, "EAGLE3")) as engine:
         answer: Any = engine.generate("the dog a page table ", params, return_logprob=True, logprob_start_len=0)
     tokens = [one[1] for one in answer["meta_info"]["input_token_logprobs"]] + answer["output_ids"]
     assert len(grown) >= 3
@@ -224,6 +245,26 @@ def test_a_head_grows_the_tree_that_plain_torch_grows(folder: Path, monkeypatch:
         for token, parent in zip(ids, parents, strict=True):
             got.append((*(got[parent] if parent != ROOT else ()), token))
         assert got == want, known
+
+
+@pytest.mark.slow
+def test_a_device_grows_the_trees_of_the_host(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of requests that draw and of greedy ones, one after the other and together."""
+    drawn = {"max_new_tokens": 20, "temperature": 0.9, "sampling_seed": 3, "ignore_eos": True}
+    greedy = {"max_new_tokens": 20, "temperature": 0.0, "ignore_eos": True}
+    found: list[Any] = []
+    for where in WORKS:
+        with monkeypatch.context() as patch:
+            grown = spied_on(where, patch)
+            with phloem.Engine(model_path=str(folder / "target"), **VALUES, **head_of(folder / "eagle")) as engine:
+                alone = [
+                    engine.generate("the dog a page table ", one) for one in (drawn, {**drawn, "top_k": 7}, greedy)
+                ]
+                trees = list(grown)
+                both: Any = engine.generate(["the dog a page", "Paris is sugar"], [drawn, greedy])
+            found.append((trees, [one["output_ids"] for one in (*alone, *both)]))  # type: ignore[index]
+    assert found[0] == found[1] and len(found[0][0]) >= 12
+    assert any(parents != list(range(ROOT, len(parents) - 1)) for _, _, parents in found[0][0])
 
 
 def eagle2(target: Path, head: Path, tokens: list[int], count: int) -> list[tuple[int, ...]]:

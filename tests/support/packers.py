@@ -147,6 +147,15 @@ def mxfp4_matrix(weight: torch.Tensor) -> Packed:
     return {"weight_packed": halves(codes), "weight_scale": exponents}, values
 
 
+def mxfp4_stack(name: str, tensor: torch.Tensor) -> Packed | None:
+    """gpt-oss's stacks of experts [E, N, M]."""
+    if not name.endswith(("gate_up_proj", "down_proj")):
+        return None
+    codes, exponents, values = mxfp4(tensor.transpose(1, 2).contiguous())
+    blocks = halves(codes).unflatten(-1, (-1, 16))
+    return {"_blocks": blocks, "_scales": exponents}, values.transpose(1, 2).contiguous()
+
+
 def mxfp8_matrix(weight: torch.Tensor) -> Packed:
     blocks = weight.unflatten(1, (-1, 32))
     exponent = torch.floor(torch.log2(blocks.abs().amax(-1))) - 8

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Generator
 
 import pytest
 import torch
@@ -55,3 +57,13 @@ def paged(
         start, torch.tensor(seq_lens).int(), table, torch.tensor(slots).int(), max(query_lens), max(seq_lens)
     )
     return batch, k_cache, v_cache
+
+
+@contextlib.contextmanager
+def filled_with_nan() -> Generator[None]:
+    """What is allocated and not written is NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)

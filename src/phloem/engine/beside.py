@@ -15,9 +15,12 @@ from phloem.engine.blocks import BlockWork
 from phloem.engine.drafting import DraftWork
 from phloem.engine.forward import Eager, Forward
 from phloem.engine.growing import TreeWork
+from phloem.engine.growing_late import LateTrees
 from phloem.engine.recorded import choice
+from phloem.engine.recorded.pieces import PieceGraphs
 from phloem.models._common import Decoder
 from phloem.models._dflash import DFlash
+from phloem.models._draft import DraftHead
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -106,26 +109,41 @@ def prepare(loaded: Loaded | None, place: Place, decisions: list[Decision]) -> P
     why = backend.decline(AttentionNeed(specs, kind, device, pool.page_size, 0))
     if why is not None:
         raise ConfigError(f"attention backend {backend.name} does not serve the model that drafts: {why}", param=PARAM)
-    ways: list[choice.RecordedWay] = []
-    if isinstance(model, Decoder):
-        facts, free = place.platform.facts, place.platform.memory()[0]
-        graph_bytes = 0 if facts.on_host else place.graph_bytes
-        # pyrefly: ignore[bad-argument-type] - a head is callable
-        own = choice.Place(model, backend, pool, place.ops, facts, free, graph_bytes, eager=place.eager)
-        told: list[Decision] = []
-        ways = choice.choose(place.config.runtime, own, place.rows, place.pages, place.chunk, told)
-        if choice.record_first(place.config.runtime, ways, facts, told):
-            decisions += [replace(one, name=f"draft_{one.name}") for one in told if one.name in RECORDED]
+    ways = _recorded(loaded, place, backend, pool, decisions)
     forward = Forward(ways, Eager(model, backend, pool))  # pyright: ignore[reportArgumentType] - as much as it calls
 
     def make(slots: Slots, last: LastTokens) -> DraftWork:
         if isinstance(model, DFlash):
-            return BlockWork(loaded, forward, backend, pool, slots, last, model)
+            pieces = next((way for way in ways if isinstance(way, PieceGraphs)), None)
+            return BlockWork(loaded, forward, backend, pool, slots, last, model, pieces)
         if loaded.tree is None:
             return DraftWork(loaded, forward, backend.ops, pool, slots, last)
-        return TreeWork(loaded, forward, backend.ops, pool, slots, last, given)
+        kind = TreeWork if last.host is not None else LateTrees
+        return kind(loaded, forward, backend.ops, pool, slots, last, given)
 
     return Prepared(loaded, make, given, tuple(ways))
+
+
+def _recorded(
+    loaded: Loaded, place: Place, backend: AttentionBackend, pool: KVPool, decisions: list[Decision]
+) -> list[choice.RecordedWay]:
+    """How its passes are run, recorded before the engine is ready where the model's steps are. A head's on a device
+    alone: on the host it computes by torch's code too, which the recorder there does not see."""
+    model, facts, runtime = loaded.model, place.platform.facts, place.config.runtime
+    if not isinstance(model, Decoder) and (facts.on_host or not isinstance(model, DraftHead)):
+        return []
+    graph_bytes = 0 if facts.on_host else place.graph_bytes
+    free, told = place.platform.memory()[0], list[Decision]()
+    # pyrefly: ignore[bad-argument-type] - a head is callable, and has as much as is called
+    own = choice.Place(model, backend, pool, place.ops, facts, free, graph_bytes, eager=place.eager)  # pyright: ignore[reportArgumentType]
+    if isinstance(model, DFlash):
+        ways = choice.in_pieces(runtime, own, place.chunk, told)
+    else:
+        wide = 1 if loaded.tree is None else loaded.tree.width  # rows of a pass, of each of the step's
+        ways = choice.choose(runtime, own, place.rows * wide, place.pages, place.chunk, told)
+    if choice.record_first(runtime, ways, facts, told):
+        decisions += [replace(one, name=f"draft_{one.name}") for one in told if one.name in RECORDED]
+    return ways
 
 
 def with_spare(loaded: Loaded | None, groups: Sequence[Group], counts: Sequence[int], page_size: int) -> list[int]:

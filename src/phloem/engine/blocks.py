@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from phloem.core.batch import Batch, Drafting
     from phloem.engine.drafting import Loaded
     from phloem.engine.forward import Forward
+    from phloem.engine.recorded.pieces import PieceGraphs
     from phloem.engine.slots import Slots
     from phloem.engine.transfer import LastTokens
     from phloem.kvcache.pool import KVPool
@@ -107,8 +108,10 @@ class BlockWork(DraftWork):
         slots: Slots,
         last: LastTokens,
         drafter: DFlash,
+        pieces: PieceGraphs | None = None,
     ) -> None:
         super().__init__(loaded, forward, backend.ops, pool, slots, last)
+        self._pieces = pieces
         assert loaded.block is not None
         self._block, self._backend, self._drafter = loaded.block, backend, drafter
         windows = [spec.window for spec in drafter.attention_specs if spec.window and drafter.ahead[spec.pool]]
@@ -121,8 +124,7 @@ class BlockWork(DraftWork):
         drafts: dict[int, list[int]] = {}
         if len(rows):
             asked = self._asked(batch, plan, rows)
-            memory, positions_T, ids_B, index_L = self._planned(batch.tables[self._group][rows], asked)
-            hidden_LN = self._drafter.forward(ForwardBatch(ids_B, positions_T, memory, index_L))
+            hidden_LN = self._block_pass(batch.tables[self._group][rows], asked)
             if len(asked.index_L):
                 tokens_L = self._told(batch, rows, asked, hidden_LN)
                 drafts = self._given(batch.slots, rows[asked.each_B[asked.index_L]], tokens_L, late)
@@ -160,8 +162,22 @@ class BlockWork(DraftWork):
         end_B = (anchors + widths)[each_B]
         return Asked(each_C, known_C, each_B, offset_B, place_B, ids_B, end_B, np.flatnonzero(told_B), last_n)
 
-    def _planned(self, table: NDArray[np.int32], asked: Asked) -> tuple[Memory, Tensor, Tensor, Tensor]:
-        """(What layers attend by, positions [T], the blocks' tokens [B], wanted places [L]); `table` [n, P]."""
+    def _block_pass(self, table: NDArray[np.int32], asked: Asked) -> Tensor:
+        """Hidden states [L, N] of the wanted places; `table` [n, P]."""
+        tokens = len(asked.each_C) + len(asked.each_B)
+        found = None if self._pieces is None else self._pieces.graphs.get(tokens)
+        if self._pieces is None or found is None:
+            return self._drafter.forward(self._planned(table, asked))
+        # The pieces take features and places side by side, told apart by their ids.
+        features = np.full(len(asked.each_C), -1, np.int64)
+        whole = replace(asked, ids_B=np.concatenate([features, asked.ids_B]), index_L=asked.index_L + len(features))
+        step = self._planned(table, whole)
+        assert isinstance(step.memory, Memory)
+        found.inputs.fill(step.input_ids, step.positions, step.memory.batches)
+        return self._pieces.passed(found, step)
+
+    def _planned(self, table: NDArray[np.int32], asked: Asked) -> ForwardBatch:
+        """The pass over pages `table` [n, P]: positions are of T, ids and wanted places as they were asked."""
         size, up = self._pool.page_size, self._last.up
         each_T = np.concatenate([asked.each_C, asked.each_B])
         positions_T = np.concatenate([asked.known_C, asked.place_B])
@@ -183,7 +199,7 @@ class BlockWork(DraftWork):
         inner = Memory(self._pool, [step] * groups, self._backend.ops, [rows] * groups)
         apart = self._apart(asked, wide) if self._window and farthest > self._window else {}
         memory = BlockMemory(inner, self._backend.begin(wide, self._pool), self._drafter.ahead, apart)
-        return memory, positions, ids, index
+        return ForwardBatch(ids, positions, memory, index)
 
     def _apart(self, asked: Asked, wide: PagedBatch) -> dict[int, tuple[Tensor, AttentionStep]]:
         found: dict[int, tuple[Tensor, AttentionStep]] = {}

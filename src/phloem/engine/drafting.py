@@ -13,7 +13,7 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -89,8 +89,7 @@ class Loaded:
 
     model: DraftModel
     first: int  # the pool index of its first memory
-    # What a pass leaves [L, N] for the first memory of the next positions; None: it reads nothing there.
-    carries: Callable[[], Tensor | None] | None
+    carries: bool  # what a pass gives [L, N] stands in its first memory at the next positions, for the next pass
     decision: Decision
     tree: TreeShape | None = None  # it drafts trees of this shape; None: chains
     block: Block | None = None  # it drafts all at once; None: token by token
@@ -113,6 +112,7 @@ class DraftWork:
         last: LastTokens,
     ) -> None:
         self._model, self._carries = loaded.model, loaded.carries
+        self._passed_LN: Tensor | None = None  # of the last pass, until another one is run
         self._forward, self._ops, self._pool, self._slots = forward, ops, pool, slots
         self._last = copy(last)  # the same values; which slots yield is each step's own
         self._group = pool.group_of[0]
@@ -138,10 +138,9 @@ class DraftWork:
                 depth += 1
                 on = plan.counts[rows[wants]] > depth
                 positions = (positions + lens)[wants][on]
-                ids = self._read_next(batch.slots[rows[wants]], tokens_L, on, depth - 1)
+                ids = self._go_on(batch, rows[wants], tokens_L, on, positions, depth - 1)
                 rows = rows[wants][on]
                 lens = np.ones(len(rows), np.int32)
-                self._carry(batch, rows, positions, on)
         drafts = standing(np.where(plan.lens, plan.counts, 0)) if self._stay(late) else _by_row(made)
         sent = with_drafts(batch, drafts) if drafts else batch
         return replace(sent, drafting=None), perf_counter() - began
@@ -173,14 +172,26 @@ class DraftWork:
             tokens_L = sample(self._model.head(hidden_LN), settings, self._ops, self._last.up)
         return tokens_L.to(torch.int64, copy=True)  # a recording may write the next ones in their place
 
-    def _read_next(
-        self, slots: NDArray[np.int32], tokens_L: Tensor, on: NDArray[np.bool_], depth: int
+    def _go_on(
+        self,
+        batch: Batch,
+        rows: NDArray[np.intp],
+        tokens_L: Tensor,
+        on: NDArray[np.bool_],
+        positions: NDArray[np.int32],
+        depth: int,
     ) -> NDArray[np.int32]:
-        """What the next pass reads of those that go on: the drafts, or on a device what stands for them."""
+        """What the next pass reads of those of these rows that go on, at these positions: the drafts, or on a device
+        what stands for them; and there what the pass gave stands for the model's state."""
+        places = self._places(batch.tables[self._group][rows[on]], positions, np.flatnonzero(on))
         if self._last.host is not None:
+            self._carried(self._last.up(places) if places else [])
             return tokens_L.numpy()[on].astype(np.int32)
-        if len(slots):
-            self._last.put(slots, np.full(len(slots), DRAFTED - depth), tokens_L)
+        if len(rows):
+            marks = np.full(len(rows), DRAFTED - depth)
+            at, *placed = self._last.up([self._last.places(batch.slots[rows], marks), *places])
+            self._last.values.index_copy_(0, at, tokens_L)
+            self._carried(placed)
         return np.full(int(on.sum()), DRAFTED - depth, np.int32)
 
     def _part(
@@ -204,23 +215,26 @@ class DraftWork:
 
     def _passed(self, part: Batch) -> Tensor:
         """Hidden states [L, N] of the rows that want a draft."""
-        return self._forward.run(Step(part, Wanted.of(part), self._pool, self._last), _nothing)
+        self._passed_LN = self._forward.run(Step(part, Wanted.of(part), self._pool, self._last), _nothing)
+        return self._passed_LN
 
-    def _carry(self, batch: Batch, rows: NDArray[np.intp], positions: NDArray[np.int32], on: NDArray[np.bool_]) -> None:
-        """Of the rows that go on, what the pass gave stands where the next one reads the model's state."""
-        if len(rows):
-            self._carried(batch.tables[self._group][rows], positions, np.flatnonzero(on))
-
-    def _carried(self, table: NDArray[np.int32], positions: NDArray[np.int32], index: NDArray[np.int64]) -> None:
-        """Put what the pass gave for these of its rows into these positions of page tables [n, P]."""
-        carried_LN = None if self._carries is None else self._carries()
-        if carried_LN is None:
-            return
+    def _places(
+        self, table: NDArray[np.int32], positions: NDArray[np.int32], index: NDArray[np.int64]
+    ) -> list[NDArray[Any]]:
+        """Where what the pass gave for these of its rows goes, at positions of page tables [n, P], as `_carried` takes
+        it; nothing of a model that reads no states."""
+        if not self._carries or not len(positions):
+            return []
         pages, offsets = np.divmod(positions, self._pool.page_size)
-        places = (table[np.arange(len(table)), pages] * self._pool.page_size + offsets).astype(np.int32)
-        slots_n, index_n = self._last.up([places, index])
-        kept_nN = carried_LN[index_n]
-        first, second = (half.unsqueeze(1) for half in kept_nN.chunk(2, -1))
+        return [(table[np.arange(len(table)), pages] * self._pool.page_size + offsets).astype(np.int32), index]
+
+    def _carried(self, places: Sequence[Tensor]) -> None:
+        """Put what the pass gave into the places [n] of `_places`."""
+        if not places:
+            return
+        slots_n, index_n = places
+        assert self._passed_LN is not None
+        first, second = (half.unsqueeze(1) for half in self._passed_LN[index_n].chunk(2, -1))
         self._ops.write_kv(first, second, self._pool.keys[0], self._pool.values[0], slots_n)
 
 

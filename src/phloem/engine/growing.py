@@ -158,15 +158,20 @@ class TreeWork(DraftWork):
         rows = np.array([tip.growth.row for tip in tips])
         positions = np.array([tip.start for tip in tips], np.int32) + np.int32(depth - 1)
         self._bring(batch, tips)
-        tables = tuple(
-            np.stack([self._branches.table(whole[tip.growth.row], tip.start, tip.pages[group]) for tip in tips])
-            for group, whole in enumerate(batch.tables)
-        )
+        tables = self._tables(batch, tips)
         came = [tip.source.place for tip in tips if tip.source is not None]
-        self._carried(tables[self._group], positions, np.array(came, np.int64))
+        places = self._places(tables[self._group], positions, np.array(came, np.int64))
+        self._carried(self._last.up(places) if places else [])
         ids, ones = np.array([tip.growth.tokens[tip.node] for tip in tips], np.int32), np.ones(len(tips), np.int32)
         part = replace(self._part(batch, rows, (positions, ones, ids), ones > 0), tables=tables)
         self._sprout(batch, tips, self._passed(part), depth)
+
+    def _tables(self, batch: Batch, tips: Sequence[Tip]) -> tuple[NDArray[np.int32], ...]:
+        """Of each group the page table of the way to each of them."""
+        return tuple(
+            np.stack([self._branches.table(whole[tip.growth.row], tip.start, tip.pages[group]) for tip in tips])
+            for group, whole in enumerate(batch.tables)
+        )
 
     def _bring(self, batch: Batch, tips: Sequence[Tip]) -> None:
         """What the model has kept on the way to each of them, into its pages."""
@@ -185,20 +190,30 @@ class TreeWork(DraftWork):
     def _sprout(self, batch: Batch, tips: Sequence[Tip], hidden_LN: Tensor, depth: int) -> None:
         """Note what may follow each of them. `depth`: drafts before it."""
         rows = np.array([tip.growth.row for tip in tips])
+        best_nk, ids_nk, drawn_n = self._likely(batch, rows, hidden_LN, depth)
+        greedy = self._slots.columns.greedy[batch.slots[rows]]
+        scores, ids = best_nk.cpu().numpy().astype(np.float64), ids_nk.cpu().numpy()
+        drawn = None if drawn_n is None else drawn_n.cpu().numpy()
+        for place, tip in enumerate(tips):
+            if drawn is None or greedy[place]:
+                tip.growth.add(tip.node, ids[place].tolist(), scores[place].tolist())
+            else:
+                tip.growth.add(tip.node, *with_draw(ids[place], scores[place], int(drawn[place])))
+
+    def _likely(
+        self, batch: Batch, rows: NDArray[np.intp], hidden_LN: Tensor, depth: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What may follow the last of `depth` drafts of each of these rows: logarithms of how likely each is and ids
+        [n, k], best first; and the tokens that are drawn, int64 [n], of which those of greedy rows do not count, or
+        None where all are greedy."""
         slots, known = batch.slots[rows], (batch.prefix_lens + batch.query_lens)[rows] + depth
         columns, logits_nV = self._slots.columns, self._model.head(hidden_LN)
         greedy = columns.greedy[slots]
         heats = np.where(greedy, np.float32(1), columns.temperature[slots])
         logs_nV = torch.log_softmax(logits_nV.float() / self._last.up([heats])[0].unsqueeze(1), -1)
         best_nk, ids_nk = logs_nV.topk(min(self._shape.width, logs_nV.shape[1]), -1)
-        scores, ids = best_nk.cpu().numpy().astype(np.float64), ids_nk.cpu().numpy()
         drawn = None if greedy.all() else sample(logits_nV, columns.rows(slots, known), self._ops, self._last.up)
-        drawn = None if drawn is None else drawn.long().cpu().numpy()
-        for place, tip in enumerate(tips):
-            if drawn is None or greedy[place]:
-                tip.growth.add(tip.node, ids[place].tolist(), scores[place].tolist())
-            else:
-                tip.growth.add(tip.node, *with_draw(ids[place], scores[place], int(drawn[place])))
+        return best_nk, ids_nk, None if drawn is None else drawn.long()
 
 
 def with_draw(ids_k: NDArray[np.int64], scores_k: NDArray[np.float64], drawn: int) -> tuple[list[int], list[float]]:

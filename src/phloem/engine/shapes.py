@@ -127,8 +127,7 @@ def _draft(need: Need, helper: Loaded, pool: KVPool, lengths: list[int]) -> None
     model.greedy(hidden_RN)
     if need.ops.sample is not None:
         sample(logits_RV, dummy_settings(len(lengths), need.model.vocab_size), need.ops)
-    carried_RN = None if helper.carries is None else helper.carries()
-    if carried_RN is not None:
-        first, second = (half.unsqueeze(1) for half in carried_RN.chunk(2, -1))
-        slots = torch.zeros(len(carried_RN), dtype=torch.int32, device=pool.device)
+    if helper.carries:
+        first, second = (half.unsqueeze(1) for half in hidden_RN.chunk(2, -1))
+        slots = torch.zeros(len(hidden_RN), dtype=torch.int32, device=pool.device)
         need.ops.write_kv(first, second, part.keys[0], part.values[0], slots)

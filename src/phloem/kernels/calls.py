@@ -188,6 +188,18 @@ class IndexCall:
 
 
 @dataclass(frozen=True, slots=True)
+class PooledStates:
+    """States of a step's R rows where they lie, for an op that reads them there and writes those after the step there
+    (`Ops.pooled_states`). No row reads where another writes, nor do two write to one place, but for place 0, whose
+    state nobody reads."""
+
+    pool: Tensor  # [places, ...], each place's numbers side by side
+    reads: Tensor  # [R] int64
+    writes: Tensor  # [R] int64
+    fresh: Tensor  # [R] bool: nothing is read, and zeros stand for it
+
+
+@dataclass(frozen=True, slots=True)
 class Draw:
     """What rows of logits are sampled by. `engine/sampler.py` specifies the result; a temperature of 0 is greedy."""
 

@@ -14,14 +14,16 @@ if TYPE_CHECKING:
 
 FLOAT8_BLOCK = 128  # rows and columns of a block of float8 that shares a scale
 LEAST_GROUP, MOST_GROUP = 32, 128  # columns of a group of 4-bit numbers
+FLOAT4_GROUP = 32  # columns of a group of 4-bit floats
 
 
 @dataclass(frozen=True, slots=True)
 class Narrow:
     """What a source can give of a matrix: e4m3 float8 with a scale per row (`high` 1, `wide` all columns) or per block
-    of 128 x 128, or numbers 0 to 15 with a scale, and perhaps a zero point, per row and group of columns."""
+    of 128 x 128, numbers 0 to 15 with a scale, and perhaps a zero point, per row and group of columns, or 4-bit floats
+    (e2m1) with a power of two per row and 32 columns."""
 
-    kind: Literal["float8", "int4"]
+    kind: Literal["float8", "int4", "mxfp4"]
     high: int
     wide: int
     zeros: bool = False
@@ -29,9 +31,9 @@ class Narrow:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Codes:
-    """(value - zero) * scale, where a missing zero is 0 of float8 and 8 of 4-bit numbers."""
+    """(value - zero) * scale, where a missing zero is 0 of floats and 8 of 4-bit numbers."""
 
-    values: Tensor  # float8_e4m3fn, or uint8 0 to 15: [M, N]
+    values: Tensor  # float8_e4m3fn, or uint8 0 to 15, numbers or codes of e2m1: [M, N]
     scale: Tensor  # float32 [M / high, N / wide], rounded up
     zero: Tensor | None = None  # float32, as the scale
 

@@ -234,22 +234,22 @@ class Ops:
     match_rms: Callable[[Tensor, Tensor], Tensor] = streams.match_rms
     sparsify: Callable[[Tensor, float], Tensor] = streams.sparsify
     # Recurrent mixers: see `reference_scan`. Each gives its result and the rows' states after the step.
-    causal_conv: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, bool], tuple[Tensor, Tensor]] = (
-        scan.causal_conv
-    )
+    causal_conv: Callable[[Tensor, Tensor, Tensor | None, Any, Tensor, bool], tuple[Tensor, Any]] = scan.causal_conv
+    # Whether they take `PooledStates` in place of states, and then give None for those after.
+    pooled_states: bool = False
     read_states: Callable[[Tensor, Tensor, Tensor], Tensor] = scan.read_states  # pool, places[R] int64, fresh[R] bool
     write_states: Callable[[Tensor, Tensor, Tensor], None] = scan.write_states  # pool, places, states[R, ...]
     repeat_heads: Callable[[Tensor, int, bool], Tensor] = scan.repeat_heads  # x[T, H, D], times, tiled
     decays: Callable[[Tensor], Tensor] = scan.decays
     step_sizes: Callable[[Tensor, Tensor, float, float], Tensor] = scan.step_sizes
     delta_gates: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = scan.delta_gates
-    mamba2_scan: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = (
+    mamba2_scan: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Any, Tensor], tuple[Tensor, Any]] = (
         scan.mamba2_scan
     )
-    selective_scan: Callable[
-        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]
-    ] = scan.selective_scan
-    gated_delta: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = (
+    selective_scan: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Any, Tensor], tuple[Tensor, Any]] = (
+        scan.selective_scan
+    )
+    gated_delta: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Any, Tensor, float], tuple[Tensor, Any]] = (
         scan.gated_delta
     )
     # Sparse attention's indexer: q[T, H, D], keys[L, D], weights[T, H] -> [T, L]; scores, lengths[T], k -> int32 [T, k]

@@ -127,8 +127,9 @@ def write_latent(latent_TC: Tensor, cache: Tensor, slots_T: Tensor) -> None:
 
 
 def choose_keys(call: IndexCall, cache: Tensor, batch: PagedBatch) -> Tensor:
-    """Positions that each token attends to, int32 [T, count], best first and -1 behind the last, out of the indexer's
-    keys `[pages, 1, S, D]`, in which the new tokens' are already."""
+    """Positions that each token attends to, int32 [T, count], -1 behind the last, out of the indexer's keys
+    `[pages, 1, S, D]`, in which the new tokens' are already. Of equal scores the lowest positions are chosen; they
+    stand best first here, and in whatever order in other tables."""
     starts, parts = batch.query_start.tolist(), list[Tensor]()
     for row, length in enumerate(batch.seq_lens.tolist()):
         span = slice(starts[row], starts[row + 1])

@@ -77,7 +77,13 @@ _FORMS: dict[str, Any] = {
 }
 
 
+def reads_values(ops: Ops, name: str) -> bool:
+    """Whether this op of the table is plain torch code that goes through values on the host: no recording on a device
+    holds that."""
+    plain = {field.name: field.default for field in fields(Ops)}
+    return name in _FORMS and getattr(ops, name) is plain[name]
+
+
 def shapes_only(ops: Ops) -> Ops:
     """The table, whose ops of plain torch that would read values give empty results instead."""
-    plain = {field.name: field.default for field in fields(Ops)}
-    return replace(ops, **{name: form for name, form in _FORMS.items() if getattr(ops, name) is plain[name]})
+    return replace(ops, **{name: form for name, form in _FORMS.items() if reads_values(ops, name)})

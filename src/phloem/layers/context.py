@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Concatenate, Protocol
 
 from phloem.core.memory import MemorySpec, Paged
 from phloem.distributed.mesh import Mesh
@@ -122,6 +122,21 @@ class StateStep:
     prefix_lens: Tensor  # [R] int32: tokens that the state to be read has taken in
     max_query_len: int
 
+    def run(self, call: Callable[Concatenate[StateStep, ...], Tensor], *of_T: Tensor) -> Tensor:
+        """As `States`."""
+        return call(self, *of_T)
+
+
+class States(Protocol):
+    """States of one recurrent layer in a step that may be being recorded."""
+
+    def run(self, call: Callable[Concatenate[StateStep, ...], Tensor], *of_T: Tensor) -> Tensor:
+        """What `call` makes of the step's states and of these, [T, ...] each; in shape and type like the first of them.
+
+        What depends on which tokens are of which row is to be called so: between recorded pieces it runs eagerly.
+        """
+        ...
+
 
 class StepMemory(Protocol):
     """What a model's layers keep of earlier tokens, for the rows of one step."""
@@ -159,7 +174,7 @@ class StepMemory(Protocol):
         in; by torch's code."""
         ...
 
-    def state(self, pool: int) -> StateStep:
+    def state(self, pool: int) -> States:
         """Where a recurrent layer's state of each row is read and written; `pool`: the layer's pool index."""
         ...
 

@@ -6,13 +6,14 @@ Legend: T packed tokens, C channels, H heads, S a head's size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from phloem.core.memory import State
 from phloem.layers.linear import Linear
-from phloem.layers.recurrent import FLOAT, Convolution, before, keep, taken, vector
+from phloem.layers.recurrent import FLOAT, Convolution, delta, taken, vector
 from phloem.layers.weight import Layer, Projection, Weight, check_divides, cut_of
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class KimiDeltaSizes:
 
 class KimiDelta(Layer):
     """A mixer: norm(y) * sigmoid(g) for each head; the decay's and the output's gates go through `size` features."""
+
+    row_ops = ("gated_delta",)
 
     def __init__(self, ctx: BuildContext, hidden_size: int, pool: int, sizes: KimiDeltaSizes) -> None:
         self.ops, self.pool, self.sizes = ctx.ops, pool, sizes
@@ -73,15 +76,12 @@ class KimiDelta(Layer):
         size, width, state = self.sizes.size, self.heads * self.sizes.size, step.memory.state(self.pool)
         found, total_TN = taken(self.inputs, norm, x_TN, residual_TN)
         mixed_TC, b_TH, low_TS, gate_TS = found.split([3 * width, self.heads, size, size], -1)
-        seen, kept = before(self.ops, state)
-        mixed_TC, seen = self.conv(mixed_TC, seen, state.query_start)
+        mixed_TC = state.run(self.conv.over, mixed_TC)
         q_THS, k_THS, v_THS = (part.unflatten(-1, (self.heads, size)) for part in mixed_TC.split(width, -1))
         q_THS, k_THS = (self.ops.rms_norm(x_THS, self.unit, 1e-6 / size) for x_THS in (q_THS, k_THS))
         a_THS = self.forget(low_TS)[0].unflatten(-1, (self.heads, size))
         bias_HS, log_H1 = self.dt_bias.value.view(self.heads, size), self.decay.value.view(-1, 1)
         decay_THS, beta_TH = self.ops.delta_gates(a_THS, b_TH, bias_HS, log_H1)
-        rest = decay_THS, beta_TH, kept, state.query_start, size**-0.5
-        y_THS, kept = self.ops.gated_delta(q_THS, k_THS, v_THS, *rest)
-        keep(self.ops, state, seen, kept)
+        y_THS = state.run(partial(delta, self.ops), v_THS, q_THS, k_THS, decay_THS, beta_TH)
         y_TC = self.ops.rms_norm(y_THS, self.norm.value, self.sizes.eps).flatten(1)
         return self.ops.sigmoid_mul(y_TC, self.gate(gate_TS)[0]), total_TN

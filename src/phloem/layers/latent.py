@@ -51,6 +51,8 @@ class IndexSizes:
 class Indexer(Layer):
     """Cheap heads that all share one key of each token: what they agree on is attended to. Every rank has all of it."""
 
+    row_ops = ("choose_keys", "chosen_latent_attention")
+
     def __init__(
         self, ctx: BuildContext, hidden_size: int, q_rank: int, sizes: IndexSizes, pool: int, rope: Rope
     ) -> None:
@@ -79,6 +81,7 @@ class LatentAttention(Layer):
     """A mixer. The cache holds latents; keys and values of heads are never kept. `indexer` chooses what is attended to;
     `lender` is that of an earlier layer, whose choice this one takes over."""
 
+    row_ops = ("latent_attention",)
     indexer: Indexer | None = None
     lender: Indexer | None = None
     growth: Tensor | None = None  # a factor on queries by position, float32 [positions, 1]

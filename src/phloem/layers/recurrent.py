@@ -7,12 +7,14 @@ size. A row's states are read from where its last step left them and written els
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from phloem.core.errors import ModelLoadError
 from phloem.core.memory import State
+from phloem.kernels.calls import PooledStates
 from phloem.layers.linear import Linear
 from phloem.layers.norm import AnyNorm, RMSNorm
 from phloem.layers.weight import Layer, Part, Projection, Weight, check_divides, cut_of
@@ -29,15 +31,18 @@ if TYPE_CHECKING:
 FLOAT = "float32"  # a state adds up over a whole text
 
 
-def before(ops: Ops, step: StateStep) -> list[Tensor]:
-    """What a layer's states were before the step, [R, ...] each; zeros for rows that begin."""
-    return [ops.read_states(tensor, step.reads, step.fresh) for tensor in step.tensors]
+def before(ops: Ops, step: StateStep, number: int) -> Tensor | PooledStates:
+    """What one of a layer's states was before the step, [R, ...], zeros for rows that begin; or where it lies, for a
+    table whose ops read and write it there."""
+    if ops.pooled_states:
+        return PooledStates(step.tensors[number], step.reads, step.writes, step.fresh)
+    return ops.read_states(step.tensors[number], step.reads, step.fresh)
 
 
-def keep(ops: Ops, step: StateStep, *after: Tensor) -> None:
-    """Write the states behind the step."""
-    for tensor, one in zip(step.tensors, after, strict=True):
-        ops.write_states(tensor, step.writes, one)
+def keep(ops: Ops, step: StateStep, number: int, after: Tensor | None) -> None:
+    """Write that state behind the step, if the op has not."""
+    if after is not None:
+        ops.write_states(step.tensors[number], step.writes, after)
 
 
 def pieces(ctx: BuildContext, name: str, sizes: Mapping[str, int]) -> dict[str, Projection]:
@@ -63,6 +68,8 @@ class Convolution(Layer):
     """A depthwise causal convolution over `sizes` channels, one after another, with `taps` tokens. `scales`: factors on
     the inputs of each."""
 
+    row_ops = ("causal_conv",)
+
     def __init__(
         self, ctx: BuildContext, sizes: list[int], taps: int, *, bias: bool, silu: bool, scales: Sequence[float] = ()
     ) -> None:
@@ -79,11 +86,17 @@ class Convolution(Layer):
         """Of its state: the inputs of the last tokens."""
         return (self.channels, self.taps - 1), FLOAT
 
-    def __call__(self, x_TC: Tensor, state: Tensor, query_start: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, x_TC: Tensor, state: Tensor | PooledStates, query_start: Tensor) -> tuple[Tensor, Tensor | None]:
         bias, weight_CW = None if self.bias is None else self.bias.value, self.weight.value.squeeze(1)
         if self.scale_C is not None:
             weight_CW = self.ops.scale_rows(weight_CW, self.scale_C)
         return self.ops.causal_conv(x_TC, weight_CW, bias, state, query_start, self.silu)
+
+    def over(self, step: StateStep, x_TC: Tensor) -> Tensor:
+        """The same over the first of a layer's states, which goes on with the step (`States.run`)."""
+        y_TC, last = self(x_TC, before(self.ops, step, 0), step.query_start)
+        keep(self.ops, step, 0, last)
+        return y_TC
 
 
 def taken(linear: Linear, norm: AnyNorm | None, x_TN: Tensor, residual_TN: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -122,9 +135,7 @@ class ShortConv(Layer):
         """As `Mixer`."""
         found, total_TN = taken(self.inputs, norm, x_TN, residual_TN)
         b_TC, c_TC, x_TC = found.chunk(3, -1)
-        state = step.memory.state(self.pool)
-        y_TC, last = self.conv(self.ops.mul(b_TC, x_TC), before(self.ops, state)[0], state.query_start)
-        keep(self.ops, state, last)
+        y_TC = step.memory.state(self.pool).run(self.conv.over, self.ops.mul(b_TC, x_TC))
         return self.ops.mul(c_TC, y_TC), total_TN
 
 
@@ -149,6 +160,8 @@ class MambaSizes:
 
 class Mamba2(Layer):
     """State space duality (Dao and Gu, 2024): in_proj gives z, x, B, C and dt."""
+
+    row_ops = ("mamba2_scan",)
 
     def __init__(self, ctx: BuildContext, hidden_size: int, pool: int, sizes: MambaSizes) -> None:
         self.ops, self.pool, self.sizes = ctx.ops, pool, sizes
@@ -181,26 +194,23 @@ class Mamba2(Layer):
         found, total_TN = taken(self.inputs, norm, x_TN, residual_TN)
         z_TC, mixed_TC, dt_TH = found.split([self.inner, self.inner + 2 * self.shared, self.heads], -1)
         z_TC, dt_TH = self._scaled(z_TC, sizes.scales[0]), self._scaled(dt_TH, sizes.scales[4])
-        seen, kept = before(self.ops, state)
-        mixed_TC, seen = self.conv(mixed_TC, seen, state.query_start)
+        mixed_TC = state.run(self.conv.over, mixed_TC)
         x_TC, b_TC, c_TC = mixed_TC.split([self.inner, self.shared, self.shared], -1)
         dt_TH = self.ops.step_sizes(dt_TH, self.dt_bias.value, sizes.lowest, sizes.highest)
-        y_THD, kept = self.ops.mamba2_scan(
-            x_TC.unflatten(-1, (self.heads, sizes.head_size)),
-            dt_TH,
-            self.ops.decays(self.decay.value),
-            b_TC.unflatten(-1, (self.groups, sizes.state)),
-            c_TC.unflatten(-1, (self.groups, sizes.state)),
-            self.skip.value,
-            kept,
-            state.query_start,
-        )
-        keep(self.ops, state, seen, kept)
-        y_TC = y_THD.flatten(1)
+        x_THD = x_TC.unflatten(-1, (self.heads, sizes.head_size))
+        b_TGS, c_TGS = (shared.unflatten(-1, (self.groups, sizes.state)) for shared in (b_TC, c_TC))
+        y_TC = state.run(self._scan, x_THD, dt_TH, b_TGS, c_TGS).flatten(1)
         if self.norm is None:
             return self.ops.silu_and_mul(self.ops.join(z_TC, y_TC)), total_TN
         first = sizes.norm == "first"
         return self.ops.gated_rms_norm(y_TC, z_TC, self.norm.value, sizes.eps, self.group, first), total_TN
+
+    def _scan(self, state: StateStep, x_THD: Tensor, dt_TH: Tensor, b_TGS: Tensor, c_TGS: Tensor) -> Tensor:
+        kept, decay_H = before(self.ops, state, 1), self.ops.decays(self.decay.value)
+        rest = decay_H, b_TGS, c_TGS, self.skip.value, kept, state.query_start
+        y_THD, kept = self.ops.mamba2_scan(x_THD, dt_TH, *rest)
+        keep(self.ops, state, 1, kept)
+        return y_THD
 
     def _scaled(self, x: Tensor, factor: float) -> Tensor:
         return x if factor == 1.0 else self.ops.scale(x, factor)
@@ -222,6 +232,8 @@ class SelectiveSizes:
 
 class Mamba1(Layer):
     """A selective state space (Gu and Dao, 2023): in_proj gives x and z; x gives dt, B and C; y * silu(z)."""
+
+    row_ops = ("selective_scan",)
 
     def __init__(self, ctx: BuildContext, hidden_size: int, pool: int, sizes: SelectiveSizes) -> None:
         self.ops, self.pool, self.sizes = ctx.ops, pool, sizes
@@ -252,15 +264,18 @@ class Mamba1(Layer):
         state = step.memory.state(self.pool)
         found, total_TN = taken(self.inputs, norm, x_TN, residual_TN)
         x_TC, z_TC = found.chunk(2, -1)
-        seen, kept = before(self.ops, state)
-        x_TC, seen = self.conv(x_TC, seen, state.query_start)
+        x_TC = state.run(self.conv.over, x_TC)
         low_TR, b_TS, c_TS = self._normed(self.low(x_TC)[0])
         dt_TC = self.ops.step_sizes(self.steps(low_TR)[0], self.dt_bias.value, 0.0, float("inf"))
-        y_TC, kept = self.ops.selective_scan(
-            x_TC, dt_TC, self.ops.decays(self.decay.value), b_TS, c_TS, self.skip.value, kept, state.query_start
-        )
-        keep(self.ops, state, seen, kept)
+        y_TC = state.run(self._scan, x_TC, dt_TC, b_TS, c_TS)
         return self.ops.silu_and_mul(self.ops.join(z_TC, y_TC)), total_TN
+
+    def _scan(self, state: StateStep, x_TC: Tensor, dt_TC: Tensor, b_TS: Tensor, c_TS: Tensor) -> Tensor:
+        kept, decay_CS = before(self.ops, state, 1), self.ops.decays(self.decay.value)
+        rest = decay_CS, b_TS, c_TS, self.skip.value, kept, state.query_start
+        y_TC, kept = self.ops.selective_scan(x_TC, dt_TC, *rest)
+        keep(self.ops, state, 1, kept)
+        return y_TC
 
     def _normed(self, low: Tensor) -> list[Tensor]:
         """dt, B and C."""
@@ -271,6 +286,16 @@ class Mamba1(Layer):
             pairs = zip(parts, self.ones, strict=True)
             return [self.ops.rms_norm(part, ones, self.sizes.eps) for part, ones in pairs]
         return parts
+
+
+def delta(
+    ops: Ops, state: StateStep, v_THD: Tensor, q_THS: Tensor, k_THS: Tensor, decay: Tensor, beta_TH: Tensor
+) -> Tensor:
+    """The gated delta rule over the second of a layer's states (`States.run`)."""
+    kept, scale = before(ops, state, 1), q_THS.shape[-1] ** -0.5
+    y_THD, kept = ops.gated_delta(q_THS, k_THS, v_THD, decay, beta_TH, kept, state.query_start, scale)
+    keep(ops, state, 1, kept)
+    return y_THD
 
 
 @dataclass(frozen=True)
@@ -290,6 +315,8 @@ class DeltaSizes:
 
 class GatedDelta(Layer):
     """A gated delta net (Yang et al., 2024): norm(y) * silu(z) for each head."""
+
+    row_ops = ("gated_delta",)
 
     def __init__(self, ctx: BuildContext, hidden_size: int, pool: int, sizes: DeltaSizes) -> None:
         self.ops, self.pool, self.sizes = ctx.ops, pool, sizes
@@ -325,15 +352,12 @@ class GatedDelta(Layer):
         found, total_TN = taken(self.inputs, norm, x_TN, residual_TN)
         widths = [2 * self.keys + self.values, self.values, self.heads, self.heads]
         mixed_TC, z_TC, b_TH, a_TH = found.split(widths, -1)
-        seen, kept = before(self.ops, state)
-        mixed_TC, seen = self.conv(mixed_TC, seen, state.query_start)
+        mixed_TC = state.run(self.conv.over, mixed_TC)
         q_TC, k_TC, v_TC = mixed_TC.split([self.keys, self.keys, self.values], -1)
         q_THS, k_THS = (self._unit(x_TC) for x_TC in (q_TC, k_TC))
         decay_TH, beta_TH = self.ops.delta_gates(a_TH, b_TH, self.dt_bias.value, self.decay.value)
         v_THD = v_TC.unflatten(-1, (self.heads, sizes.value_size))
-        scale = sizes.key_size**-0.5
-        y_THD, kept = self.ops.gated_delta(q_THS, k_THS, v_THD, decay_TH, beta_TH, kept, state.query_start, scale)
-        keep(self.ops, state, seen, kept)
+        y_THD = state.run(partial(delta, self.ops), v_THD, q_THS, k_THS, decay_TH, beta_TH)
         z_THD = z_TC.unflatten(-1, (self.heads, sizes.value_size))
         return self.ops.gated_rms_norm(y_THD, z_THD, self.norm.value, sizes.eps, 0, True).flatten(1), total_TN
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from phloem.core.errors import ModelLoadError
 from phloem.distributed.mesh import some_sizes
@@ -152,6 +152,14 @@ def projections(
 class Layer:
     """Something that owns weights, itself or through the layers in its attributes. Calling it is the subclass's."""
 
+    row_ops: ClassVar[tuple[str, ...]] = ()  # of the op table, those that it calls which go through a step's rows
+
+    def every_layer(self) -> Iterator[Layer]:
+        """It, and every layer below it."""
+        yield self
+        for part in _layers(vars(self).values()):
+            yield from part.every_layer()
+
     def weights(self) -> Iterator[Weight]:
         """Every slot below this layer, each once, in the order of declaration."""
         seen: set[int] = set()
@@ -159,6 +167,16 @@ class Layer:
             if id(slot) not in seen:
                 seen.add(id(slot))
                 yield slot
+
+
+def _layers(values: Any) -> Iterator[Layer]:
+    for value in values:
+        if isinstance(value, Layer):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _layers(value)
+        elif isinstance(value, dict):
+            yield from _layers(value.values())
 
 
 def _slots(values: Any) -> Iterator[Weight]:

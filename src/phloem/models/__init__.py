@@ -114,17 +114,15 @@ FAMILIES: Registry[Family] = Registry("phloem.models", "model type", "build")
 
 @runtime_checkable
 class CutModel(Protocol):
-    """A model whose forward pass is `finish(*trunk(step), step.logit_index)`, so that the part whose rows differ from
-    step to step, behind the last layer's attention, stands alone."""
+    """A model whose forward pass is `conclude(step, *trunk(step))`, so that the part whose rows differ from step to
+    step, behind the last layer's mixer, stands alone."""
 
-    attention_specs: list[AttentionSpec]  # one of each attention in `trunk`
-
-    def trunk(self, step: ForwardBatch) -> tuple[Tensor, Tensor]:
-        """(The last attention's output [T, features], residual [T, hidden_size])."""
+    def trunk(self, step: ForwardBatch, /) -> tuple[Tensor, Tensor]:
+        """(The last mixer's output [T, features], residual [T, hidden_size])."""
         ...
 
-    def finish(self, out: Tensor, residual_TN: Tensor, keep_L: Tensor | None, /) -> Tensor:
-        """Hidden states [L, hidden_size] of the rows `keep_L` (None: all), final norm applied."""
+    def conclude(self, step: ForwardBatch, out: Tensor, residual_TN: Tensor, /) -> Tensor:
+        """Hidden states [L, hidden_size] of the rows `step.logit_index` (None: all), final norm applied."""
         ...
 
 

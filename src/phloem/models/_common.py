@@ -230,7 +230,10 @@ class Decoder(Layer):
 
     def forward(self, step: ForwardBatch) -> Tensor:
         """Hidden states [L, hidden_size] of the rows `step.logit_index`, final norm applied; `head` takes them."""
-        out, residual_TN = self.trunk(step)
+        return self.conclude(step, *self.trunk(step))
+
+    def conclude(self, step: ForwardBatch, out: Tensor, residual_TN: Tensor) -> Tensor:
+        """What `forward` gives, from what `trunk` gave."""
         self.adapt(step, wanted=True)
         if self.tap is None or not self.tap.last:
             return self.finish(out, residual_TN, step.logit_index)
@@ -275,7 +278,7 @@ class Decoder(Layer):
         return x_TN if self.positions is None else self.positions.add(x_TN, step.positions)
 
     def finish(self, out: Tensor, residual_TN: Tensor, keep_L: Tensor | None) -> Tensor:
-        """What `forward` gives, from what `trunk` gave, for the rows `keep_L` alone (None: all)."""
+        """Hidden states of the rows `keep_L` alone (None: all), from what `trunk` gave."""
         if keep_L is not None:
             out, residual_TN = self.ops.select_rows(out, keep_L), self.ops.select_rows(residual_TN, keep_L)
         if self.rows is not None and keep_L is not None:

@@ -121,6 +121,26 @@ class DFlash(DraftHead):
             x_BN, rest_BN = layer.feed(out, total_BN)
         return self.norm.add(x_BN, rest_BN)[0]
 
+    def trunk(self, step: ForwardBatch) -> tuple[Tensor, Tensor]:
+        """Of a step of which all tokens have an id, those of features -1, up to the last layer's mixer, for all of them
+        alike: what `forward` computes of the blocks, whichever tokens are theirs (`models.CutModel`)."""
+        asks_T1 = (step.input_ids >= 0).unsqueeze(-1)
+        x_TN = self.shared.target.embed(step.input_ids.clamp(min=0))
+        if self.embed_scale != 1.0:
+            x_TN = self.ops.scale(x_TN, self.embed_scale)
+        kept_TN, rest_TN = torch.cat(step.memory.kept(0), -1).to(x_TN.dtype), None
+        for layer in self.layers:
+            normed_TN, total_TN = layer.norms[0].add(x_TN, rest_TN)
+            out, _ = layer.mixer.attend(None, torch.where(asks_T1, normed_TN, kept_TN), None, step)
+            if layer is self.layers[-1]:
+                return out, total_TN
+            x_TN, rest_TN = layer.feed(out, total_TN)
+        raise AssertionError("a drafter has layers")
+
+    def conclude(self, step: ForwardBatch, out: Tensor, rest_TN: Tensor) -> Tensor:
+        """As `models.CutModel`; `step.logit_index` counts features too."""
+        return self.norm.add(*self.layers[-1].feed(*self.selected(step, out, rest_TN)))[0]
+
     def _take_in(self, kept_CN: Tensor, step: ForwardBatch) -> Tensor:
         """Keys and values of features alone: nothing is asked."""
         kept_CN = kept_CN.to(self.shared.kind)

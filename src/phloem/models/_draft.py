@@ -1,8 +1,8 @@
 """Heads that draft for a model: one layer over the embedding of the next token and a state of the model itself.
 
 At position t a head reads the state that the model had there and the embedding of token t + 1, and so tells token
-t + 2. Of states that the model has not computed yet its own results take the place (`carried`). Embedding and head
-are the model's where the file has none.
+t + 2. Of states that the model has not computed yet its own results take the place: what a pass gives is what the next
+one reads there, and what is told is made of it. Embedding and head are the model's where the file has none.
 
 Legend: T packed tokens, N hidden size, L positions whose next token is wanted, V vocabulary, D the head's own one.
 """
@@ -68,7 +68,6 @@ class DraftHead(Layer):
     """What all heads have. Its first memory is the state that it reads, written by the model's own steps."""
 
     shift = 1  # at a position it reads the token behind it
-    carried: Tensor | None = None  # [L, N] of the last pass: what stands for the model's state at the next positions
 
     def __init__(self, ctx: BuildContext, shared: Shared) -> None:
         target = shared.target
@@ -89,8 +88,20 @@ class DraftHead(Layer):
         return 0 if self.index is None else self.index.nbytes
 
     def forward(self, step: ForwardBatch) -> Tensor:
-        """Hidden states [L, N] that `head` reads; `carried` has changed."""
+        """What stands for the model's state at the next positions [L, N]; `head` reads it."""
+        return self.conclude(step, *self.trunk(step))
+
+    def trunk(self, step: ForwardBatch) -> tuple[Tensor, Tensor]:
+        """As `models.CutModel`."""
         raise NotImplementedError
+
+    def conclude(self, step: ForwardBatch, out: Tensor, rest_TN: Tensor) -> Tensor:
+        """As `models.CutModel`: what `forward` gives, from what `trunk` gave."""
+        raise NotImplementedError
+
+    def spoken(self, passed_LN: Tensor) -> Tensor:
+        """What the weights of the head are multiplied with, of what a pass gave."""
+        return passed_LN
 
     def inputs(self, step: ForwardBatch) -> tuple[Tensor, Tensor]:
         """Embeddings of the tokens and the states at their positions, [T, N] each."""
@@ -103,7 +114,8 @@ class DraftHead(Layer):
         return states if keep_L is None else tuple(self.ops.select_rows(x_TN, keep_L) for x_TN in states)
 
     def head(self, hidden_LN: Tensor) -> Tensor:
-        """float32 logits [L, V], -inf for tokens that it cannot say."""
+        """float32 logits [L, V], -inf for tokens that it cannot say; of what a pass gave."""
+        hidden_LN = self.spoken(hidden_LN)
         if self.own_head is None:
             return self.shared.target.head(hidden_LN)
         return self.spread(self.own_head(hidden_LN))
@@ -116,8 +128,8 @@ class DraftHead(Layer):
         return logits_LV.index_copy_(1, self.ids_D, logits_LD)
 
     def greedy(self, hidden_LN: Tensor) -> Tensor:
-        """The most likely token of each row, int64 [L]."""
-        best_L = (self.own_head or self.shared.target.head).argmax(hidden_LN).long()
+        """The most likely token of each row, int64 [L]; of what a pass gave."""
+        best_L = (self.own_head or self.shared.target.head).argmax(self.spoken(hidden_LN)).long()
         return best_L if self.ids_D is None else self.ids_D[best_L]
 
     def load(
@@ -188,12 +200,13 @@ class Eagle(DraftHead):
         self.memory += self.layer.memory
         self.attention_specs += [spec for spec in (self.layer.attention,) if spec is not None]
 
-    def forward(self, step: ForwardBatch) -> Tensor:
+    def trunk(self, step: ForwardBatch) -> tuple[Tensor, Tensor]:
         x_TN, _ = self.fc(self.ops.join(*self.inputs(step)))
-        out, rest_TN = self.layer.attend(x_TN, None, step)
+        return self.layer.attend(x_TN, None, step)
+
+    def conclude(self, step: ForwardBatch, out: Tensor, rest_TN: Tensor) -> Tensor:
         out, rest = self.layer.feed(*self.selected(step, out, rest_TN))
-        self.carried = out if rest is None else self.ops.add(out, rest)
-        return self.carried
+        return out if rest is None else self.ops.add(out, rest)
 
 
 class Fuse(Layer):
@@ -258,15 +271,22 @@ class Eagle3(DraftHead):
         if facts.vocab:
             self.own_head = Head(ctx.child("lm_head"), facts.vocab, size, None)
 
-    def forward(self, step: ForwardBatch) -> Tensor:
-        hidden, first, after = self.norms
+    def trunk(self, step: ForwardBatch) -> tuple[Tensor, Tensor]:
+        hidden, first, _ = self.norms
         embed_TN, g_TN = self.inputs(step)
         out, _ = self.mixer.attend(None, self.ops.join(first(embed_TN), hidden(g_TN)), None, step)
-        out, g_LN = self.selected(step, out, g_TN)
+        return out, g_TN
+
+    def conclude(self, step: ForwardBatch, out: Tensor, rest_TN: Tensor) -> Tensor:
+        out, g_LN = self.selected(step, out, rest_TN)
         out, rest = self.mixer.out(out, add=g_LN)
-        normed_LN, total_LN = self.norm.add(*self.mlp(after, out, rest, add=True))
-        self.carried = normed_LN if self.carry_norm else total_LN
-        return normed_LN
+        out, rest = self.mlp(self.norms[-1], out, rest, add=True)
+        if self.carry_norm:
+            return self.norm.add(out, rest)[0]
+        return out if rest is None else self.ops.add(out, rest)
+
+    def spoken(self, passed_LN: Tensor) -> Tensor:
+        return passed_LN if self.carry_norm else self.norm(passed_LN)
 
 
 @dataclass(frozen=True)
@@ -311,12 +331,13 @@ class MTP(DraftHead):
         self.memory += self.layer.memory
         self.attention_specs += [spec for spec in (self.layer.attention,) if spec is not None]
 
-    def forward(self, step: ForwardBatch) -> Tensor:
+    def trunk(self, step: ForwardBatch) -> tuple[Tensor, Tensor]:
         embed_TN, state_TN = self.inputs(step)
         if self.names.blind_start:
             embed_TN = embed_TN.masked_fill((step.positions == 0).unsqueeze(-1), 0.0)
         both = self.enorm(embed_TN), self.hnorm(state_TN)
         x_TN, _ = self.fuse(self.ops.join(*(both if self.names.embed_first else both[::-1])))
-        out, rest_TN = self.layer.attend(x_TN, None, step)
-        self.carried, _ = self.norm.add(*self.layer.feed(*self.selected(step, out, rest_TN)))
-        return self.carried
+        return self.layer.attend(x_TN, None, step)
+
+    def conclude(self, step: ForwardBatch, out: Tensor, rest_TN: Tensor) -> Tensor:
+        return self.norm.add(*self.layer.feed(*self.selected(step, out, rest_TN)))[0]

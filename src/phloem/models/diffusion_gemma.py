@@ -130,13 +130,15 @@ class DiffusionGemma(InputDecoder):
         self.conditioning, self.canvases = conditioning, canvases  # before the weights are counted
         super().__init__(ctx, config, max_positions, 0, 0, Place(config.hidden_size, config.eps, 0.0, max_positions))
 
-    def forward(self, step: ForwardBatch) -> Tensor:
+    def trunk(self, step: ForwardBatch) -> tuple[Tensor, Tensor]:
         canvases = self.canvases
         canvases.index, canvases.alone = None if step.embeds is None else step.embeds[0], False
-        out, residual_TN = self.trunk(step)
+        return super().trunk(step)
+
+    def conclude(self, step: ForwardBatch, out: Tensor, residual_TN: Tensor) -> Tensor:
         # A step with canvases wants their logits alone.
-        canvases.alone = canvases.index is not None and step.logit_index is not None
-        return self.finish(out, residual_TN, step.logit_index)
+        self.canvases.alone = step.embeds is not None and step.logit_index is not None
+        return super().conclude(step, out, residual_TN)
 
     def condition(self, ids_n: Tensor, soft_nN: Tensor) -> Tensor:
         return self.conditioning(self.embed(ids_n), soft_nN)

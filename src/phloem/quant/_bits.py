@@ -43,6 +43,12 @@ def fitting_bits(words: int, count: int, known: tuple[int, ...], name: str) -> i
     return found[0]
 
 
+def e2m1_of(twice: Tensor) -> Tensor:
+    """Codes of 4-bit floats, uint8, of twice their values, int8; zero has one."""
+    table = torch.tensor([TWICE_E2M1.index(at - 12) if at - 12 in TWICE_E2M1 else 0 for at in range(25)])
+    return table.to(twice.device, torch.uint8)[twice.int() + 12]
+
+
 def twice_e2m1(packed_RB: Tensor) -> Tensor:
     """Twice the values of 4-bit floats, two a byte, the lower half first: int8 [R, 2 B]."""
     table = torch.tensor(TWICE_E2M1, dtype=torch.int8, device=packed_RB.device)

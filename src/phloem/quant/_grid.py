@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from phloem.core.errors import ModelLoadError
-from phloem.kernels.narrow import FLOAT8_BLOCK, Codes, Narrow, group_width
+from phloem.kernels.narrow import FLOAT4_GROUP, FLOAT8_BLOCK, Codes, Narrow, group_width
+from phloem.quant._bits import e2m1_of
 from phloem.quant._report import VALUES, Report
 from phloem.quant._source import Index, Source, everything
 
@@ -86,6 +87,8 @@ def kept_as(form: Narrow) -> str:
     """How a report calls it."""
     if form.kind == "int4":
         return "4-bit integers"
+    if form.kind == "mxfp4":
+        return "4-bit floats"
     return "float8 with scales of rows" if form.high == 1 else "float8 with scales of blocks"
 
 
@@ -99,14 +102,12 @@ class Grid(Source):
 
     `open`: (entry of a stack, rows, columns), slices of step 1 -> what is read of it.
     `form`: of the whole matrix, what kernels for narrow weights can be given of it; None: nothing.
-    `turned`: as a layer counts, the stored shape is [..., in_features, out_features]; rows are out_features.
     """
 
     open: Callable[[int, slice, slice], Opened] = field(kw_only=True)
     report: Report | None = None
     why: str = ""  # why no table can keep it as it is
     form: Narrow | None = None
-    turned: bool = False
     _refused: str = field(default="", init=False)  # by the table that is served
 
     def take(self, index: Index | None, dtype: torch.dtype) -> Tensor:
@@ -149,8 +150,11 @@ class Grid(Source):
 
     def narrow(self, rows: slice, cols: slice) -> Narrow | str:
         form = self.form
-        if form is None or len(self.shape) != 2 or self.turned:
+        if form is None:
             return self.why or VALUES
+        if form.kind == "mxfp4":
+            whole = cols.step == 1 and not (cols.start % FLOAT4_GROUP or cols.stop % FLOAT4_GROUP)
+            return form if whole else f"groups of {FLOAT4_GROUP} columns do not end where a rank's share does"
         if form.kind == "int4":
             width = group_width(form.wide, cols)
             if cols.step == 1 and width:
@@ -161,20 +165,22 @@ class Grid(Source):
         whole = all(span.step == 1 and not span.start % FLOAT8_BLOCK for span in (rows, cols))
         return Narrow("float8", FLOAT8_BLOCK, FLOAT8_BLOCK) if whole else "a share of it begins inside a block"
 
-    def codes(self, rows: slice, cols: slice) -> Codes:
+    def codes(self, rows: slice, cols: slice, entry: int = 0) -> Codes:
         found = self.narrow(rows, cols)
         assert isinstance(found, Narrow)
-        opened = self.open(0, slice(rows.start, rows.stop, 1), cols)
+        opened = self.open(entry, slice(rows.start, rows.stop, 1), cols)
         size = rows.stop - rows.start, cols.stop - cols.start
-        eight = found.kind == "float8"
+        eight, floats = found.kind == "float8", found.kind == "mxfp4"
         scale, zero = opened.scale_RG, opened.zero_RG
         values = torch.empty(size, dtype=torch.float8_e4m3fn if eight else torch.uint8, device=scale.device)
 
         def fill(piece: slice) -> None:
             read = opened.codes(piece)
-            values[piece] = read if eight or zero is not None else (read + 8).to(torch.uint8)
+            read = e2m1_of(read) if floats else read
+            values[piece] = read if eight or floats or zero is not None else (read + 8).to(torch.uint8)
 
         self._each(fill, *size, values.device)
+        scale = scale * 2 if floats else scale  # of twice their values
         groups = opened.group_C[:: found.wide]
         scale = scale[:, groups].expand(size[0], -1)[:: rows.step * found.high]
         zero = None if zero is None else zero[:, groups].expand(size[0], -1)[:: rows.step]

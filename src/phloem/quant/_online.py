@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from phloem.kernels.narrow import Codes, Narrow
-from phloem.quant._bits import TWICE_E2M1
+from phloem.kernels.narrow import FLOAT4_GROUP, Codes, Narrow
+from phloem.quant._bits import TWICE_E2M1, e2m1_of
 from phloem.quant._grid import BLOCK, Opened
 from phloem.quant._groups import FLOAT_KINDS, GroupQuantised
 
@@ -74,6 +74,28 @@ class Float8Rounded(Rounded):
         """Nobody counts what was plain in the file."""
 
 
+class Float4Rounded(Rounded):
+    """4-bit floats with a power of two per row and 32 columns (`kernels.narrow.GivesCodes`)."""
+
+    def __init__(self, source: WeightSource) -> None:
+        super().__init__(source, "dense" if source.shape[1] % BLOCK else "Q5_0", _as_mxfp4)
+
+    def narrow(self) -> Narrow | str:
+        whole = self.shape[1] % FLOAT4_GROUP == 0
+        return Narrow("mxfp4", 1, FLOAT4_GROUP) if whole else f"{self.shape[1]} columns are no groups of {FLOAT4_GROUP}"
+
+    def codes(self) -> Codes:
+        opened = [
+            _as_mxfp4(part)
+            for part in self.source.dense(torch.float32).split(max(1, _ELEMENTS_AT_ONCE // self.shape[1]))
+        ]
+        values = torch.cat([e2m1_of(each.codes(_EVERYTHING)) for each in opened])
+        return Codes(values, torch.cat([each.scale_RG * 2 for each in opened]))
+
+    def refused(self, why: str) -> None:
+        """Nobody counts what was plain in the file."""
+
+
 def _stays(source: WeightSource) -> bool:
     return source.kind not in FLOAT_KINDS or len(source.shape) != 2 or prod(source.shape) == 0
 
@@ -104,7 +126,7 @@ def mxfp4_blocks(source: WeightSource) -> WeightSource:
         return source
     if _outer(source):
         return GroupQuantised(source, 8)
-    return Rounded(source, "dense" if source.shape[1] % BLOCK else "Q5_0", _as_mxfp4)
+    return Float4Rounded(source)
 
 
 def _as_mxfp4(values_MN: Tensor) -> Opened:

@@ -43,13 +43,15 @@ class Stager(Protocol):
 
 @dataclass
 class Source:
-    """One stored tensor. `shifted`: the layer's shift (`Weight.shift`) is in the values already."""
+    """One stored tensor. `shifted`: the layer's shift (`Weight.shift`) is in the values already. `turned`: as a layer
+    counts, the stored shape is [..., in_features, out_features]; rows are out_features."""
 
     name: str
     shape: tuple[int, ...]  # as stored
     kind: str = "dense"
     shifted: bool = False
     workers: Executor | None = None  # to dequantise with
+    turned: bool = field(default=False, kw_only=True)
     bytes_read: int = field(default=0, init=False)  # what `take` and `take_raw` have taken from the file
 
     @property
@@ -78,8 +80,8 @@ class Source:
         del rows, cols
         return ""
 
-    def codes(self, rows: slice, cols: slice) -> Codes:
-        """What `narrow` has promised."""
+    def codes(self, rows: slice, cols: slice, entry: int = 0) -> Codes:
+        """What `narrow` has promised; of an entry of a stack."""
         raise TypeError(f"{self.name} is plain: it has no codes")
 
     def refused(self, why: str) -> None:
@@ -127,15 +129,15 @@ class View:
 
     def narrow(self) -> Narrow | str:
         """What kernels for narrow weights can be given, or why not; "": it is plain."""
-        span = self._span()
-        return "" if span is None else self.source.narrow(*span)
+        place = self._place()
+        return "" if place is None else self.source.narrow(*place[:2])
 
     def codes(self) -> Codes:
         """What `narrow` has promised."""
-        span = self._span()
-        if span is None:
+        place = self._place()
+        if place is None:
             raise TypeError(f"{self.name} is plain: it has no codes")
-        return self.source.codes(*span)
+        return self.source.codes(*place)
 
     def refused(self, why: str) -> None:
         """The op table takes it unpacked all the same."""
@@ -145,6 +147,18 @@ class View:
         """Rows and columns, where they can be had as stored bytes."""
         span = None if self.source.kind == "dense" else self._span()
         return span if span is not None and self.source.has_raw(span[1]) else None
+
+    def _place(self) -> tuple[slice, slice, int] | None:
+        """Rows and columns, and the entry of a stack that they lie in."""
+        if (span := self._span()) is not None:
+            return *span, 0
+        if self.index is None or len(self.index) != 3 or self.transposed != self.source.turned:
+            return None
+        entry, *axes = self.index
+        cols, rows = axes if self.transposed else reversed(axes)
+        if not isinstance(entry, int) or not isinstance(rows, slice) or not isinstance(cols, slice):
+            return None
+        return rows, cols, entry
 
     def _span(self) -> tuple[slice, slice] | None:
         """Rows and columns; None: it is no matrix, or stored transposed."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from phloem.core.errors import ModelLoadError
-from phloem.kernels.narrow import FLOAT8_BLOCK, Narrow
+from phloem.kernels.narrow import FLOAT4_GROUP, FLOAT8_BLOCK, Narrow
 from phloem.quant._bits import twice_e2m1
 from phloem.quant._grid import Grid, Opened, groups_of
 
@@ -156,9 +156,11 @@ def fp4_matrix(
         return Opened(codes, scales / 2, group_C)
 
     kind, why = "dense", "groups of 16 with float8 scales have no packed rows (--quantization int4 makes some)"
+    form: Narrow | None = None
     if whole is None:
         kind, why = fitting_powers(read(scale), columns)
-    return Grid(name, shape, kind, open=open_, report=report, why=why)
+        form = Narrow("mxfp4", 1, FLOAT4_GROUP)
+    return Grid(name, shape, kind, open=open_, report=report, why=why, form=form)
 
 
 def fitting_powers(exponents: Tensor, columns: int) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """4-bit floats (e2m1) with a power of two per 32 inputs: gpt-oss's stacked experts, or made so of dense weights.
 
-Values are exact in bfloat16, and in the 5 bits of GGUF's Q5_0, which keep the made ones; stacked experts are unpacked.
+Values are exact in bfloat16, and in the 5 bits of GGUF's Q5_0, which keep the made ones on a CPU; GPUs keep all as they
+are, other tables unpack stacked experts.
 Made (`--quantization mxfp4`), weights are off by 10 to 12 %: `int4` takes less memory and is nearer.
 """
 
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from phloem.core.errors import ModelLoadError
+from phloem.kernels.narrow import FLOAT4_GROUP, Narrow
 from phloem.quant import Method, Report
 from phloem.quant._bits import twice_e2m1
 from phloem.quant._grid import Grid, Opened, groups_of
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 QUANT_METHODS = ("mxfp4",)
 _GROUP = 32
-_WHY = "experts in one stack with biases have no packed form in any op table here"
+_WHY = "experts in one stack with biases have no packed form in this op table"
 
 
 def configure(config: Mapping[str, Any], report: Report) -> Method:
@@ -64,7 +66,8 @@ def stack(name: str, found: Mapping[str, Source], shape: tuple[int, ...], report
             group,
         )
 
-    return Grid(name, shape, open=open_, report=report, why=_WHY, turned=True)
+    form = Narrow("mxfp4", 1, FLOAT4_GROUP)
+    return Grid(name, shape, open=open_, report=report, why=_WHY, form=form, turned=True)
 
 
 METHOD = Method("mxfp4", wrap=mxfp4_blocks, configure=configure)

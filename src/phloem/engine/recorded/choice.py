@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from phloem.core import resolve
-from phloem.core.memory import Latent
 from phloem.core.resolve import Decision
 from phloem.engine.recorded.agreed import AgreedRecorder
 from phloem.engine.recorded.decode import DecodeGraphs
 from phloem.engine.recorded.flexible import FlexibleSteps
 from phloem.engine.recorded.pieces import PieceGraphs
+from phloem.kernels.shapes_only import reads_values
+from phloem.layers.weight import Layer
 from phloem.models import CutModel
 from phloem.utils import log
 
@@ -102,8 +103,7 @@ def choose(
 
     `running`: most rows of a decode step; `pages`: most pages of a row; `chunk`: most tokens of a step.
     """
-    off = runtime.disable_step_graph or place.eager or place.ops.recorder is None
-    recorder = None if off or place.ops.recorder is None else place.ops.recorder()
+    recorder = _recorder(runtime, place)
     decode = _decode(runtime, recorder, place, running, pages, decisions)
     if decode is not None and recorder is not None and recorder.resizes:
         tokens = min(chunk, FLEXIBLE_TOKENS)
@@ -126,9 +126,20 @@ def choose(
     return [way for way in (shared, decode, pieces) if way is not None]
 
 
+def in_pieces(runtime: RuntimeConfig, place: Place, chunk: int, decisions: list[Decision]) -> list[RecordedWay]:
+    """Steps of a model that has none but those that run in pieces, where it can."""
+    pieces = _pieces(runtime, _recorder(runtime, place), place, chunk, False, decisions)
+    return [] if pieces is None else [pieces]
+
+
 def shared_ways(ways: Sequence[RecordedWay]) -> list[SharedWay]:
     """Those of them, in their order."""
     return [way for way in ways if isinstance(way, DecodeGraphs | PieceGraphs)]
+
+
+def _recorder(runtime: RuntimeConfig, place: Place) -> GraphRecorder | None:
+    off = runtime.disable_step_graph or place.eager or place.ops.recorder is None
+    return None if off or place.ops.recorder is None else place.ops.recorder()
 
 
 def _agreed(recorder: GraphRecorder, place: Place, budget: int | None) -> GraphRecorder:
@@ -182,6 +193,12 @@ def _no_recorder(runtime: RuntimeConfig, place: Place) -> str:
     return "as asked" if runtime.disable_step_graph else place.eager or f"the op table {place.ops.name!r} cannot record"
 
 
+def _reading(place: Place) -> list[str]:
+    """The ops that its rows go through and no recording on a device can hold; between pieces they run eagerly."""
+    parts = place.model.every_layer() if isinstance(place.model, Layer) else ()
+    return sorted({name for part in parts for name in part.row_ops if reads_values(place.ops, name)})
+
+
 def _decode(
     runtime: RuntimeConfig,
     recorder: GraphRecorder | None,
@@ -195,6 +212,8 @@ def _decode(
         refusal = _no_recorder(runtime, place)
     elif not backend.recordable:
         refusal = f"the attention backend {backend.name!r} plans each step on the host"
+    elif recorder.cuts and (reads := _reading(place)):
+        refusal = f"{', '.join(reads)} of the op table {place.ops.name!r} read values on the host"
     if recorder is None or refusal is not None:
         decisions.append(Decision("step_graphs", "off", refusal or ""))
         return None
@@ -220,12 +239,8 @@ def _pieces(
         refusal = f"the op table {place.ops.name!r} records whole decode steps; {why}"
     elif not isinstance(model, CutModel):
         refusal = "the model does not say where its last attention ends"
-    elif any(group.kind == "state" for group in place.pool.groups):
-        refusal = "recurrent layers do not run between pieces"
     elif any(group.kind == "cross" for group in place.pool.groups):
         refusal = "cross-attention does not run between pieces"
-    elif any(isinstance(spec, Latent) for spec in place.pool.memory):
-        refusal = "latent attention does not run between pieces"
     decision = resolve.piecewise_tokens(refusal, runtime.piecewise_graph_max_tokens, chunk)
     decisions.append(decision)
     if refusal is not None or recorder is None or not isinstance(model, CutModel):

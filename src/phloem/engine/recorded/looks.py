@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.kernels.calls import IndexCall, LatentCall
-    from phloem.layers.context import AttentionSpec, Heads, StateStep, StepMemory
+    from phloem.layers.context import AttentionSpec, Heads, States, StepMemory
 
 RECENT = 4  # recordings that tell how long the next one takes
 
@@ -123,6 +123,6 @@ class Watched:
     def kept(self, pool: int, /) -> tuple[Tensor, Tensor]:
         return self._memory.kept(pool)
 
-    def state(self, pool: int) -> StateStep:
+    def state(self, pool: int) -> States:
         self._look()
         return self._memory.state(pool)

@@ -1,36 +1,35 @@
-"""Prefill and mixed steps in recorded pieces: everything but attention, at fixed counts of tokens.
+"""Prefill and mixed steps in recorded pieces: everything but what depends on rows, at fixed counts of tokens.
 
-Attention plans each step on the host from its rows, so it runs eagerly between the pieces, over the true tokens alone:
-padding tokens reach no page. The pieces, padded to a bucket, end at the last layer's attention. What follows it (one
-MLP and a norm) runs eagerly for the wanted rows: their number differs from step to step independently of the token
-count, and buckets of both would multiply, while padding it to all tokens would compute the last MLP for nothing.
+Attention plans each step on the host from its rows, and a recurrent layer's scan goes through them, so they run eagerly
+between the pieces, over the true tokens alone: padding tokens reach no page and no state. The pieces, padded to a
+bucket, end at the last layer's mixer. What follows it (one MLP and a norm) runs eagerly for the wanted rows: their
+number differs from step to step independently of the token count, and buckets of both would multiply, while padding it
+to all tokens would compute the last MLP for nothing.
 
-Legend: T tokens of the step, B tokens of the bucket, N hidden size, L wanted rows, H heads, K kv heads, D head size.
+Legend: T tokens of the step, B tokens of the bucket, N hidden size, L wanted rows.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from phloem.attention import begin
+from phloem.engine.recorded.between import AtOnce, Between, TokenInputs
 from phloem.engine.recorded.graphs import RecordedStep, StepGraphs
 from phloem.engine.recorded.looks import Looks
-from phloem.kernels.graph import RecordError, check_replay
+from phloem.kernels.graph import check_replay
 from phloem.layers.context import ForwardBatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch import Tensor
+
     from phloem.attention import AttentionBackend
     from phloem.engine.inputs import Step
-    from phloem.kernels.calls import IndexCall, LatentCall
     from phloem.kernels.graph import Cut, GraphRecorder, StepGraph
     from phloem.kvcache.pool import KVPool
-    from phloem.layers.context import AttentionSpec, Heads, StateStep, StepMemory
     from phloem.models import CutModel
 
 DENSE = 256  # tokens up to which a step mostly waits for the weights, so that padding costs little
@@ -48,14 +47,6 @@ def token_buckets(limit: int) -> list[int]:
         octave = 1 << (size.bit_length() - 1)
         size += octave // 8 if size >= DENSE else octave // 2 if size >= 16 else octave
     return [*sizes, limit] if limit > 0 else []
-
-
-@dataclass(slots=True)
-class TokenInputs:
-    """A bucket's fixed inputs."""
-
-    input_ids: Tensor  # [B] int64
-    positions: Tensor  # [B] int64
 
 
 class PieceGraphs:
@@ -91,8 +82,8 @@ class PieceGraphs:
         self._decodes = decodes
         self._check = check
         looks = Looks(leaves=leaves)
-        self._attention = _Between(limit, looks)
-        self._trunk = Trunk(recorder, model, pool.device, self._attention)
+        self._between = Between(pool, backend.ops, limit, looks)
+        self._trunk = Trunk(recorder, model, pool, self._between)
         self.graphs: StepGraphs[TokenInputs, tuple[Tensor, Tensor]] = StepGraphs(
             limit,
             self._trunk.make,
@@ -119,147 +110,59 @@ class PieceGraphs:
         self, step: Step, found: RecordedStep[TokenInputs, tuple[Tensor, Tensor]], ready: Callable[[], None]
     ) -> Tensor:
         """As `run`, by these pieces."""
-        tokens, fixed, inputs = step.batch.num_tokens, found.inputs, step.inputs
-        for into, source in ((fixed.input_ids, inputs.input_ids), (fixed.positions, inputs.positions)):
-            into[:tokens] = source
-            into[tokens:] = 0
+        inputs = step.inputs
+        found.inputs.fill(inputs.input_ids, inputs.positions, inputs.rows())
         ready()
-        attention = self._attention
-        attention.begin(begin(self._backend, inputs.rows(), self._pool), tokens)
+        memory = begin(self._backend, inputs.rows(), self._pool)
+        return self.passed(found, ForwardBatch(inputs.input_ids, inputs.positions, memory, inputs.logit_index))
+
+    def passed(self, found: RecordedStep[TokenInputs, tuple[Tensor, Tensor]], step: ForwardBatch) -> Tensor:
+        """What the model's forward pass gives of a step whose tokens are in these pieces' inputs."""
+        tokens, between = len(step.input_ids), self._between
+        between.begin(step.memory, tokens)
         try:
             out, residual_BN = found.replay()
             if self._check:
-                check_replay(found.graph, [out, residual_BN], lambda: self._trunk.run(fixed))
+                check_replay(found.graph, [out, residual_BN], lambda: self._trunk.run(found.inputs))
         finally:
-            attention.end()
-        return self._model.finish(out[:tokens], residual_BN[:tokens], inputs.logit_index)
+            between.end()
+        return self._model.conclude(step, out[:tokens], residual_BN[:tokens])
 
     def drop(self) -> None:
         """Forget all pieces, for example because weights moved in memory."""
         self.graphs.drop()
-        self._attention.drop()
+        self._between.drop()
 
     @property
     def nbytes(self) -> int:
         """Memory that the pieces and the buffers between them take."""
-        return self.graphs.nbytes + self._attention.nbytes
+        return self.graphs.nbytes + self._between.nbytes
 
 
 @dataclass(frozen=True, slots=True)
 class Trunk:
-    """What is recorded: the model up to its last attention. It knows no graphs (`StepGraphs`)."""
+    """What is recorded: the model up to its last mixer. It knows no graphs (`StepGraphs`)."""
 
     recorder: GraphRecorder
     model: CutModel
-    device: torch.device
-    attention: _Between
+    pool: KVPool
+    between: Between
 
     def make(self, tokens: int) -> tuple[TokenInputs, StepGraph, tuple[Tensor, Tensor]]:
-        ids, positions = (torch.zeros(tokens, dtype=torch.int64, device=self.device) for _ in range(2))
-        fixed = TokenInputs(ids, positions)
+        fixed = TokenInputs.of(tokens, self.pool)
 
         def in_pieces(cut: Cut) -> tuple[Tensor, Tensor]:
-            self.attention.cut = cut
+            self.between.cut = cut
             return self.run(fixed)
 
         try:
             return fixed, *self.recorder.record_pieces(in_pieces)
         finally:
-            self.attention.cut = _AtOnce()
+            self.between.cut = AtOnce()
 
     def run(self, inputs: TokenInputs) -> tuple[Tensor, Tensor]:
-        attention = self.attention
-        attention.left = len(self.model.attention_specs)
-        out, residual_BN = self.model.trunk(ForwardBatch(inputs.input_ids, inputs.positions, attention, None))
-        return out, attention.cut.hold(residual_BN)
-
-
-class _AtOnce:
-    """No cuts: each call runs where it stands."""
-
-    def __call__(self, call: Callable[[], None], more: bool = True) -> None:
-        call()
-
-    def hold(self, x: Tensor) -> Tensor:
-        return x
-
-
-class _Between:
-    """What the model takes for attention while it is recorded: ends a piece, and at each replay runs the attention of
-    the step that then is, over its true tokens.
-
-    The output is one buffer for all layers and buckets: a layer has used it up before the next one attends.
-    """
-
-    def __init__(self, limit: int, looks: Looks) -> None:
-        self.cut: Cut = _AtOnce()
-        self.left = 0  # attention calls of the forward pass that have not come yet
-        self._look = looks.look
-        self._limit = limit
-        self._step: StepMemory | None = None
-        self._tokens = 0
-        self._outs: dict[tuple[Any, ...], Tensor] = {}
-
-    def begin(self, step: StepMemory, tokens: int) -> None:
-        self._step, self._tokens = step, tokens
-        for out_BHD in self._outs.values():
-            # What is left of a longer step need not be finite, and a router must not see that.
-            out_BHD[tokens:] = 0
-
-    def end(self) -> None:
-        self._step = None
-
-    def drop(self) -> None:
-        self._outs.clear()
-
-    @property
-    def nbytes(self) -> int:
-        return sum(out_BHD.nbytes for out_BHD in list(self._outs.values()))
-
-    def attend_latent(
-        self,
-        pool: int,
-        q_nope: Tensor,
-        q_rope: Tensor,
-        latent: Tensor,
-        call: LatentCall,
-        chosen: Tensor | None = None,
-        /,
-    ) -> Tensor:
-        raise RecordError("latent attention does not run between pieces")
-
-    def choose(self, pool: int, call: IndexCall, /) -> Tensor | None:
-        raise RecordError("attention to chosen positions does not run between pieces")
-
-    def attend(self, spec: AttentionSpec, heads: Heads) -> Tensor:
-        self._look()
-        out_BHD = self._out(heads.q)
-        hold = self.cut.hold
-        held = replace(heads, q=hold(heads.q), k=hold(heads.k), v=hold(heads.v))
-        self.left -= 1
-        self.cut(lambda: self._attend(spec, held, out_BHD), more=self.left > 0)
-        return out_BHD
-
-    def _attend(self, spec: AttentionSpec, held: Heads, out_BHD: Tensor) -> None:
-        step, tokens = self._step, self._tokens
-        assert step is not None, "pieces are replayed within a step"
-        turn = held.rotation
-        if turn is not None:
-            turn = replace(turn, positions=turn.positions[:tokens])
-        true = replace(held, q=held.q[:tokens], k=held.k[:tokens], v=held.v[:tokens], rotation=turn)
-        out_BHD[:tokens] = step.attend(spec, true)
-
-    def keep(self, pool: int, x_TN: Tensor, /) -> None:
-        raise RecordError("states that a drafting head reads are not kept between pieces")
-
-    def kept(self, pool: int, /) -> tuple[Tensor, Tensor]:
-        raise RecordError("a drafting head does not run between pieces")
-
-    def state(self, pool: int) -> StateStep:
-        raise RecordError("a recurrent layer does not run between pieces")
-
-    def _out(self, q_BHD: Tensor) -> Tensor:
-        key = (q_BHD.shape[1:], q_BHD.dtype)
-        if key not in self._outs:
-            self._outs[key] = torch.zeros((self._limit, *q_BHD.shape[1:]), dtype=q_BHD.dtype, device=q_BHD.device)
-        return self._outs[key][: len(q_BHD)]
+        between = self.between
+        step = ForwardBatch(inputs.input_ids, inputs.positions, between, None)
+        out, residual_BN = between.run(self.model.trunk, step, inputs)
+        hold = between.cut.hold
+        return out if between.ends else hold(out), hold(residual_BN)

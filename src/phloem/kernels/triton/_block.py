@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from phloem.kernels.triton._base import soften, tanh
+from phloem.kernels.triton._base import soften, tanh, widened
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def attend_block(
     at_k = page * stride_kp + (n % PAGE) * stride_ks
     at_v = page * stride_vp + (n % PAGE) * stride_vs
     k = tl.load(k_base + at_k[None, :] + d[:, None], mask=inside[None, :] & (d < HEAD)[:, None], other=0.0)
-    scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * factor
+    scores = tl.dot(q, widened(k, q), input_precision="ieee") * factor
     if CAPPED:
         scores = tanh(scores / softcap) * (softcap * 1.4426950408889634)
     if MASKED:
@@ -72,5 +72,5 @@ def attend_block(
         scores = tl.where(seen, scores, float("-inf"))
     weights, shrink, new_top, mass = soften(scores, top, mass)
     v = tl.load(v_base + at_v[:, None] + dv[None, :], mask=inside[:, None] & (dv < HEAD_V)[None, :], other=0.0)
-    acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * shrink[:, None], input_precision="ieee")
+    acc = tl.dot(weights.to(q.dtype), widened(v, q), acc * shrink[:, None], input_precision="ieee")
     return acc, new_top, mass

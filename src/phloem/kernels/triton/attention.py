@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from phloem.kernels.triton import shared
-from phloem.kernels.triton._base import ceil_div, find_row, power_of_2, stages
+from phloem.kernels.triton._base import ceil_div, find_row, half_beside, power_of_2, stages
 from phloem.kernels.triton._block import attend_block
 from phloem.kernels.triton._device import multiprocessors
 from phloem.kernels.triton.early import await_previous, early
@@ -152,6 +152,7 @@ def _attention(
         mask=valid[:, None] & (d < HEAD)[None, :],
         other=0.0,
     )
+    query = half_beside(query, k_cache)
     factor = scale
     if SCALED == 1:
         factor = factor * tl.load(k_scale)
@@ -238,10 +239,12 @@ def _join_splits(
     SINKS: tl.constexpr,
     SHARED: tl.constexpr,
     MEMBERS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """out = sum over splits of 2^(lse - top) * partial, normalised; one split after another, so the order is fixed.
+    """out = sum over splits of 2^(lse - top) * partial, normalised. BLOCK_S splits are read at once: read one after
+    another each would wait for the memory. It follows from the head's size alone, so the order of the sum is fixed.
 
     SHARED: a row that shares nothing has but its `own` parts. MEMBERS: parts are kept for the tokens listed there."""
     await_previous(PDL)
@@ -255,22 +258,26 @@ def _join_splits(
     if SHARED:
         parts = tl.where(tl.load(shared_lens + place) > 0, splits, own)
     dv = tl.arange(0, BLOCK_DV)
+    some = tl.arange(0, BLOCK_S)
     top = float("-inf")
     mass = 0.0
     if SINKS:
         top = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
         mass = 1.0
     acc = tl.zeros([BLOCK_DV], tl.float32)
-    for split in range(parts):
-        part_lse = tl.load(lse + at + split)
-        if part_lse > float("-inf"):
-            part = tl.load(partial + (at + split) * HEAD_V + dv, mask=dv < HEAD_V, other=0.0)
-            new_top = tl.maximum(top, part_lse)
-            shrink = tl.exp2(top - new_top)
-            weight = tl.exp2(part_lse - new_top)
-            acc = acc * shrink + part * weight
-            mass = mass * shrink + weight
-            top = new_top
+    for start in range(0, parts, BLOCK_S):
+        split = start + some
+        part_lse = tl.load(lse + at + split, mask=split < parts, other=float("-inf"))
+        # A part without keys was not written.
+        there = (part_lse > float("-inf"))[:, None] & (dv < HEAD_V)[None, :]
+        part = tl.load(partial + (at + split)[:, None] * HEAD_V + dv[None, :], mask=there, other=0.0)
+        new_top = tl.maximum(top, tl.max(part_lse, axis=0))
+        finite = tl.where(new_top == float("-inf"), 0.0, new_top)
+        shrink = tl.exp2(top - finite)
+        weight = tl.exp2(part_lse - finite)
+        acc = acc * shrink + tl.sum(part * weight[:, None], axis=0)
+        mass = mass * shrink + tl.sum(weight, axis=0)
+        top = new_top
     acc = acc / tl.where(mass == 0.0, 1.0, mass)
     tl.store(out + token * stride_ot + head * stride_oh + dv, acc.to(out.dtype.element_ty), mask=dv < HEAD_V)
 
@@ -309,6 +316,7 @@ def join_splits(
         SINKS=sinks_H is not None,
         SHARED=shared_lens is not None,
         MEMBERS=members is not None,
+        BLOCK_S=max(8, min(32, 4096 // power_of_2(size))),
         BLOCK_DV=power_of_2(size),
         **early(out_THD),
     )

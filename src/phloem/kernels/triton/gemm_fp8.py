@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phloem.kernels.triton._base import ceil_div, power_of_2, stages, sum_splits
+from phloem.kernels.triton._base import ceil_div, power_of_2, stages, sum_splits, widened
 from phloem.kernels.triton._device import multiprocessors
 from phloem.kernels.triton.early import await_previous, early
 
@@ -111,9 +111,9 @@ def _gemm_few(
         b = tl.load(at_w + start, mask=some[:, None] & cols[None, :], other=0.0)
         if BLOCKS:
             scale = tl.load(weight_scale + (col // GROUP) * stride_ws + group, mask=cols, other=0.0)
-            acc += tl.dot(a, b.to(a.dtype), input_precision="ieee") * scale[None, :]
+            acc += tl.dot(a, widened(b, a), input_precision="ieee") * scale[None, :]
         else:
-            acc = tl.dot(a, b.to(a.dtype), acc, input_precision="ieee")
+            acc = tl.dot(a, widened(b, a), acc, input_precision="ieee")
     if not BLOCKS:
         acc = acc * tl.load(weight_scale + col, mask=cols, other=0.0)[None, :]
     at = out + split.to(tl.int64) * stride_os + token.to(tl.int64)[:, None] * stride_ot + col[None, :]
@@ -129,7 +129,8 @@ def few_rows_gemm(
     out = torch.empty((tokens, outputs), dtype=x_TN.dtype, device=x_TN.device)
     if tokens == 0:
         return out
-    block_m, groups = 32, ceil_div(features, GROUP)
+    # 32 outputs have more instructions a byte than the device's memory leaves time for.
+    block_m, groups = 32 if x_TN.dtype == torch.float32 else 64, ceil_div(features, GROUP)
     tiles = ceil_div(outputs, block_m)
     if splits is None:
         # Programs that fill the device four times keep enough loads in flight; a split has four turns at least.
@@ -174,7 +175,8 @@ def block_scaled_gemm(
     tiles = ceil_div(outputs, block_m) * ceil_div(tokens, block_t)
     groups = ceil_div(features, GROUP)
     if splits is None:
-        splits = max(1, min(groups // 4, multiprocessors(x_TN) // tiles))
+        each = 4 if block_t <= 32 else 1  # programs that a multiprocessor holds at once
+        splits = max(1, min(groups // 4, each * multiprocessors(x_TN) // tiles))
     per_split = ceil_div(groups, splits)
     splits = ceil_div(groups, per_split)
     direct = splits == 1 and bias_M is None
@@ -182,21 +184,8 @@ def block_scaled_gemm(
     if not direct:
         target = torch.empty((splits, tokens, outputs), dtype=torch.float32, device=x_TN.device)
     _gemm_fp8[(ceil_div(outputs, block_m), ceil_div(tokens, block_t), splits)](
-        x_TN,
-        weight_MN,
-        x_scale,
-        weight_scale,
-        target,
-        tokens,
-        features,
-        outputs,
-        per_split,
-        x_TN.stride(0),
-        weight_MN.stride(0),
-        x_scale.stride(0),
-        weight_scale.stride(0),
-        target.stride(0),
-        target.stride(1),
+        *(x_TN, weight_MN, x_scale, weight_scale, target, tokens, features, outputs, per_split),
+        *(x_TN.stride(0), weight_MN.stride(0), x_scale.stride(0), weight_scale.stride(0), *target.stride()[:2]),
         GROUP=GROUP,
         BLOCK_T=block_t,
         BLOCK_M=block_m,

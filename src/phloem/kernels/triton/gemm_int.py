@@ -54,6 +54,24 @@ def _gemm_int8(
     tl.store(at, acc.to(out.dtype.element_ty), mask=rows[:, None] & cols[None, :])
 
 
+@triton.jit
+def _raised(code, like):
+    """Codes 0 to 15 as 16-bit floats that are larger by `_raise_of`: the last bits of a mantissa, which no conversion
+    has to be paid for."""
+    if like.dtype == tl.bfloat16:
+        return (code.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True)
+    else:
+        return (code.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _raise_of(like):
+    if like.dtype == tl.bfloat16:
+        return 128.0
+    else:
+        return 1024.0
+
+
 @triton.jit(do_not_specialize=["tokens", "per_split"])
 def _gemm_int4(
     x,
@@ -93,23 +111,30 @@ def _gemm_int4(
         origin = tl.full([BLOCK_M], 8.0, tl.float32)
         if HAS_ZERO:
             origin = tl.load(zero + col * stride_s + group, mask=cols, other=0.0).to(tl.float32)
-        # Small integers less their zero point are exact in half types: the scale joins after the product.
-        first = ((both & 15).to(tl.float32) - origin[None, :]).to(low.dtype)
-        second = ((both >> 4).to(tl.float32) - origin[None, :]).to(low.dtype)
-        part = tl.dot(low, first, input_precision="ieee")
-        part = tl.dot(high, second, part, input_precision="ieee")
+        if low.dtype == tl.float32:
+            first = (both & 15).to(tl.float32) - origin[None, :]
+            second = (both >> 4).to(tl.float32) - origin[None, :]
+            part = tl.dot(low, first, input_precision="ieee")
+            part = tl.dot(high, second, part, input_precision="ieee")
+        else:
+            # Exact in half types: the sum of x takes off what codes are too large by, and the zero point.
+            part = tl.dot(low, _raised(both & 15, low))
+            part = tl.dot(high, _raised(both >> 4, low), part)
+            whole = tl.sum(low.to(tl.float32) + high.to(tl.float32), axis=1)
+            part -= whole[:, None] * (origin + _raise_of(low))[None, :]
         acc += part * step[None, :]
     at = out + split.to(tl.int64) * stride_os + token.to(tl.int64)[:, None] * stride_ot + col[None, :]
     tl.store(at, acc.to(out.dtype.element_ty), mask=rows[:, None] & cols[None, :])
 
 
-def _plan(x_TN: Tensor, outputs: int, turns: int, splits: int | None) -> tuple[int, int, int, int]:
-    """(tokens of a tile, outputs of a tile, turns of a split, splits)."""
+def _plan(
+    x_TN: Tensor, outputs: int, turns: int, splits: int | None, block_m: int = 64, each: int = 1
+) -> tuple[int, int, int, int]:
+    """(tokens of a tile, outputs of a tile, turns of a split, splits), for `each` programs a multiprocessor."""
     block_t = max(16, min(64, power_of_2(x_TN.shape[0])))
-    block_m = 64
     tiles = ceil_div(outputs, block_m) * ceil_div(x_TN.shape[0], block_t)
     if splits is None:
-        splits = max(1, min(turns // 4, multiprocessors(x_TN) // tiles))
+        splits = max(1, min(turns // 4, each * multiprocessors(x_TN) // tiles))
     per_split = ceil_div(turns, max(splits, 1))
     return block_t, block_m, per_split, ceil_div(turns, per_split)
 
@@ -134,18 +159,8 @@ def int8_gemm(
     block_t, block_m, per_split, splits = _plan(x_TN, outputs, ceil_div(features, block_k), splits)
     target, direct = _target(out, splits, bias_M)
     _gemm_int8[(ceil_div(outputs, block_m), ceil_div(tokens, block_t), splits)](
-        x_TN,
-        weight_MN,
-        scale_M,
-        target,
-        tokens,
-        features,
-        outputs,
-        per_split * block_k,
-        x_TN.stride(0),
-        weight_MN.stride(0),
-        target.stride(0),
-        target.stride(1),
+        *(x_TN, weight_MN, scale_M, target, tokens, features, outputs, per_split * block_k),
+        *(x_TN.stride(0), weight_MN.stride(0), *target.stride()[:2]),
         BLOCK_T=block_t,
         BLOCK_M=block_m,
         BLOCK_K=block_k,
@@ -178,23 +193,13 @@ def int4_gemm(
     out = torch.empty((tokens, outputs), dtype=x_TN.dtype, device=x_TN.device)
     if tokens == 0:
         return out
-    block_t, block_m, per_split, splits = _plan(x_TN, outputs, groups, splits)
+    # Wide tiles have fewer instructions a byte of the weight; those of few rows have to be several at once.
+    cut = (64, 1) if x_TN.dtype == torch.float32 else (128, 3 if tokens <= 16 else 2)
+    block_t, block_m, per_split, splits = _plan(x_TN, outputs, groups, splits, *cut)
     target, direct = _target(out, splits, bias_M)
     _gemm_int4[(ceil_div(outputs, block_m), ceil_div(tokens, block_t), splits)](
-        x_TN,
-        packed,
-        scale_MG,
-        zero_MG if zero_MG is not None else scale_MG,
-        target,
-        tokens,
-        outputs,
-        groups,
-        per_split,
-        x_TN.stride(0),
-        packed.stride(0),
-        scale_MG.stride(0),
-        target.stride(0),
-        target.stride(1),
+        *(x_TN, packed, scale_MG, zero_MG if zero_MG is not None else scale_MG, target, tokens, outputs, groups),
+        *(per_split, x_TN.stride(0), packed.stride(0), scale_MG.stride(0), *target.stride()[:2]),
         GROUP=group,
         HAS_ZERO=zero_MG is not None,
         BLOCK_T=block_t,

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phloem.kernels.triton._base import find_row, power_of_2, soften
+from phloem.kernels.triton._base import find_row, power_of_2, soften, widened
 from phloem.kernels.triton._device import multiprocessors
 from phloem.kernels.triton.attention import decode_splits, join_splits, split_buffers
 
@@ -113,9 +113,9 @@ def _mla(
         at = cache + page * stride_cp + (n % PAGE) * stride_cs
         shared = tl.load(at[:, None] + latent[None, :], mask=inside[:, None] & (latent < LATENT)[None, :], other=0.0)
         key = tl.load(at[:, None] + LATENT + rope[None, :], mask=inside[:, None] & (rope < ROPE)[None, :], other=0.0)
-        shared = shared.to(query.dtype)
+        shared = widened(shared, query)
         scores = tl.dot(query, tl.trans(shared), input_precision="ieee")
-        scores = tl.dot(turned, tl.trans(key.to(query.dtype)), scores, input_precision="ieee") * factor
+        scores = tl.dot(turned, tl.trans(widened(key, query)), scores, input_precision="ieee") * factor
         scores = tl.where(inside[None, :] & (n[None, :] <= position[:, None]), scores, float("-inf"))
         weights, shrink, top, mass = soften(scores, top, mass)
         acc = tl.dot(weights.to(query.dtype), shared, acc * shrink[:, None], input_precision="ieee")
@@ -182,6 +182,20 @@ def absorbed_attention(
     return out
 
 
+def into_latent(q_nope_THN: Tensor, call: LatentCall) -> Tensor:
+    """Queries [T, H, N] in latent space, [T, H, L], in memory a head's tokens together."""
+    return torch.bmm(q_nope_THN.transpose(0, 1), call.w_uk.to(q_nope_THN.dtype)).transpose(0, 1)
+
+
+def out_of_latent(out_THL: Tensor, call: LatentCall) -> Tensor:
+    """What attention gives in latent space, as values of heads [T, H, D]."""
+    heads, _, size = call.w_uv.shape
+    # Heads side by side, as the output projection reads them: the product writes them there itself.
+    out_THD = torch.empty((len(out_THL), heads, size), dtype=out_THL.dtype, device=out_THL.device)
+    torch.bmm(out_THL.transpose(0, 1), call.w_uv.to(out_THL.dtype), out=out_THD.transpose(0, 1))
+    return out_THD
+
+
 def latent_attention(
     q_nope_THN: Tensor,
     q_rope_THP: Tensor,
@@ -191,10 +205,5 @@ def latent_attention(
     splits: int | None = None,
 ) -> Tensor:
     """Decode and extend of one MLA layer -> [T, H, D]; the new tokens' latents are already in the cache."""
-    q_latent_HTL = torch.bmm(q_nope_THN.transpose(0, 1), call.w_uk.to(q_nope_THN.dtype))
-    out_THL = absorbed_attention(q_latent_HTL.transpose(0, 1), q_rope_THP, cache, batch, call.scale, splits)
-    heads, _, size = call.w_uv.shape
-    # Heads side by side, as the output projection reads them: the product writes them there itself.
-    out_THD = torch.empty((len(out_THL), heads, size), dtype=out_THL.dtype, device=out_THL.device)
-    torch.bmm(out_THL.transpose(0, 1), call.w_uv.to(out_THL.dtype), out=out_THD.transpose(0, 1))
-    return out_THD
+    q_latent_THL = into_latent(q_nope_THN, call)
+    return out_of_latent(absorbed_attention(q_latent_THL, q_rope_THP, cache, batch, call.scale, splits), call)

@@ -3,7 +3,7 @@
 Order of work: `route` picks k experts per token; `sort_by_expert` lists the (token, choice) pairs expert by expert,
 each expert's list padded to whole tiles (one launch does both for up to `route.SORTED_TOKENS` tokens); the first
 grouped GEMM computes gate and up of a tile and writes activation(gate) * up, in float8 with its scale where the second
-GEMM reads that; the second multiplies by the routing weight; `_sum_choices` adds a token's k results in order. Where
+GEMM reads that; the second multiplies by the routing weight; `sum_choices` adds a token's k results in order. Where
 an expert gets many rows, `many.py` does both products in another way, if a trial finds that better (`trial.py`). Up to
 `FEW_TOKENS` tokens nothing is sorted and no tile is filled: each pair reads its expert's rows, and the sum over the
 choices is inside the second product. There the first product routes, so that two launches do all; float8 weights meet
@@ -19,30 +19,35 @@ N features, F features between the two GEMMs.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from phloem.kernels import reference_models as models
+from phloem.kernels.specs import ExpertSpec
+from phloem.kernels.triton import experts as odd
 from phloem.kernels.triton import many, trial
 from phloem.kernels.triton._base import activate, ceil_div, fp8_limit, power_of_2, stages
 from phloem.kernels.triton.activation import GELU_TANH, SILU
+from phloem.kernels.triton.choices import sum_choices
 from phloem.kernels.triton.early import await_previous, early
 from phloem.kernels.triton.many import BLOCKS, ROWS, UNSCALED
 from phloem.kernels.triton.quantise import per_group_fp8, per_token_fp8
-from phloem.kernels.triton.route import route, route_and_sort, sort_by_expert
+from phloem.kernels.triton.route import (
+    CHOSEN_EXPERTS,
+    FEW_TOKENS,
+    choose,
+    route,
+    route_and_sort,
+    sort_by_expert,
+    tile_size,
+)
 from phloem.kernels.triton.weights import Float8Blocks, Float8Rows, Form, widened
 
-if TYPE_CHECKING:
-    from phloem.kernels.specs import ExpertSpec
-
 GROUP_K = 128  # features that share one scale in block-scaled float8
-FEW_TOKENS = 4
 KINDS = {"silu": SILU, "gelu_tanh": GELU_TANH}
-CHOSEN_EXPERTS = 256  # up to which each program of few tokens can route for itself
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -140,58 +145,6 @@ def _grouped(
 
 
 @triton.jit
-def _sum_choices(
-    parts,
-    ids,
-    out,
-    features,
-    experts,
-    CHOICES: tl.constexpr,
-    FOREIGN: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """FOREIGN: ids may be of no expert here, and then there is no part."""
-    await_previous(PDL)
-    token = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    keep = col < features
-    total = tl.zeros([BLOCK], tl.float32)
-    for choice in range(CHOICES):
-        end = features
-        if FOREIGN:
-            expert = tl.load(ids + token * CHOICES + choice)
-            end = tl.where((expert >= 0) & (expert < experts), features, 0)
-        at = parts + (token * CHOICES + choice) * features + col
-        total += tl.load(at, mask=col < end, other=0.0).to(tl.float32)
-    tl.store(out + token * features + col, total.to(out.dtype.element_ty), mask=keep)
-
-
-@triton.jit
-def _choose(logits, experts, turn, TOP_K: tl.constexpr, RENORMALISE: tl.constexpr, BLOCK_E: tl.constexpr):
-    """(Expert, weight) of a token's choice number `turn`, as `route` has them: the one that so many are better than."""
-    expert = tl.arange(0, BLOCK_E)
-    x = tl.load(logits + expert, mask=expert < experts, other=float("-inf")).to(tl.float32)
-    top = tl.max(x, axis=0)
-    score = tl.exp(x - top)
-    whole = tl.sum(score, axis=0)
-    score = score / whole
-    rank = tl.zeros([BLOCK_E], tl.int32)
-    for start in range(0, BLOCK_E, 16):
-        other = start + tl.arange(0, 16)
-        y = tl.load(logits + other, mask=other < experts, other=float("-inf")).to(tl.float32)
-        rival = (tl.exp(y - top) / whole)[None, :]
-        equal = (rival == score[:, None]) & (other[None, :] < expert[:, None])
-        rank += tl.sum(((rival > score[:, None]) | equal).to(tl.int32), axis=1)
-    # Where logits are NaN none is better than another: any expert will do, but there must be such a one.
-    place = tl.minimum(tl.min(tl.where(rank == turn, expert, BLOCK_E - 1), axis=0), experts - 1)
-    value = tl.sum(tl.where(expert == place, score, 0.0), axis=0)
-    if RENORMALISE:
-        value = value / tl.sum(tl.where(rank < TOP_K, score, 0.0), axis=0)
-    return place, value
-
-
-@triton.jit
 def _few_up(
     x,
     weight,
@@ -218,6 +171,7 @@ def _few_up(
     ROUTE: tl.constexpr,
     RENORMALISE: tl.constexpr,
     FOREIGN: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -227,7 +181,7 @@ def _few_up(
     pair = tl.program_id(0).to(tl.int64)
     if ROUTE:
         at_logits = logits + pair // CHOICES * stride_logits
-        place, value = _choose(at_logits, experts, (pair % CHOICES).to(tl.int32), CHOICES, RENORMALISE, BLOCK_E)
+        place, value = choose(at_logits, experts, (pair % CHOICES).to(tl.int32), CHOICES, RENORMALISE, BLOCK_E)
         if tl.program_id(1) == 0:
             tl.store(ids + pair, place)
             tl.store(routing + pair, value)
@@ -239,32 +193,36 @@ def _few_up(
         there = (expert >= 0) & (expert < experts)
         expert = tl.where(there, expert, 0)
         end = tl.where(there, features_in, 0)
-    col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
+    first = tl.program_id(1) * BLOCK_N
+    col = first + tl.arange(0, BLOCK_N)
     inside = col < features_out
-    at_x = x + pair // CHOICES * stride_x + k
-    at_gate = weight + expert * stride_we + col.to(tl.int64)[:, None] * stride_wm + k[None, :]
+    part = tl.arange(0, PARTS)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    at_x = x + pair // CHOICES * stride_x + part
+    at_gate = weight + expert * stride_we + col.to(tl.int64)[:, None, None] * stride_wm + part[None, :, :]
     at_up = at_gate + features_out.to(tl.int64) * stride_wm
-    at_scale = scale + expert * stride_se
-    gate = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for start in range(0, end, BLOCK_K):
-        some = start + k < features_in
-        keep = inside[:, None] & some[None, :]
+    at_scale = scale + expert * stride_se + tl.arange(0, PARTS)[:, None]
+    gate = tl.zeros([BLOCK_N, PARTS, BLOCK_K], tl.float32)
+    up = tl.zeros([BLOCK_N, PARTS, BLOCK_K], tl.float32)
+    for start in range(0, end, PARTS * BLOCK_K):
+        some = start + part < features_in
+        keep = inside[:, None, None] & some[None, :, :]
         a = tl.load(at_x + start, mask=some, other=0.0).to(tl.float32)
         g = tl.load(at_gate + start, mask=keep, other=0.0).to(tl.float32)
         u = tl.load(at_up + start, mask=keep, other=0.0).to(tl.float32)
-        if SCALED == 1:
+        if SCALED == 1:  # a part is a group, and the block of outputs lies in one of the weight's blocks
             group = start // GROUP
-            g *= tl.load(at_scale + (col // GROUP) * stride_sm + group, mask=inside, other=0.0)[:, None]
-            at_u = at_scale + ((col + features_out) // GROUP) * stride_sm + group
-            u *= tl.load(at_u, mask=inside, other=0.0)[:, None]
-        gate += g * a[None, :]
-        up += u * a[None, :]
-    of_gate, of_up = tl.sum(gate, axis=1), tl.sum(up, axis=1)
+            there = (group + tl.arange(0, PARTS) < tl.cdiv(features_in, GROUP))[:, None]
+            at_up_scale = at_scale + (first + features_out) // GROUP * stride_sm + group
+            gate += g * (a * tl.load(at_scale + first // GROUP * stride_sm + group, mask=there, other=0.0))[None, :, :]
+            up += u * (a * tl.load(at_up_scale, mask=there, other=0.0))[None, :, :]
+        else:
+            gate += g * a[None, :, :]
+            up += u * a[None, :, :]
+    of_gate, of_up = tl.sum(tl.sum(gate, axis=2), axis=1), tl.sum(tl.sum(up, axis=2), axis=1)
     if SCALED == 2:
-        of_gate *= tl.load(at_scale + col * stride_sm, mask=inside, other=0.0)
-        of_up *= tl.load(at_scale + (col + features_out) * stride_sm, mask=inside, other=0.0)
+        at_row = scale + expert * stride_se + col * stride_sm
+        of_gate *= tl.load(at_row, mask=inside, other=0.0)
+        of_up *= tl.load(at_row + features_out * stride_sm, mask=inside, other=0.0)
     result = activate(of_gate, KIND) * of_up
     tl.store(out + pair * features_out + col, result.to(out.dtype.element_ty), mask=inside)
 
@@ -290,39 +248,45 @@ def _few_down(
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PLACES: tl.constexpr,
+    PARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (tokens, blocks of output features): the weighted sum over a token's choices, in their order."""
+    """Grid (tokens, blocks of output features): the weighted sum over a token's choices."""
     await_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(1) * BLOCK_N
+    col = first + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     inside = col < features_out
-    total = tl.zeros([BLOCK_N], tl.float32)
-    for choice in range(CHOICES):
-        pair = token * CHOICES + choice
-        expert = tl.load(ids + pair).to(tl.int64)
-        weigh = tl.load(routing + pair)
-        end = features_in
-        if FOREIGN:
-            there = (expert >= 0) & (expert < experts)
-            expert = tl.where(there, expert, 0)
-            weigh = tl.where(there, weigh, 0.0)
-            end = tl.where(there, features_in, 0)
-        at_w = weight + expert * stride_we + col.to(tl.int64)[:, None] * stride_wm + k[None, :]
-        acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        for start in range(0, end, BLOCK_K):
-            some = start + k < features_in
-            a = tl.load(x + pair * features_in + start + k, mask=some, other=0.0).to(tl.float32)
-            b = tl.load(at_w + start, mask=inside[:, None] & some[None, :], other=0.0).to(tl.float32)
-            if SCALED == 1:
-                at_scale = scale + expert * stride_se + (col // GROUP) * stride_sm + start // GROUP
-                b *= tl.load(at_scale, mask=inside, other=0.0)[:, None]
-            acc += b * a[None, :]
-        one = tl.sum(acc, axis=1)
-        if SCALED == 2:
-            one *= tl.load(scale + expert * stride_se + col * stride_sm, mask=inside, other=0.0)
-        total += weigh * one
+    # All choices side by side, and PARTS parts of the features of each: that many loads are under way at once.
+    place = tl.arange(0, PLACES * PARTS)
+    part = place % PARTS * BLOCK_K
+    mine = place // PARTS < CHOICES
+    pair = token * CHOICES + place // PARTS
+    expert = tl.load(ids + pair, mask=mine, other=0).to(tl.int64)
+    weigh = tl.load(routing + pair, mask=mine, other=0.0)
+    if FOREIGN:
+        mine = mine & (expert >= 0) & (expert < experts)
+        expert = tl.where(mine, expert, 0)
+    at_x = x + (pair * features_in + part)[:, None] + k[None, :]
+    at_w = weight + (expert * stride_we + part)[:, None, None] + k[None, None, :]
+    at_w += col.to(tl.int64)[None, :, None] * stride_wm
+    at_scale = scale + expert * stride_se
+    acc = tl.zeros([PLACES * PARTS, BLOCK_N, BLOCK_K], tl.float32)
+    for start in range(0, features_in, PARTS * BLOCK_K):
+        some = mine[:, None] & ((start + part)[:, None] + k[None, :] < features_in)
+        a = tl.load(at_x + start, mask=some, other=0.0).to(tl.float32)
+        b = tl.load(at_w + start, mask=some[:, None, :] & inside[None, :, None], other=0.0).to(tl.float32)
+        if SCALED == 1:
+            at_group = at_scale + first // GROUP * stride_sm + (start + part) // GROUP
+            a *= tl.load(at_group, mask=mine & (start + part < features_in), other=0.0)[:, None]
+        acc += b * a[:, None, :]
+    one = tl.sum(acc, axis=2)
+    if SCALED == 2:
+        at_row = at_scale[:, None] + (col * stride_sm)[None, :]
+        one *= tl.load(at_row, mask=mine[:, None] & inside[None, :], other=0.0)
+    total = tl.sum(tl.where(mine[:, None], one * weigh[:, None], 0.0), axis=0)
     tl.store(out + token * features_out + col, total.to(out.dtype.element_ty), mask=inside)
 
 
@@ -351,9 +315,10 @@ def _few(
     hidden = torch.empty((tokens * choices, between), dtype=x_TN.dtype, device=x_TN.device)
     first, second = scales if scales is not None else (hidden, hidden)
     steps = (first.stride()[:2], second.stride()[:2]) if scales is not None else ((0, 0), (0, 0))
-    block_k = GROUP_K if scales is not None else 256
-    shape = {"SCALED": _scaled(scales), "FOREIGN": foreign, "GROUP": GROUP_K, "BLOCK_N": 16, "BLOCK_K": block_k}
-    _few_up[(tokens * choices, ceil_div(between, 16))](
+    # What a program loads in a turn keeps enough bytes under way for the device's memory: scripts/triton_code.py.
+    narrow, up_n = scales is not None, math.gcd(16, between)  # gates and ups of a program each lie in one block
+    shape = {"SCALED": _scaled(scales), "FOREIGN": foreign, "GROUP": GROUP_K, "BLOCK_K": GROUP_K if narrow else 256}
+    _few_up[(tokens * choices, ceil_div(between, up_n))](
         *(x_TN, gate_up_EMN, first, ids_Tk, weights_Tk, x_TN if logits_TE is None else logits_TE, hidden),
         *(features, between, down_ENF.shape[0], 0 if logits_TE is None else logits_TE.stride(0), x_TN.stride(0)),
         *(*gate_up_EMN.stride()[:2], *steps[0]),
@@ -363,25 +328,23 @@ def _few(
         RENORMALISE=renormalise,
         BLOCK_E=1 if logits_TE is None else max(16, power_of_2(logits_TE.shape[1])),
         **shape,
+        BLOCK_N=up_n,
+        PARTS=2 if narrow else 1,
         num_warps=4,
-        num_stages=stages(3),
         **early(x_TN),
     )
-    _few_down[(tokens, ceil_div(features, 16))](
+    _few_down[(tokens, ceil_div(features, 4))](
         *(hidden, down_ENF, second, ids_Tk, weights_Tk, out_TN, between, features, down_ENF.shape[0]),
         *(*down_ENF.stride()[:2], *steps[1]),
         CHOICES=choices,
         **shape,
+        BLOCK_N=4,
+        PLACES=power_of_2(choices),
+        PARTS=2 if narrow else 1,
         num_warps=4,
-        num_stages=stages(3),
         **early(x_TN),
     )
     return out_TN
-
-
-def tile_size(pairs: int, experts: int) -> int:
-    """Rows of a GEMM tile: about the pairs that an expert gets, between the tensor cores' least and 128."""
-    return max(16, min(128, power_of_2(ceil_div(pairs, experts))))
 
 
 def _gemm(
@@ -406,25 +369,10 @@ def _gemm(
     block_k = GROUP_K if scales is not None else (32 if wide else (64 if tile >= 64 else 128))
     x_scale, weight_scale = scales if scales is not None else (out, out)
     _grouped[(tile_expert.shape[0], ceil_div(features_out, block_n))](
-        x,
-        weight,
-        out,
-        order,
-        tile_expert,
-        routing if routing is not None else out,
-        x_scale,
-        weight_scale,
-        out_scale if out_scale is not None else out,
-        out.shape[0],
-        x.shape[1],
-        features_out,
-        x.stride(0),
-        weight.stride(0),
-        weight.stride(1),
-        out.stride(0),
-        x_scale.stride(0) if scales is not None else 0,
-        weight_scale.stride(0) if scales is not None else 0,
-        weight_scale.stride(1) if scales is not None else 0,
+        *(x, weight, out, order, tile_expert, out if routing is None else routing, x_scale, weight_scale),
+        *(out if out_scale is None else out_scale, out.shape[0], x.shape[1], features_out),
+        *(x.stride(0), *weight.stride()[:2], out.stride(0)),
+        *((x_scale.stride(0), *weight_scale.stride()[:2]) if scales is not None else (0, 0, 0)),
         CHOICES=choices,
         GATED=gated,
         KIND=kind,
@@ -502,15 +450,15 @@ def experts(
     `lists`: what `sort_by_expert` gives for tiles of `tile_size`, if it is known. `foreign`: ids may be of no expert
     here, and add nothing then.
     """
-    tokens, features = x_TN.shape
+    tokens = x_TN.shape[0]
     count, choices = down_ENF.shape[0], ids_Tk.shape[1]
-    out = torch.empty((tokens, features), dtype=x_TN.dtype, device=x_TN.device)
     if tokens == 0:
-        return out
+        return torch.empty_like(x_TN)
     if scales is not None:
         scales = _of_rows(scales, (gate_up_EMN.shape[1], down_ENF.shape[1]))
     if tokens <= FEW_TOKENS:
-        return _few(x_TN, weights_Tk, ids_Tk, gate_up_EMN, down_ENF, kind, scales, out, foreign=foreign)
+        out_TN = torch.empty(x_TN.shape, dtype=x_TN.dtype, device=x_TN.device)
+        return _few(x_TN, weights_Tk, ids_Tk, gate_up_EMN, down_ENF, kind, scales, out_TN, foreign=foreign)
     tile = tile_size(tokens * choices, count)
     lists = lists if lists is not None else sort_by_expert(ids_Tk, count, tile)
     work = trial.Work(gate_up_EMN, down_ENF, kind, scales, parts_of_tiles)
@@ -519,15 +467,7 @@ def experts(
         parts = work.tiles(x_TN, weights_Tk, gate_up_EMN, down_ENF, kind, scales, lists, tile)
     else:
         parts = work.form(form, x_TN, weights_Tk, lists)
-    block = min(1024, power_of_2(features))
-    _sum_choices[(tokens, ceil_div(features, block))](
-        *(parts, ids_Tk, out, features, count),
-        CHOICES=choices,
-        FOREIGN=foreign,
-        BLOCK=block,
-        **early(out),
-    )
-    return out
+    return sum_choices(parts, ids_Tk, count, foreign=foreign)
 
 
 Stacks = tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]
@@ -546,6 +486,8 @@ def moe(
 ) -> Tensor:
     """The op table's entry: softmax routing over experts, stacked as gate_up [E * 2F, N] and down [E * N, F]."""
     tokens, count = logits_TE.shape
+    if odd.four_bits(gate_up, down):
+        return odd.routed(x_TN, logits_TE, odd.pair_of(gate_up, down, ExpertSpec(count)), top_k, renormalise)
     *stacks, scales = _stacks(gate_up, down, count)
     if 0 < tokens <= FEW_TOKENS and count <= CHOSEN_EXPERTS:
         weights_Tk = torch.empty((tokens, top_k), dtype=torch.float32, device=x_TN.device)
@@ -575,12 +517,11 @@ def experts_op(
     spec: ExpertSpec,
     biases: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The op table's entry for experts of any kind: gated ones of two activations here, others in plain torch."""
-    if biases is not None or not spec.gated or spec.scale_input or spec.activation not in KINDS:
-        if x_TN.is_meta:  # plain torch reads who was chosen; who asks which kernels are launched has no values
-            return torch.empty_like(x_TN)
-        return models.experts(x_TN, ids_Tk, weights_Tk, widened(gate_up), widened(down), spec, biases)
+    """The op table's entry for experts of any kind."""
     ids_Tk = ids_Tk - spec.first if spec.first else ids_Tk
+    if biases is not None or not spec.gated or spec.scale_input or spec.activation not in KINDS:
+        pair = odd.pair_of(gate_up, down, spec, biases)
+        return odd.summed(x_TN, ids_Tk, weights_Tk, pair, gate_up.dtype)
     return _stacked(x_TN, ids_Tk, weights_Tk, gate_up, down, spec.experts, KINDS[spec.activation])
 
 
@@ -593,6 +534,9 @@ def _stacked(
     count: int,
     kind: int,
 ) -> Tensor:
+    if odd.four_bits(gate_up, down):
+        spec = ExpertSpec(count, "silu" if kind == SILU else "gelu_tanh")
+        return odd.summed(x_TN, ids_Tk, weights_Tk, odd.pair_of(gate_up, down, spec), gate_up.dtype)
     *stacks, scales = _stacks(gate_up, down, count)
     weights_Tk, ids_Tk = weights_Tk.float().contiguous(), ids_Tk.to(torch.int32).contiguous()
     out_TN = experts(x_TN.to(gate_up.dtype), weights_Tk, ids_Tk, *stacks, kind, scales, foreign=True)

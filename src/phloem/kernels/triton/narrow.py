@@ -18,7 +18,8 @@ from phloem.kernels.narrow import FLOAT8_BLOCK, Codes, GivesCodes, Narrow, narro
 from phloem.kernels.triton import pages
 from phloem.kernels.triton._device import capability
 from phloem.kernels.triton.gemm_int import pack_int4
-from phloem.kernels.triton.weights import Float8Blocks, Float8Rows, Form, Int4Weight
+from phloem.kernels.triton.nibbles import pack_mxfp4, put_scales
+from phloem.kernels.triton.weights import Float8Blocks, Float8Rows, Form, Int4Experts, Int4Weight, Mxfp4Weight
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ FLOAT8_CAPABLE = 89  # compute capability from which on there are products of fl
 _MULTIPLE = 16  # of sizes, for the vendor's product with scales of rows
 _ROWS_AT_ONCE = 64 * FLOAT8_BLOCK
 _INVARIANT = "the batch-invariant kernels multiply plain weights alone"
-_ODD = "experts with biases, without gates or of other activations are multiplied by plain torch"
+_ODD = "experts with biases, without gates or of other activations are not multiplied in float8"
 
 
 def prepare_linear(parts: Sequence[WeightSource], dtype: torch.dtype, device: torch.device) -> Tensor | Form:
@@ -44,16 +45,18 @@ def prepare_experts(
     parts: Sequence[WeightSource], dtype: torch.dtype, device: torch.device, experts: int
 ) -> Tensor | Form:
     """A stack of experts' matrices, one behind the other."""
-    del experts
     why = _common(parts)
     why = _unfit_experts(parts, device) if why is None else why
-    return _made(parts, dtype, device) if why is None else _unpacked(parts, dtype, device, why)
+    return _made(parts, dtype, device, experts) if why is None else _unpacked(parts, dtype, device, why)
 
 
-def stack_experts(parts: Sequence[WeightSource], dtype: torch.dtype, device: torch.device, experts: int) -> Tensor:
-    """The same of experts that no kernel computes."""
-    del experts
-    return _unpacked(parts, dtype, device, _ODD)
+def stack_experts(
+    parts: Sequence[WeightSource], dtype: torch.dtype, device: torch.device, experts: int
+) -> Tensor | Form:
+    """The same of experts of any kind, which stay in 4 bits alone."""
+    if isinstance(found := narrow_of(parts[0]), Narrow) and found.kind == "float8":
+        return _unpacked(parts, dtype, device, _ODD)
+    return prepare_experts(parts, dtype, device, experts)
 
 
 def prepare_plain(parts: Sequence[WeightSource], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -130,7 +133,7 @@ def _unfit_float8(parts: Sequence[WeightSource], device: torch.device) -> str | 
 def _unfit_product(parts: Sequence[WeightSource], dtype: torch.dtype, device: torch.device) -> str | None:
     """Why no kernel multiplies such a matrix; None: one does."""
     form = _first(parts)
-    if form.kind == "int4":
+    if form.kind != "float8":
         return None
     why = _unfit_float8(parts, device)
     if why is not None or form.high > 1:
@@ -145,8 +148,8 @@ def _unfit_product(parts: Sequence[WeightSource], dtype: torch.dtype, device: to
 
 def _unfit_experts(parts: Sequence[WeightSource], device: torch.device) -> str | None:
     form = _first(parts)
-    if form.kind == "int4":
-        return "experts of 4 bits have no kernel"
+    if form.kind != "float8":
+        return None
     # Both ways round, so that all of an expert's matrices stay narrow, or none does.
     if form.high > 1 and any(size % FLOAT8_BLOCK for size in parts[0].shape):
         return f"experts of {' x '.join(map(str, parts[0].shape))} do not end with their blocks"
@@ -158,23 +161,28 @@ def _unpacked(parts: Sequence[WeightSource], dtype: torch.dtype, device: torch.d
         rows = sum(part.shape[0] for part in parts)
         return torch.empty((rows, *parts[0].shape[1:]), dtype=dtype, device=device)
     for part in parts if why else ():
-        if isinstance(part, GivesCodes) and not isinstance(part.narrow(), str):
-            part.refused(why)
+        if isinstance(part, GivesCodes) and (own := part.narrow()) != "":
+            part.refused(own if isinstance(own, str) else why)
     return ref.prepare_linear(parts, dtype, device)
 
 
-def _made(parts: Sequence[WeightSource], dtype: torch.dtype, device: torch.device) -> Form:
-    """The form of parts that have one in common. It is filled part by part: of none is there more than one copy."""
+def _made(parts: Sequence[WeightSource], dtype: torch.dtype, device: torch.device, experts: int = 0) -> Form:
+    """The form of parts that have one in common, 0 experts: of a plain matrix. It is filled part by part: of none is
+    there more than one copy."""
     forms = [form for part in parts if isinstance(form := narrow_of(part), Narrow)]
     rows, columns = sum(part.shape[0] for part in parts), parts[0].shape[1]
     high, wide = forms[0].high, min(form.wide for form in forms)
     groups = -(-rows // high), -(-columns // wide)
+    stacked = max(experts, 1), groups[1], rows // max(experts, 1)  # sizes of scales
     made: Form
     if forms[0].kind == "int4":
         packed = torch.empty((rows, columns // 2), dtype=torch.uint8, device=device)
-        scale = torch.empty(groups, dtype=torch.float16, device=device)
+        scale = torch.empty(stacked if experts else groups, dtype=torch.float16, device=device)
         zero = torch.empty_like(scale) if any(form.zeros for form in forms) else None
-        made = Int4Weight(packed, scale, zero, dtype)
+        made = (Int4Experts if experts else Int4Weight)(packed, scale, zero, dtype)
+    elif forms[0].kind == "mxfp4":
+        packed = torch.empty((rows, columns // 2), dtype=torch.uint8, device=device)
+        made = Mxfp4Weight(packed, torch.empty(stacked, dtype=torch.uint8, device=device), dtype)
     else:
         values = torch.empty((rows, columns), dtype=EIGHT, device=device)
         scale = torch.empty(groups if high > 1 else rows, dtype=torch.float32, device=device)
@@ -198,6 +206,17 @@ def _fill(made: Form, start: int, codes: Codes, repeat: int) -> None:
             made.scale[start:stop] = codes.scale.repeat_interleave(repeat, 1)
             if made.zero is not None:
                 made.zero[start:stop] = 8 if codes.zero is None else codes.zero.repeat_interleave(repeat, 1)
+        case Int4Experts():
+            columns = 2 * made.packed.shape[1]
+            made.packed[start:stop] = pack_int4(codes.values, columns // made.scale.shape[1])
+            put_scales(made.scale, start, codes.scale.repeat_interleave(repeat, 1).half())
+            if made.zero is not None:
+                zero = torch.full_like(codes.scale, 8) if codes.zero is None else codes.zero
+                put_scales(made.zero, start, zero.repeat_interleave(repeat, 1).half())
+        case Mxfp4Weight():
+            made.packed[start:stop] = pack_mxfp4(codes.values)
+            exponents = codes.scale.contiguous().view(torch.int32) >> 23  # of powers of two
+            put_scales(made.scale, start, exponents.to(torch.uint8))
         case Float8Rows():
             _bytes(made.values)[start:stop] = _bytes(codes.values)
             made.scale[start:stop] = codes.scale[:, 0]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -262,3 +263,39 @@ def rope_write_kv(
     caches, turn = (k_cache, v_cache), (rotation.positions, rotation.cos_sin, rotation.interleaved)
     _launch(q_THD, k_TKD, v_TKD, *turn, caches, slots_T, scales, norms)
     return q_THD
+
+
+@triton.jit(do_not_specialize=["stride_p"])
+def _mrope_table(
+    positions, cos_sin, out, stride_p, stride_c, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TIME: tl.constexpr,
+    INTERLEAVED: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (tokens). TIME, HEIGHT, WIDTH: pairs that turn by each."""
+    await_previous(PDL)
+    t = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    if INTERLEAVED:
+        axis = tl.where((i % 3 == 1) & (i < 3 * HEIGHT), 1, tl.where((i % 3 == 2) & (i < 3 * WIDTH), 2, 0))
+    else:
+        axis = (i >= TIME).to(tl.int32) + (i >= TIME + HEIGHT).to(tl.int32)
+    some = i < HALF
+    at = cos_sin + tl.load(positions + axis * stride_p + t, mask=some, other=0) * stride_c + i
+    out += t * 2 * HALF
+    tl.store(out + i, tl.load(at, mask=some, other=0.0), mask=some)
+    tl.store(out + HALF + i, tl.load(at + HALF, mask=some, other=0.0), mask=some)
+
+
+def mrope_table(
+    positions_3T: Tensor, cos_sin: Tensor, sections: tuple[int, ...], interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    """As `reference_models.mrope_table`."""
+    tokens, half = positions_3T.shape[1], cos_sin.shape[2]
+    out = torch.empty((tokens, 2, half), dtype=cos_sin.dtype, device=cos_sin.device)
+    if tokens:
+        time, height, width = sections
+        _mrope_table[(tokens,)](
+            positions_3T, cos_sin, out, positions_3T.stride(0), cos_sin.stride(0),
+            HEIGHT=height, WIDTH=width, TIME=time, INTERLEAVED=interleaved, HALF=half, BLOCK=power_of_2(half),
+            num_warps=1, **early(out),
+        )  # fmt: skip
+    return torch.arange(tokens, device=cos_sin.device), out

@@ -1,6 +1,7 @@
 """Which experts serve which tokens: routing, and listing the (token, choice) pairs expert by expert.
 
-Few tokens are routed and sorted in one launch by one program; many in three. Legend: E experts, k choices.
+Few tokens are routed and sorted in one launch by one program, or sorted in one; many in three. Legend: E experts,
+k choices.
 """
 
 # What Triton's stubs do not describe: untyped kernel parameters, launches by subscript, constexpr arguments.
@@ -18,12 +19,14 @@ import triton.language as tl
 from torch import Tensor
 
 from phloem.kernels import reference_models as models
-from phloem.kernels.triton._base import power_of_2
+from phloem.kernels.triton._base import ceil_div, power_of_2
 from phloem.kernels.triton.early import await_previous, early
 
 if TYPE_CHECKING:
     from phloem.kernels.specs import RouterSpec
 
+FEW_TOKENS = 4  # up to which nothing is sorted: each pair reads its expert's rows for itself
+CHOSEN_EXPERTS = 256  # up to which each program of few tokens can route for itself
 SORTED_TOKENS = 64  # up to which one program can route and sort all tokens
 SORTED_CELLS = 8192  # tokens times experts that such a program can hold
 
@@ -41,6 +44,7 @@ def _route(
     least,
     TOP_K: tl.constexpr,
     SIGMOID: tl.constexpr,
+    LATE: tl.constexpr,
     RENORMALISE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -50,14 +54,18 @@ def _route(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """GROUPS above 1 (then there are BLOCK experts): only those of the KEEP groups take part whose GROUP_BEST best
+    """LATE: the logits themselves decide who is chosen, and the score is computed of the chosen alone.
+
+    GROUPS above 1 (then there are BLOCK experts): only those of the KEEP groups take part whose GROUP_BEST best
     experts, 1 or 2, have the largest sum, of equals the lowest group."""
     await_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, BLOCK)
     keep = expert < experts
     x = tl.load(logits + token * stride_logits + expert, mask=keep, other=float("-inf")).to(tl.float32)
-    if SIGMOID:
+    if LATE:
+        score = tl.where(keep, x, 0.0)
+    elif SIGMOID:
         score = tl.where(keep, tl.sigmoid(x), 0.0)
     else:
         score = tl.exp(x - tl.max(x, axis=0))
@@ -91,11 +99,43 @@ def _route(
         chosen = tl.where(choice == turn, place, chosen)
         value = tl.where(choice == turn, mine, value)
         ranked = tl.where(expert == place, float("-inf"), ranked)
+    if LATE:
+        if SIGMOID:
+            value = tl.where(choice < TOP_K, tl.sigmoid(value), 0.0)
+        else:
+            value = tl.where(choice < TOP_K, value, float("-inf"))
+            value = tl.exp(value - tl.max(value, axis=0))
+            value = value / tl.sum(value, axis=0)
     if RENORMALISE:
         value = value / tl.maximum(tl.sum(value, axis=0) + eps, least)
     at = token * TOP_K + choice
     tl.store(weights + at, value * scaling, mask=choice < TOP_K)
     tl.store(ids + at, chosen, mask=choice < TOP_K)
+
+
+@triton.jit
+def choose(logits, experts, turn, TOP_K: tl.constexpr, RENORMALISE: tl.constexpr, BLOCK_E: tl.constexpr):
+    """(Expert, weight) of a token's choice number `turn`, as `_route` has them: that one than which so many
+    are better."""
+    expert = tl.arange(0, BLOCK_E)
+    x = tl.load(logits + expert, mask=expert < experts, other=float("-inf")).to(tl.float32)
+    top = tl.max(x, axis=0)
+    score = tl.exp(x - top)
+    whole = tl.sum(score, axis=0)
+    score = score / whole
+    rank = tl.zeros([BLOCK_E], tl.int32)
+    for start in range(0, BLOCK_E, 16):
+        other = start + tl.arange(0, 16)
+        y = tl.load(logits + other, mask=other < experts, other=float("-inf")).to(tl.float32)
+        rival = (tl.exp(y - top) / whole)[None, :]
+        equal = (rival == score[:, None]) & (other[None, :] < expert[:, None])
+        rank += tl.sum(((rival > score[:, None]) | equal).to(tl.int32), axis=1)
+    # Where logits are NaN none is better than another: any expert will do, but there must be such a one.
+    place = tl.minimum(tl.min(tl.where(rank == turn, expert, BLOCK_E - 1), axis=0), experts - 1)
+    value = tl.sum(tl.where(expert == place, score, 0.0), axis=0)
+    if RENORMALISE:
+        value = value / tl.sum(tl.where(rank < TOP_K, score, 0.0), axis=0)
+    return place, value
 
 
 def route(
@@ -104,6 +144,7 @@ def route(
     renormalise: bool,
     *,
     sigmoid: bool = False,
+    late: bool = False,
     bias_E: Tensor | None = None,
     scaling: float = 1.0,
     eps: float = 0.0,
@@ -112,6 +153,7 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """Router logits -> weights float32 [T, k] and expert ids int32 [T, k], best first, ties to the lower id.
 
+    `sigmoid`: of each logit; else the softmax. `late`: of the chosen alone, and logits decide who they are.
     With `renormalise` weights are divided by their sum + `eps`, at least `least`. `groups`: how many, how many of them
     take part, and by the sum of how many best experts they are chosen (1 or 2); both numbers are powers of two then.
     """
@@ -131,6 +173,7 @@ def route(
             float(least),
             TOP_K=top_k,
             SIGMOID=sigmoid,
+            LATE=late,
             RENORMALISE=renormalise,
             HAS_BIAS=bias_E is not None,
             GROUPS=groups[0],
@@ -150,13 +193,14 @@ def route_op(logits_TE: Tensor, bias_E: Tensor | None, spec: RouterSpec) -> tupl
     whole = spec.groups == 1 or (
         power_of_2(experts) == experts and power_of_2(spec.groups) == spec.groups and spec.group_best in (1, 2)
     )
-    if spec.score not in ("softmax", "sigmoid") or not whole or spec.groups > experts // 2:
+    if spec.score == "sparse_mixer" or not whole or spec.groups > experts // 2:
         return models.route(logits_TE, bias_E, spec)
     weights_Tk, ids_Tk = route(
         logits_TE,
         spec.top_k,
         spec.renormalise,
-        sigmoid=spec.score == "sigmoid",
+        sigmoid=spec.score.endswith("sigmoid"),
+        late=spec.score.startswith("chosen_"),
         bias_E=bias_E,
         scaling=spec.scale,
         eps=spec.eps,
@@ -164,6 +208,32 @@ def route_op(logits_TE: Tensor, bias_E: Tensor | None, spec: RouterSpec) -> tupl
         groups=(spec.groups, spec.keep, spec.group_best),
     )
     return ids_Tk, weights_Tk
+
+
+@triton.jit
+def _name_tiles(
+    order,
+    tile_expert,
+    number,
+    count,
+    begin,
+    pairs,
+    tiles,
+    expert,
+    TILE: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+):
+    """Fill up each expert's tiles (it has `number` pairs, and `count` tiles from `begin` on), and name them."""
+    pad = tl.arange(0, TILE)
+    free = (begin * TILE + number)[None, :] + pad[:, None]
+    tl.store(order + free, tl.full([TILE, BLOCK_E], 0, tl.int32) + pairs,
+             mask=free < ((begin + count) * TILE)[None, :])  # fmt: skip
+    used = tl.sum(count, axis=0)
+    for tile in range(0, tl.max(count, axis=0)):
+        tl.store(tile_expert + begin + tile, expert, mask=tile < count)
+    every = tl.arange(0, BLOCK_TILES)
+    tl.store(tile_expert + every, tl.full([BLOCK_TILES], -1, tl.int32), mask=(every >= used) & (every < tiles))
 
 
 @triton.jit(do_not_specialize=["tokens", "tiles"])
@@ -220,15 +290,12 @@ def _route_and_sort(
     begin = tl.cumsum(count, axis=0) - count
     at = (begin * TILE)[None, :] + tl.cumsum(one, axis=0) - one
     tl.store(order + at, pair, mask=chosen)
-    pad = tl.arange(0, TILE)
-    free = (begin * TILE + number)[None, :] + pad[:, None]
-    tl.store(order + free, tl.full([TILE, BLOCK_E], 0, tl.int32) + tokens * TOP_K,
-             mask=free < ((begin + count) * TILE)[None, :])  # fmt: skip
-    used = tl.sum(count, axis=0)
-    for tile in range(0, tl.max(count, axis=0)):
-        tl.store(tile_expert + begin + tile, expert, mask=tile < count)
-    every = tl.arange(0, BLOCK_TILES)
-    tl.store(tile_expert + every, tl.full([BLOCK_TILES], -1, tl.int32), mask=(every >= used) & (every < tiles))
+    _name_tiles(order, tile_expert, number, count, begin, tokens * TOP_K, tiles, expert, TILE, BLOCK_E, BLOCK_TILES)
+
+
+def _in_one(tokens: int, experts: int) -> bool:
+    """Whether one program sorts the pairs of so many tokens."""
+    return 0 < tokens <= SORTED_TOKENS and power_of_2(tokens) * power_of_2(experts) <= SORTED_CELLS
 
 
 def route_and_sort(
@@ -237,7 +304,7 @@ def route_and_sort(
     """`route`, then `sort_by_expert`, in one launch where the tokens are few: (weights, ids, (order, tile_expert))."""
     tokens, experts = logits_TE.shape
     block_t, block_e = power_of_2(tokens), power_of_2(experts)
-    if not 0 < tokens <= SORTED_TOKENS or block_t * block_e > SORTED_CELLS:
+    if not _in_one(tokens, experts):
         weights, ids = route(logits_TE, top_k, renormalise)
         return weights, ids, sort_by_expert(ids, experts, tile)
     device, tiles = logits_TE.device, most_tiles(tokens * top_k, experts, tile)
@@ -317,15 +384,64 @@ def _place_expert(
             tl.store(tile_expert + tile, -1)
 
 
+@triton.jit(do_not_specialize=["tokens", "tiles"])
+def _sort_few(
+    ids,
+    order,
+    tile_expert,
+    tokens,
+    experts,
+    tiles,
+    TOP_K: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """`_count_expert` and `_place_expert` of a few tokens, in one program."""
+    await_previous(PDL)
+    token = tl.arange(0, BLOCK_T)
+    expert = tl.arange(0, BLOCK_E)
+    real, known = token < tokens, (expert < experts)[None, :]
+    number_of = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
+    for turn in range(TOP_K):
+        place = tl.load(ids + token * TOP_K + turn, mask=real, other=-1)
+        number_of += ((expert[None, :] == place[:, None]) & known).to(tl.int32)
+    number = tl.sum(number_of, axis=0)
+    count = (number + TILE - 1) // TILE
+    begin = tl.cumsum(count, axis=0) - count
+    at = (begin * TILE)[None, :] + tl.cumsum(number_of, axis=0) - number_of
+    for turn in range(TOP_K):
+        place = tl.load(ids + token * TOP_K + turn, mask=real, other=-1)
+        here = ((expert[None, :] == place[:, None]) & known).to(tl.int32)
+        tl.store(order + tl.sum(here * at, axis=1), token * TOP_K + turn, mask=tl.sum(here, axis=1) > 0)
+        at += here
+    _name_tiles(order, tile_expert, number, count, begin, tokens * TOP_K, tiles, expert, TILE, BLOCK_E, BLOCK_TILES)
+
+
 def sort_by_expert(ids_Tk: Tensor, experts: int, tile: int) -> tuple[Tensor, Tensor]:
     """(order, tile_expert): pair numbers (token * k + choice) by expert, padded to tiles with T * k; each tile's
     expert, -1 for a tile past the end. Sized for the worst case, so that shapes depend on T alone.
     """
     pairs = ids_Tk.numel()
     tiles, device = most_tiles(pairs, experts, tile), ids_Tk.device
-    counts = torch.empty(experts, dtype=torch.int32, device=device)
     order = torch.empty(tiles * tile, dtype=torch.int32, device=device)
     tile_expert = torch.empty(tiles, dtype=torch.int32, device=device)
+    tokens, choices = ids_Tk.shape
+    if _in_one(tokens, experts):
+        _sort_few[(1,)](
+            *(ids_Tk, order, tile_expert, tokens, experts, tiles),
+            TOP_K=choices,
+            TILE=tile,
+            BLOCK_T=power_of_2(tokens),
+            BLOCK_E=power_of_2(experts),
+            BLOCK_TILES=power_of_2(tiles),
+            num_warps=8 if power_of_2(tokens) * power_of_2(experts) > 1024 else 4,
+            **early(ids_Tk),
+        )
+        return order, tile_expert
+    counts = torch.empty(experts, dtype=torch.int32, device=device)
     block = min(1024, power_of_2(pairs))
     _count_expert[(experts,)](ids_Tk, counts, pairs, BLOCK=block, **early(ids_Tk))
     _place_expert[(experts,)](
@@ -342,6 +458,11 @@ def sort_by_expert(ids_Tk: Tensor, experts: int, tile: int) -> tuple[Tensor, Ten
         **early(ids_Tk),
     )
     return order, tile_expert
+
+
+def tile_size(pairs: int, experts: int) -> int:
+    """Rows of a GEMM tile: about the pairs that an expert gets, between the tensor cores' least and 128."""
+    return max(16, min(128, power_of_2(ceil_div(pairs, experts))))
 
 
 def most_tiles(pairs: int, experts: int, tile: int) -> int:

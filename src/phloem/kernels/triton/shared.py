@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from phloem.kernels.specs import SHARED_SPLITS, shared_tile
-from phloem.kernels.triton._base import find_row, power_of_2, stages
+from phloem.kernels.triton._base import find_row, half_beside, power_of_2, stages
 from phloem.kernels.triton._block import attend_block
 from phloem.kernels.triton.early import await_previous, early
 
@@ -135,6 +135,7 @@ def _attend_shared(
         mask=valid[:, None] & (d < HEAD)[None, :],
         other=0.0,
     )
+    query = half_beside(query, k_cache)
     factor = scale
     if SCALED == 1:
         factor = factor * tl.load(k_scale)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from phloem.kernels.ops import Ops
 from phloem.kernels.triton import (
     activation,
     attention,
+    gates,
     invariant,
     lora,
     mla,
@@ -25,6 +27,8 @@ from phloem.kernels.triton import (
     rope,
     route,
     sample,
+    scan,
+    sparse,
     tokens,
     weights,
 )
@@ -85,8 +89,12 @@ def table() -> Ops:
         rope_=rope.rope_,
         write_kv=rope.write_kv,
         rope_write_kv=rope.rope_write_kv,
+        mrope_table=rope.mrope_table,
         paged_attention=attention.paged_attention,
+        write_latent=sparse.write_latent,
         latent_attention=mla.latent_attention,
+        choose_keys=sparse.choose_keys,
+        chosen_latent_attention=sparse.chosen_latent_attention,
         prepare_experts=narrow.prepare_experts,
         stack_experts=narrow.stack_experts,
         moe=moe.moe,
@@ -96,7 +104,14 @@ def table() -> Ops:
         route=route.route_op,
         experts=moe.experts_op,
         causal_conv=recurrent.causal_conv,
+        pooled_states=True,
         gated_delta=recurrent.gated_delta,
+        decays=gates.decays,
+        step_sizes=gates.step_sizes,
+        delta_gates=gates.delta_gates,
+        gated_rms_norm=gates.gated_rms_norm,
+        mamba2_scan=scan.mamba2_scan,
+        selective_scan=scan.selective_scan,
         argmax=sample.argmax,
         logsumexp=sample.logsumexp,
         mask_tokens_=sample.mask_tokens_,
@@ -120,4 +135,6 @@ def invariant_table() -> Ops:
         stack_experts=narrow.plain_experts,
         linear=dense,
         paged_attention=invariant.paged_attention,
+        # By chunks, a token's bits would follow from where its prompt was cut.
+        mamba2_scan=partial(scan.mamba2_scan, short=0),
     )

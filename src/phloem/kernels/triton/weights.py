@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from phloem.kernels.triton import vendor
 from phloem.kernels.triton.gemm_fp8 import FEW_ROWS, GROUP, block_scaled_gemm, few_rows_gemm
 from phloem.kernels.triton.gemm_int import int4_gemm, int8_gemm
+from phloem.kernels.triton.gemm_mxfp4 import mxfp4_gemm
+from phloem.kernels.triton.nibbles import scales_of, unpack_mxfp4
 from phloem.kernels.triton.quantise import per_group_fp8, per_token_fp8
 
 
@@ -88,6 +90,48 @@ class Int4Weight(Form):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Int4Experts(Form):
+    """`Int4Weight` of E experts of R rows each, one behind the other."""
+
+    packed: Tensor  # uint8 [E * R, N / 2]
+    scale: Tensor  # float16 [E, G, R]
+    zero: Tensor | None = None  # [E, G, R]; None: 8
+    dtype: torch.dtype = torch.bfloat16
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.packed, self.scale) if self.zero is None else (self.packed, self.scale, self.zero)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        zero = None if self.zero is None else scales_of(self.zero, ids)
+        every = torch.arange(len(ids), device=ids.device)
+        return Int4Weight(self.packed[ids], scales_of(self.scale, ids), zero).rows(every)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.packed.shape[0], 2 * self.packed.shape[1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mxfp4Weight(Form):
+    """4-bit floats (e2m1) with a power of two per output and 32 inputs, of E experts of R rows each, or of one matrix;
+    activations keep their type."""
+
+    packed: Tensor  # uint8 [E * R, N / 2], in the order of `gemm_int.pack_int4`
+    scale: Tensor  # uint8 [E, N / 32, R]: exponents of two, 127 for 1
+    dtype: torch.dtype = torch.bfloat16
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.packed, self.scale
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return unpack_mxfp4(self.packed[ids], scales_of(self.scale, ids))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.packed.shape[0], 2 * self.packed.shape[1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Float8Rows(Form):
     """float8 weights with a scale per output; activations become float8 with one per token, for the vendor's product;
     those of up to `gemm_fp8.FEW_ROWS` tokens keep their type."""
@@ -125,7 +169,7 @@ def _floats(values: Tensor, ids: Tensor) -> Tensor:
     return values.view(torch.uint8)[ids].view(values.dtype).float()
 
 
-Weight = Tensor | Int8Weight | Int4Weight | Float8Rows | Float8Blocks
+Weight = Tensor | Int8Weight | Int4Weight | Mxfp4Weight | Float8Rows | Float8Blocks
 
 
 def widened(weight: Tensor | Form) -> Tensor:
@@ -142,6 +186,8 @@ def product(x_TN: Tensor, weight: Weight, bias_M: Tensor | None) -> Tensor:
             return int8_gemm(x_TN, weight.values, weight.scale, bias_M)
         case Int4Weight():
             return int4_gemm(x_TN, weight.packed, weight.scale, weight.zero, bias_M)
+        case Mxfp4Weight():
+            return mxfp4_gemm(x_TN, weight.packed, weight.scale, bias_M)
         case Float8Rows() | Float8Blocks():
             if x_TN.shape[0] <= FEW_ROWS:
                 return few_rows_gemm(x_TN, weight.values, weight.scale, bias_M)

@@ -233,7 +233,7 @@ class Drafter(Base):
         if facts.rank:
             places += f", a term of rank {facts.rank} of the token before"
         why = f"{self.draft.name}: {reads}; {places}; {said}"
-        return Loaded(drafter, first, None, Decision("speculative_draft", "dflash", why), block=block)
+        return Loaded(drafter, first, False, Decision("speculative_draft", "dflash", why), block=block)
 
     def _name(self, name: str) -> str | None:
         bare = name.removeprefix("model.")

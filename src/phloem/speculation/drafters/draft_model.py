@@ -73,4 +73,4 @@ class Drafter(Base):
         short = draft.context_length > self.draft.context_length
         more = f"; trained for {self.draft.context_length} positions of {positions}" if short else ""
         decision = Decision("speculative_draft", "draft_model", f"{draft.name}: {self.compared}{more}")
-        return Loaded(own, first, None, decision)
+        return Loaded(own, first, False, decision)

@@ -68,4 +68,4 @@ class Drafter(Base):
         why = f"{self.draft.name}: reads what the model's head reads, and shares its embedding and head"
         if self.ids_D is not None:
             why += f"; says {len(self.ids_D)} of {target.vocab_size} tokens"
-        return Loaded(head, first, lambda: head.carried, Decision("speculative_draft", "eagle", why))
+        return Loaded(head, first, True, Decision("speculative_draft", "eagle", why))

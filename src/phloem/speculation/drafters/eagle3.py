@@ -101,7 +101,7 @@ class Drafter(Base):
         target.tap = AuxTap(first, self.layers, head.fuse)
         said = f"{self.facts.vocab} of {self.vocab} tokens" if self.facts.vocab else "the model's own head"
         why = f"{self.draft.name}: reads what enters layers {', '.join(map(str, self.layers))} ({self.why}); {said}"
-        return Loaded(head, first, lambda: head.carried, Decision("speculative_draft", "eagle3", why))
+        return Loaded(head, first, True, Decision("speculative_draft", "eagle3", why))
 
 
 def _name(name: str) -> str | None:

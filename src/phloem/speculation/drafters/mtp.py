@@ -74,7 +74,7 @@ class Drafter(Base):
         target.tap = LastTap(first)
         order = "embedding, then state" if self.names.embed_first else "state, then embedding"
         why = f"{self.prefix.rstrip('.')} of {self.draft.name}: reads {order}; the model's embedding and head"
-        return Loaded(head, first, lambda: head.carried, Decision("speculative_draft", "mtp", why))
+        return Loaded(head, first, True, Decision("speculative_draft", "mtp", why))
 
     def _name(self, name: str) -> str | None:
         found = language_part(name)

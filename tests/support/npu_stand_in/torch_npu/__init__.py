@@ -17,7 +17,7 @@ from torch.utils import backend_registration
 
 from torch_npu import npu
 
-__all__ = ["CALLS", "npu", "npu_add_rms_norm", "npu_rms_norm", "npu_rotary_mul", "npu_swiglu"]
+__all__ = ["CALLS", "npu", "npu_add_rms_norm", "npu_fusion_attention", "npu_rms_norm", "npu_rotary_mul", "npu_swiglu"]
 
 __version__ = "0.stand-in"
 EVERYWHERE = "CompositeExplicitAutograd"
@@ -135,5 +135,19 @@ def _without_pinning() -> None:
     torch.empty = empty
 
 
+def npu_fusion_attention(*args: Any, **options: Any) -> Any:
+    """What transformers imports where it finds this package."""
+    raise NotImplementedError("the stand-in has no attention of its own")
+
+
+class _Generator(torch.Generator):
+    """One of the device is one of the host, where all is drawn; torch makes none for a device in Python."""
+
+    def __new__(cls, device: Any = "cpu") -> _Generator:
+        kind = torch.device(device).type
+        return super().__new__(cls, "cpu" if kind == "npu" else device)
+
+
 _LIBRARIES = _make_device()
 _without_pinning()
+torch.Generator = _Generator  # type: ignore[misc]

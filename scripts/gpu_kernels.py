@@ -426,6 +426,31 @@ class Kernels:
             pairs.append((gemm_int.int4_gemm(x, packed, step, zero.float()), F.linear(x.float(), wide.float())))
         return pairs
 
+    def grouped(self) -> list[tuple[Tensor, Tensor]]:
+        """GGUF's types and integers of 8 bits, of few tokens, of more and of many, and rows by number."""
+        from phloem.kernels.narrow import Narrow
+        from phloem.kernels.triton import gemm_gguf, narrow_gguf
+
+        pairs: list[tuple[Tensor, Tensor]] = []
+        features, outputs = (512, 21) if self.tiny else (4096, 1500)
+        forms = [Narrow("gguf", 1, 32, stored=kind) for kind in narrow_gguf.KINDS]
+        forms += [Narrow("int8", 1, 128, zeros=True), Narrow("int8", 1, features)]
+        for form in forms[2::6] if self.tiny else forms:
+            run = narrow_gguf.empty(form, outputs, features, torch.device(self.device))
+            for table in run.tensors():
+                if table.is_floating_point():
+                    table.copy_(torch.rand(table.shape, device=self.device) * 2.0**-8)
+                else:
+                    octets = table.view(torch.uint8)
+                    octets.copy_(self.ints(0, 256, *octets.shape))
+            wide = gemm_gguf.widened_rows([run], 0, outputs, torch.float32)
+            ids = self.ints(0, outputs, 9)
+            pairs.append((gemm_gguf.chosen_rows([run], ids, torch.float32), wide[ids]))
+            for tokens in (1, 20) if self.tiny else (1, 2, 5, 33, 200, 500):
+                x = self.randn(tokens, features)
+                pairs.append((gemm_gguf.grouped_gemm(x, [run]), F.linear(x.float(), wide)))
+        return pairs
+
     def experts_any(self) -> list[tuple[Tensor, Tensor]]:
         return gpu_odd.experts_any(self)
 
@@ -486,6 +511,7 @@ CHECKS = [
     *("norms", "activations", "rope", "pages", "tokens", "decode", "extend", "mla", "sampling", "moe", "quantise"),
     *("gemm_fp8", "moe_fp8", "gemm_int", "lora", "invariant", "float8_norm", "few_rows", "shared_pages"),
     *("moe_many", "moe_many_fp8", "experts_any", "experts_4bit", "gemm_mxfp4", "late_router"),
+    "grouped",
 ]
 # Kernels some ways of which need no check of their own, and why.
 UNCHECKED: dict[str, str] = {}

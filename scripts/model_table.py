@@ -21,7 +21,7 @@ FORMATS = """
 What `config.json` (`quantization_config`, `compression_config`), `hf_quant_config.json`, `quantize_config.json` or
 `quant_config.json` may name, and what the CPU's kernels make of it. Kept: rows stay packed, as the GGUF type named;
 the rest is unpacked to the model's type while it is loaded, and `--quantization int8` or `int4` packs it anew. The
-start counts both, with the reason (decision `weights`). GPUs keep float8 and up to 4 bits
+start counts both, with the reason (decision `weights`). GPUs keep float8 and integers
 ([which](gpu.md#narrow-weights)); the reference ops unpack all. Activations stay in 16 bits (but for the native kernels'
 own bytes beside integers, and a GPU's float8 beside float8), so scales of activations are not used. What the file holds
 decides: plain matrices beside quantised ones, and several formats in one file, are served.

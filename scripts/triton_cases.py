@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from phloem.kernels.calls import IndexCall, PooledStates
+from phloem.kernels.narrow import Narrow
 from phloem.kernels.ops import Adapters, AttentionCall, Draw, LatentCall, PagedBatch, Rotation, SharedPages
 from phloem.kernels.specs import ExpertSpec, RouterSpec
 from phloem.kernels.triton import (
@@ -22,12 +23,14 @@ from phloem.kernels.triton import (
     attention,
     gates,
     gemm_fp8,
+    gemm_gguf,
     gemm_int,
     gemm_mxfp4,
     invariant,
     lora,
     mla,
     moe,
+    narrow_gguf,
     norm,
     pages,
     quantise,
@@ -282,6 +285,17 @@ def _gemm_int(tokens: int) -> None:
     gemm_int.int4_gemm(x, t(6144, 2048, dtype=torch.uint8), half, half)
 
 
+def _grouped(tokens: int, dtype: torch.dtype, *kinds: str) -> None:
+    """Products with matrices of GGUF's types, and with rows of 8-bit integers; their rows by number, and copies."""
+    device, x = torch.device("meta"), t(tokens, 4096, dtype=dtype)
+    for kind in kinds:
+        rows = Narrow("int8", 1, 4096, zeros=kind == "zeros")
+        form = Narrow("gguf", 1, 32, stored=kind) if kind in narrow_gguf.KINDS else rows
+        run = narrow_gguf.empty(form, 6144, 4096, device)
+        gemm_gguf.grouped_gemm(x, [run])
+        gemm_gguf.chosen_rows([run], t(tokens, dtype=torch.int64), F32)
+
+
 def _gemm_mxfp4() -> None:
     for count in (1, 64, 2048):
         gemm_mxfp4.mxfp4_gemm(t(count, 2880), t(5120, 1440, dtype=U8), t(1, 90, 5120, dtype=U8), t(5120))
@@ -456,6 +470,13 @@ def cases() -> list[Case]:
         Case("float8 GEMM, 128 tokens", partial(_gemm_fp8, 128), float8=True),
         Case("int8 and int4 GEMM, 1 token", plain(_gemm_int, 1)),
         Case("int8 and int4 GEMM, 64 tokens", plain(_gemm_int, 64)),
+        Case("integers in groups, 1 token", plain(_grouped, 1, BF16, "Q4_K", "Q6_K", "Q8_0"), quick=True),
+        Case("integers in groups, 1 token, every kind", plain(_grouped, 1, BF16, *narrow_gguf.KINDS, "rows", "zeros")),
+        Case("integers in groups, 2 tokens", plain(_grouped, 2, BF16, *narrow_gguf.KINDS, "rows", "zeros")),
+        Case("integers in groups, 4 tokens", plain(_grouped, 4, BF16, *narrow_gguf.KINDS, "rows", "zeros")),
+        Case("integers in groups, 64 tokens", plain(_grouped, 64, BF16, "Q4_K", "Q6_K", "Q8_0"), quick=True),
+        Case("integers in groups, 64 tokens, float32", plain(_grouped, 64, F32, "Q4_K", "Q6_K", "rows")),
+        Case("integers in groups, 512 tokens", plain(_grouped, 512, BF16, *narrow_gguf.KINDS, "rows", "zeros")),
         Case("mxfp4 GEMM, 1, 64 and 2048 tokens", lambda _: _gemm_mxfp4()),
         Case("LoRA", plain(_lora)),
         Case("batch-invariant matmul", lambda _: invariant.product(t(64, 4096), t(6144, 4096), t(6144))),

@@ -162,12 +162,12 @@ def _bound(found: Reading, todo: Work, turn: tuple[float, float], loop_bytes: in
 
 def _attend(rows: int, kv_heads: int, float8: torch.dtype | None) -> None:
     cache = t(1000, kv_heads, 16, 128, dtype=float8 or BF16)
-    scales = {} if float8 is None else {"scales": (t(kv_heads, dtype=F32), t(kv_heads, dtype=F32))}
+    scales = None if float8 is None else (t(kv_heads, dtype=F32), t(kv_heads, dtype=F32))
     call = AttentionCall(128**-0.5, 0, 0.0, None)
     if rows == 4096:
-        attention.extend_attention(t(rows, 32, 128), (cache, cache), batch(1, rows), call, **scales)
+        attention.extend_attention(t(rows, 32, 128), (cache, cache), batch(1, rows), call, scales=scales)
     else:
-        attention.decode_attention(t(rows, 32, 128), (cache, cache), batch(rows, rows), call, **scales)
+        attention.decode_attention(t(rows, 32, 128), (cache, cache), batch(rows, rows), call, scales=scales)
 
 
 def _attention_work(rows: int, kv_heads: int, size: int) -> dict[str, Work]:
@@ -183,10 +183,9 @@ def _small(rows: int, size: int, kv_heads: int, between: int) -> None:
     norm.add_rms_norm(x, x, weight, 1e-6)
     q, k, v = t(rows, 32, 128), t(rows, kv_heads, 128), t(rows, kv_heads, 128)
     cache, slots, positions = t(1000, kv_heads, 16, 128), t(rows, dtype=I32), t(rows, dtype=I64)
-    norms = (t(128), t(128), 1e-6) if kv_heads == 4 else ()
-    rope.rope_write_kv(
-        q, k, v, Rotation(positions, t(8192, 2, 64, dtype=F32), False, *norms), cache, cache, slots, None
-    )
+    q_norm, k_norm = (t(128), t(128)) if kv_heads == 4 else (None, None)
+    rotation = Rotation(positions, t(8192, 2, 64, dtype=F32), False, q_norm, k_norm, 1e-6)
+    rope.rope_write_kv(q, k, v, rotation, cache, cache, slots, None)
     if between:
         activation.silu_and_mul(t(rows, 2 * between))
 

@@ -35,7 +35,7 @@ from phloem.layers.context import BuildContext
 from phloem.models._pooled import load_pooled
 from phloem.platforms._compiled import Tally
 from phloem.speculation.ahead import drafts
-from phloem.testing.checkpoints import families, tiny_checkpoint
+from phloem.testing.checkpoints import families, tiny_checkpoint, tiny_gguf
 
 MOE = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 32, "norm_topk_prob": True}
 SPARSE: dict[str, Any] = {"config": {"model_type": "qwen3_moe", **MOE}}
@@ -166,6 +166,31 @@ def test_kernels_of_narrow_weights_are_foretold(case: str, tmp_path: Path, monke
     assert ({*wanted} <= found) == (case == "awq")
 
 
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_1"])
+def test_kernels_of_gguf_files_are_foretold(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("gguf")
+    monkeypatch.setattr(AHEAD, "capability", 90)
+    path = tiny_checkpoint("llama", tmp_path / "made", num_hidden_layers=3, **SIZES)
+    file = tiny_gguf(path, tmp_path / "tiny.gguf", kind)
+    plan, refusal = told(file, monkeypatch)
+    assert refusal is None and plan.gguf == str(file)
+    found = {note.name for note in ahead.trace(plan)[0].found.values()}
+    assert {"_gguf_few", "_gguf_tile", "_gguf_rows"} <= found and not unforetold(plan, steps=10)
+
+
+def test_layers_of_each_combination_of_gguf_types_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def depths(*kinds: str) -> tuple[int, int]:
+        names = {f"blk.{number}.ffn_down.weight": SimpleNamespace(kind=kind) for number, kind in enumerate(kinds)}
+        file = SimpleNamespace(tensors={"output.weight": SimpleNamespace(kind="Q6_K"), **names})
+        monkeypatch.setattr(ahead.GGUFFile, "open", lambda path: file)
+        return ahead.depths(small_plan(gguf="some.gguf"))
+
+    assert depths(*["Q4_K"] * 30) == ahead.LAYERS == ahead.depths(small_plan())
+    assert depths(*["Q6_K"] * 4, *["Q4_K", "Q4_K", "Q6_K"] * 8) == (5, 8)
+    assert depths(*["Q6_K"] * 10, *["Q4_K", "Q6_K"] * 8) == (11, 11)
+
+
 EXPERTS: dict[str, tuple[str, dict[str, Any], Any, bool, dict[str, Any], tuple[str, ...]]] = {
     "gpt-oss": (
         "gpt_oss", {"intermediate_size": 64}, packers.mxfp4_stack, True, {"quant_method": "mxfp4"}, ("_grouped_any",),
@@ -194,7 +219,7 @@ def test_kernels_of_experts_of_4_bits_are_foretold(case: str, tmp_path: Path, mo
     assert not unforetold(plan, steps=10)
 
 
-@pytest.mark.parametrize("method,kernel", [("fp8", "_gemm_few"), ("int4", "_gemm_int4")])
+@pytest.mark.parametrize("method,kernel", [("fp8", "_gemm_few"), ("int4", "_gemm_int4"), ("int8", "_gguf_few")])
 def test_so_are_those_of_weights_that_are_rounded(
     method: str, kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -311,6 +311,7 @@ RECORDABLE: Any = SimpleNamespace(name="some", recordable=True, ops=Ops())
 
 class Cuttable:
     attention_specs: list[AttentionSpec] = []
+    late_residual = False
 
     def trunk(self) -> None: ...
 

@@ -20,6 +20,7 @@ FILES = [
     "engine",
     "experts",
     "gemm",
+    "gguf",
     "linear",
     "many",
     "moe",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -31,9 +32,7 @@ LOOPS = """
 @pytest.fixture
 def sass(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    import triton_sass
-
-    return triton_sass
+    return importlib.import_module("triton_sass")
 
 
 def test_the_main_loop_is_the_one_that_loads_most(sass: Any) -> None:

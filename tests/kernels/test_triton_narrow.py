@@ -16,18 +16,21 @@ from triton_support import need_interpreter
 from phloem.attention import Memory, begin
 from phloem.attention.reference import TableStep
 from phloem.checkpoint.describe import describe
+from phloem.checkpoint.gguf_reader import GGUFFile
 from phloem.kernels import reference_formats as formats
-from phloem.kernels.ops import Ops, PagedBatch
+from phloem.kernels.ops import Adapters, Ops, PagedBatch
 from phloem.kernels.specs import ExpertSpec
 from phloem.layers.context import BuildContext, ForwardBatch
 from phloem.models import load_model
-from phloem.quant import method_for
-from phloem.testing.checkpoints import tiny_checkpoint
+from phloem.models._sources import GGUFSource
+from phloem.quant import Report, method_for
+from phloem.quant._source import View
+from phloem.testing.checkpoints import tiny_checkpoint, tiny_gguf
 
 need_interpreter()
 from phloem.attention import triton as backend_file  # noqa: E402
-from phloem.kernels.triton import table  # noqa: E402
-from phloem.kernels.triton.weights import Float8Blocks, Float8Rows, Int4Weight  # noqa: E402
+from phloem.kernels.triton import gemm_gguf, table  # noqa: E402
+from phloem.kernels.triton.weights import Float8Blocks, Float8Rows, GroupedWeight, Int4Weight, widened  # noqa: E402
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {
@@ -50,8 +53,18 @@ KEPT: dict[str, tuple[Any, dict[str, Any], type]] = {
     "packed": (partial(packers.packed_ints, group=128), INTS, Int4Weight),
     "packed, 3 bits": (partial(packers.packed_ints, bits=3), INTS, Int4Weight),
     "packed, zero points, rows": (partial(packers.packed_ints, symmetric=False, group=0), INTS, Int4Weight),
+    "packed, 5 bits": (partial(packers.packed_ints, bits=5), INTS, GroupedWeight),
+    "gptq, 8 bits": (partial(packers.gptq, bits=8, symmetric=False, group=128), {**GPTQ, "bits": 8}, GroupedWeight),
+    "int8 rows": (packers.int8_rows, {**TENSORS, "format": "int-quantized"}, GroupedWeight),
 }
 FLOAT8 = (Float8Rows, Float8Blocks)
+
+
+@pytest.fixture(autouse=True)
+def large_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes as long for a program of few rows as for one of many."""
+    monkeypatch.setattr(gemm_gguf, "_blocks", lambda x: (256, 4, 4))
+    monkeypatch.setattr(gemm_gguf, "_ROWS", 256)
 
 
 def loaded(path: Path, ops: Ops, quantization: str | None = None, device: torch.device = CPU) -> Any:
@@ -109,7 +122,7 @@ def test_checkpoints_stay_narrow(case: str, llama: Path, tmp_path: Path) -> None
     found = matrices(ours)
     assert len(found) == 4 and all(type(value) is form for value in found.values())
     dense = matrices(theirs)
-    assert sum(found[name].nbytes for name in found) < 0.27 * sum(value.nbytes for value in dense.values())
+    assert sum(found[name].nbytes for name in found) < 0.29 * sum(value.nbytes for value in dense.values())
     saved = sum(value.nbytes - found[name].nbytes for name, value in dense.items())
     assert ours.weight_bytes == theirs.weight_bytes - saved
     wide = loaded(packed, Ops())
@@ -119,7 +132,7 @@ def test_checkpoints_stay_narrow(case: str, llama: Path, tmp_path: Path) -> None
     check_logits(ours, theirs, *((0.2, 0.2) if form in FLOAT8 else (1e-3, 1e-3)))
 
 
-@pytest.mark.parametrize("method,form", [("fp8", Float8Rows), ("int4", Int4Weight)])
+@pytest.mark.parametrize("method,form", [("fp8", Float8Rows), ("int4", Int4Weight), ("int8", GroupedWeight)])
 def test_plain_checkpoints_become_narrow(method: str, form: type, llama: Path) -> None:
     ours, theirs = loaded(llama, table.table(), method), loaded(llama, Ops(), method)
     assert all(type(value) is form for value in matrices(ours).values())
@@ -142,7 +155,7 @@ UNPACKED: dict[str, tuple[Any, dict[str, Any], dict[str, Any], str]] = {
     "act-order": (partial(packers.gptq, act=True), {**GPTQ, "desc_act": True}, {}, "act-order"),
     "odd groups": (partial(packers.packed_ints, group=40), INTS, ODD, "40"),
     "groups of powers of two": (packers.mxfp8_matrix, {**TENSORS, "format": "mxfp8"}, {}, "float8"),
-    "5 bits": (partial(packers.packed_ints, bits=5), INTS, {}, "packed rows"),
+    "groups of 5": (partial(packers.packed_ints, bits=5, group=40), INTS, ODD, "no multiples of 16"),
     "blocks in the middle": (KEPT["blocks"][0], BLOCKS, {"num_key_value_heads": 2}, "end with their blocks"),
     "odd sizes": (KEPT["rows"][0], KEPT["rows"][1], {"intermediate_size": 200}, "multiples of 16"),
 }
@@ -223,7 +236,7 @@ def test_experts_of_another_rank_may_be_narrow() -> None:
     torch.testing.assert_close(got, Ops().experts(x, ids, weights, half, half, other, None))
 
 
-@pytest.mark.parametrize("case", ["blocks", "rows", "fp8", "int4"])
+@pytest.mark.parametrize("case", ["blocks", "rows", "fp8", "int4", "int8"])
 def test_new_values_are_put_into_narrow_memory(case: str, llama: Path, tmp_path: Path) -> None:
     packed = packers.quantised(llama, tmp_path, *KEPT[case][:2])[0] if case in KEPT else llama
     model = loaded(packed, table.table(), None if case in KEPT else case)
@@ -243,8 +256,65 @@ def q_of(name: str) -> str:
     return name.replace("k_proj", "q_proj")
 
 
-def test_other_values_of_stored_integers_take_another_form(llama: Path, tmp_path: Path) -> None:
-    model = loaded(packers.quantised(llama, tmp_path, *KEPT["gptq"][:2])[0], table.table())
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_1"])
+def test_gguf_files_stay_narrow(kind: str, llama: Path, tmp_path: Path) -> None:
+    file = tiny_gguf(llama, tmp_path / "tiny.gguf", kind)
+    ours, theirs = loaded(file, table.table()), loaded(file, Ops())
+    found = [weight.value for weight in ours.weights() if weight.role == "matrix"]
+    assert len(found) == 6 and all(type(value) is GroupedWeight for value in found)  # embedding and head too
+    assert ours.index.report.decision("float32") == ("GGUF", f"9 matrices keep their bits as {kind}")
+    assert ours.weight_bytes < 0.28 * theirs.weight_bytes
+    for name in theirs.weight_names():
+        torch.testing.assert_close(ours.get_weight(name), theirs.get_weight(name), rtol=1e-6, atol=1e-7)
+    check_logits(ours, theirs, 1e-5, 1e-5)
+
+
+def test_experts_of_gguf_files_are_unpacked_and_say_why(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    made = tiny_checkpoint("qwen3_moe", tmp_path / "made", **SIZES | MOE)
+    model = loaded(tiny_gguf(made, tmp_path / "tiny.gguf", "Q8_0"), table.table())
+    assert all(isinstance(value, torch.Tensor) for value in stacks(model))
+    assert "12 are unpacked to float32: experts in groups of" in model.index.report.decision("float32")[1]
+
+
+def test_ranks_have_shares_of_gguf_matrices(llama: Path, tmp_path: Path) -> None:
+    """Rows in the file's order or turned, and columns of whole blocks."""
+    file = GGUFFile.open(tiny_gguf(llama, tmp_path / "tiny.gguf", "Q5_0"))
+    for name, heads in (("blk.0.attn_q.weight", 4), ("blk.0.ffn_down.weight", 0)):
+        stored = file.tensors[name]
+        source = GGUFSource(name, stored.shape, stored.kind, tensor=stored, heads=heads, report=Report("GGUF"))
+        rows, cols = slice(32, 64, 1), slice(64, 224, 1)
+        share = View(name, (32, 160), source, (rows, cols))
+        got = table.table().prepare_linear([share], torch.float32, CPU)
+        assert isinstance(got, GroupedWeight)
+        torch.testing.assert_close(widened(got), share.dense(torch.float32), rtol=1e-6, atol=1e-7)
+        odd = View(name, (32, 16), source, (rows, slice(16, 32, 1)))
+        got = table.table().prepare_linear([odd], torch.float32, CPU)
+        assert isinstance(got, torch.Tensor) and torch.equal(got, odd.dense(torch.float32))
+        assert source.report is not None and "ends inside a block" in source.report.decision("float32")[1]
+
+
+def test_adapters_stand_beside_gguf_matrices(llama: Path, tmp_path: Path) -> None:
+    file = tiny_gguf(llama, tmp_path / "tiny.gguf", "Q8_0")
+    ours, theirs = (matrices(loaded(file, ops)) for ops in (table.table(), Ops()))
+    name = "model.layers.0.self_attn.o_proj.weight"
+    generator = torch.Generator().manual_seed(1)
+    (rows, columns), index = ours[name].shape, torch.tensor([1, 0, 1]).int()
+    down, up = (torch.randn(2, *size, generator=generator) / 16 for size in ((1, 8, columns), (8, rows)))
+    facts, flat = torch.tensor([[0, 0], [8, 0]]).int(), torch.zeros(2, rows)
+    adapter = Adapters(index, facts, down, up, flat + 1, flat, torch.tensor([rows]))
+    x = torch.randn(3, columns, generator=generator)
+    got, want = (
+        ops.linear(x, weights[name], adapter=adapter)[0] for ops, weights in ((table.table(), ours), (Ops(), theirs))
+    )
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["gptq", "gguf"])
+def test_other_values_of_stored_integers_take_another_form(case: str, llama: Path, tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    path = tiny_gguf(llama, file, "Q8_0") if case == "gguf" else packers.quantised(llama, tmp_path, *KEPT[case][:2])[0]
+    model = loaded(path, table.table())
     name = "model.layers.0.self_attn.o_proj.weight"
     new = torch.randn(model.get_weight(name).shape)
     assert model.update_weights([(name, new)]) and torch.equal(model.get_weight(name), new)

@@ -27,6 +27,11 @@ CASES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "gptq v2": (partial(packers.gptq, symmetric=True, v2=True), "gptq", {"checkpoint_format": "gptq_v2"}),
     "packed": (partial(packers.packed_ints, group=128), "compressed_tensors", {}),
     "packed rows": (partial(packers.packed_ints, group=0, symmetric=False), "compressed_tensors", {}),
+    "packed, 5 bits": (partial(packers.packed_ints, bits=5, symmetric=False), "compressed_tensors", {}),
+    "packed, 8 bits": (partial(packers.packed_ints, bits=8, group=128), "compressed_tensors", {}),
+    "gptq, 8 bits": (partial(packers.gptq, bits=8, symmetric=False), "gptq", {"bits": 8, "sym": False}),
+    "int8": (packers.int8_rows, "compressed_tensors", {}),
+    "int8 of bitsandbytes": (packers.int8_table, "bitsandbytes", {}),
 }  # fmt: skip
 
 
@@ -43,7 +48,7 @@ def joined(case: str) -> Any:
 
 def dequantised(form: Narrow, codes: Codes) -> torch.Tensor:
     """Number by number, as `_narrow` describes them."""
-    middle = torch.full_like(codes.scale, 8.0 if form.kind == "int4" else 0.0)
+    middle = torch.full_like(codes.scale, {"int4": 8.0, "int8": 128.0}.get(form.kind, 0.0))
     zero = middle if codes.zero is None else codes.zero
     spread = [one.repeat_interleave(form.high, 0).repeat_interleave(form.wide, 1) for one in (zero, codes.scale)]
     return (codes.values.float() - spread[0]) * spread[1]
@@ -57,7 +62,7 @@ def test_shares_are_those_of_the_values(case: str) -> None:
         form = view.narrow()
         assert isinstance(form, Narrow)
         torch.testing.assert_close(dequantised(form, view.codes()), values[rows, cols], rtol=1e-6, atol=1e-7)
-    kept = "4-bit integers" if form.kind == "int4" else "float8"
+    kept = {"int4": "4-bit integers", "int8": "8-bit integers"}.get(form.kind, "float8")
     assert f"1 matrices keep their bits as {kept}" in report.decision("bfloat16")[1]
 
 
@@ -71,6 +76,9 @@ def test_shares_that_scales_do_not_follow_are_refused() -> None:
     packed, _, _ = joined("packed")
     assert packed.narrow(odd, odd) == Narrow("int4", 1, 64)
     assert "no power of two" in packed.narrow(some, slice(16, 32, 1))
+    eight, whole = joined("packed, 8 bits")[0], joined("int8")[0]
+    assert eight.narrow(some, slice(64, 160, 1)) == Narrow("int8", 1, 32, half=True)
+    assert whole.narrow(odd, odd) == Narrow("int8", 1, 128, half=True)
 
 
 @pytest.mark.parametrize("width,cols,found", [(128, (0, 256), 128), (512, (0, 512), 128), (96, (0, 96), 32),

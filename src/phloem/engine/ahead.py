@@ -27,6 +27,7 @@ import torch
 from phloem.adapters._sites import Sites
 from phloem.attention._elsewhere import backend_without_data
 from phloem.checkpoint.describe import Checkpoint, described
+from phloem.checkpoint.gguf_reader import GGUFFile
 from phloem.checkpoint.quant_config import StoredFormat
 from phloem.core.config import ModelConfig
 from phloem.core.errors import PhloemError
@@ -88,6 +89,7 @@ class Plan(msgspec.Struct, frozen=True):
     spread: tuple[int, bool] | None = None  # slots beyond the experts, and whether choices are counted, as `Spread`
     told: bool = False  # answers tell which experts computed their tokens
     pooled: dict[str, Any] | None = None  # settings (`core.config.ModelConfig`) of a model that reads whole texts
+    gguf: str = ""  # the file, or the first of its parts; "": another format
 
 
 class Done(msgspec.Struct, frozen=True):
@@ -112,6 +114,20 @@ def shallow(config: dict[str, Any], layers: int) -> dict[str, Any]:
         return config
     cut = {key: value[:layers] for key, value in config.items() if isinstance(value, list) and len(value) == depth}
     return {**config, **cut, "num_hidden_layers": layers}
+
+
+def depths(plan: Plan) -> tuple[int, int]:
+    """Layers of the two models that are compared: enough to have one of each combination of GGUF types."""
+    kinds: dict[int, dict[str, str]] = {}
+    for name, tensor in GGUFFile.open(plan.gguf).tensors.items() if plan.gguf else ():
+        block, _, rest = name.removeprefix("blk.").partition(".")
+        if name.startswith("blk.") and block.isdigit():
+            kinds.setdefault(int(block), {})[rest] = tensor.kind
+    firsts: dict[tuple[tuple[str, str], ...], int] = {}
+    for block in sorted(kinds):
+        firsts.setdefault(tuple(sorted(kinds[block].items())), block + 1)
+    least = max(firsts.values(), default=0)
+    return max(LAYERS[0], least), max(LAYERS[1], least)
 
 
 def checkpoint_of(plan: Plan, config: dict[str, Any]) -> Checkpoint:
@@ -153,10 +169,13 @@ def need_of(plan: Plan, layers: int | None = LAYERS[-1], drafts: Drafts | None =
 def _loaded(plan: Plan, checkpoint: Checkpoint, ctx: BuildContext) -> Model:
     """The model, whose weights have the forms in which the table keeps them."""
     stored = None if plan.stored is None else StoredFormat(**plan.stored)
+    file = GGUFFile.open(plan.gguf) if plan.gguf else None
     ctx = replace(ctx, quant=method_for(plan.quantization, stored))
     model = build_model(plan.model_type, checkpoint.config, ctx, plan.context)
-    if stored is None or not isinstance(model, Decoder):
+    if not isinstance(model, Decoder) or (stored is None and file is None):
         model.load(checkpoint, None)
+    elif file is not None:
+        load_forms(model, replace(checkpoint, format="gguf", gguf=file))
     else:
         load_forms(model, replace(checkpoint, format="safetensors", stored=stored, consolidated=plan.consolidated))
     return model
@@ -202,7 +221,7 @@ def _as_deep_as_needed(
 ) -> tuple[Need, ahead.Notes]:
     """Of few layers where these launch what more do, and the launches of the first and the last shape."""
     ends = [every[0], every[-1]]
-    few, many = (_noted_need(plan, layers, drafts, rank) for layers in LAYERS)
+    few, many = (_noted_need(plan, layers, drafts, rank) for layers in depths(plan))
     if few is None or many is None:
         whole = _noted_need(plan, None, drafts, rank) if many is None else many
         assert whole is not None

@@ -73,6 +73,7 @@ def _common(
         "quantization": config.model.quantization,
         "stored": None if checkpoint.stored is None else asdict(checkpoint.stored),
         "consolidated": checkpoint.consolidated,
+        "gguf": "" if checkpoint.gguf is None else str(checkpoint.gguf.path),
     }
 
 

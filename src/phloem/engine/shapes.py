@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 EACH = 64
 FAR = (1, 2, 3)  # rows of decode steps that are run at the end of the context
 DENSE_TEXTS = 1024
+VERIFIED = 257  # tokens of a step whose logits are wanted: of drafts, or of a prompt; more launch nothing else
 READS = 512  # tokens that a model which drafts reads in one pass, at most
 Shape = tuple[int, int, int]  # tokens, rows, tokens of each row before the step
 
@@ -81,6 +82,8 @@ def run_shape(need: Need, pool: KVPool, shape: Shape) -> None:
     if need.adapts and (ranks is None or not ranks.together):  # ranks together run the same steps, and no others
         run_step(need, pool, lengths, prefix=prefix, adapted=True)
     chosen_R = need.model.greedy(hidden_RN)
+    if ranks is None and rows == 1 and tokens <= VERIFIED:
+        need.model.head(hidden_RN.repeat(tokens, 1))
     if not need.leads:
         return
     _choose(need, logits_RV)

@@ -543,8 +543,11 @@ def _loaded(
         if stager is not None:
             stager.close()
     compiled.share_weights(model, checkpoint, machine.ops, config.runtime.tp_size)
-    if method is not None and method.report is not None:
-        decisions.append(Decision("weights", *method.report.decision(str(machine.dtype).removeprefix("torch."))))
+    found = None if method is None else method.report
+    if found is None and isinstance(model, Decoder) and model.index.report is not None and model.index.report.noted:
+        found = model.index.report
+    if found is not None:
+        decisions.append(Decision("weights", *found.decision(str(machine.dtype).removeprefix("torch."))))
     seconds, size = perf_counter() - begun, model.weight_bytes / resolve.GIB
     _log.info("%s: %.2f GiB of weights in %.1f s, %.2f GiB/s", checkpoint.name, size, seconds, size / seconds)
     return model

@@ -20,21 +20,23 @@ FLOAT4_GROUP = 32  # columns of a group of 4-bit floats
 @dataclass(frozen=True, slots=True)
 class Narrow:
     """What a source can give of a matrix: e4m3 float8 with a scale per row (`high` 1, `wide` all columns) or per block
-    of 128 x 128, numbers 0 to 15 with a scale, and perhaps a zero point, per row and group of columns, or 4-bit floats
-    (e2m1) with a power of two per row and 32 columns."""
+    of 128 x 128, numbers 0 to 15 ("int8": 0 to 255) with a scale, and perhaps a zero point, per row and group of
+    columns, 4-bit floats (e2m1) with a power of two per row and 32 columns, or blocks of a GGUF type."""
 
-    kind: Literal["float8", "int4", "mxfp4"]
+    kind: Literal["float8", "int4", "int8", "mxfp4", "gguf"]
     high: int
     wide: int
     zeros: bool = False
+    half: bool = False  # of "int8": float16 holds the scales
+    stored: str = ""  # the GGUF type
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Codes:
-    """(value - zero) * scale, where a missing zero is 0 of floats and 8 of 4-bit numbers."""
+    """(value - zero) * scale, where a missing zero is 0 of floats, 8 of 4-bit and 128 of 8-bit numbers."""
 
-    values: Tensor  # float8_e4m3fn, or uint8 0 to 15, numbers or codes of e2m1: [M, N]
-    scale: Tensor  # float32 [M / high, N / wide], rounded up
+    values: Tensor  # float8_e4m3fn, or uint8, numbers or codes of e2m1: [M, N]; of GGUF [M, bytes a row], on the host
+    scale: Tensor  # float32 [M / high, N / wide], rounded up; of a GGUF type empty
     zero: Tensor | None = None  # float32, as the scale
 
 

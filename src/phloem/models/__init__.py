@@ -117,6 +117,8 @@ class CutModel(Protocol):
     """A model whose forward pass is `conclude(step, *trunk(step))`, so that the part whose rows differ from step to
     step, behind the last layer's mixer, stands alone."""
 
+    late_residual: bool  # some of the residual is computed behind the last mixer
+
     def trunk(self, step: ForwardBatch, /) -> tuple[Tensor, Tensor]:
         """(The last mixer's output [T, features], residual [T, hidden_size])."""
         ...

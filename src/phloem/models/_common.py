@@ -160,6 +160,7 @@ class Decoder(Layer):
     bytes_read = 0  # of the checkpoint's files
     adapted: Adapted | None = None  # what layers with adapters look at; None: none are served
     tap: Tap | None = None  # what else reads hidden states
+    late_residual = False  # as `models.CutModel`
 
     def __init__(self, ctx: BuildContext, config: DecoderConfig, max_positions: int) -> None:
         self.config = config

@@ -68,6 +68,7 @@ class DraftHead(Layer):
     """What all heads have. Its first memory is the state that it reads, written by the model's own steps."""
 
     shift = 1  # at a position it reads the token behind it
+    late_residual = False  # as `models.CutModel`
 
     def __init__(self, ctx: BuildContext, shared: Shared) -> None:
         target = shared.target

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
     from phloem.checkpoint.gguf_reader import GGUFTensor
     from phloem.layers.weight import Weight
+    from phloem.quant._report import Report
     from phloem.quant._source import Source
 
 # Names in a layer that most families share; a family's GGUF facts (`names`) say what differs. `{}`: an expert's number.
@@ -100,7 +101,7 @@ def _stacked(name: str, names: Mapping[str, str]) -> tuple[str, int | None] | No
 
 
 def gguf_sources(
-    checkpoint: Checkpoint, slots: Mapping[str, Iterable[tuple[Weight, int]]]
+    checkpoint: Checkpoint, slots: Mapping[str, Iterable[tuple[Weight, int]]], report: Report | None = None
 ) -> tuple[dict[str, Source], list[str]]:
     """Every tensor of a GGUF file by our name, and the names in it that the model does not use."""
     assert checkpoint.gguf is not None
@@ -133,7 +134,7 @@ def gguf_sources(
             if shape != tensor.shape or decay:
                 found[name] = FormedSource(name, shape, "dense", shifted, tensor=tensor, decay=decay)
                 continue
-            found[name] = GGUFSource(name, tensor.shape, kind, shifted, tensor=tensor, heads=turned)
+            found[name] = GGUFSource(name, tensor.shape, kind, shifted, tensor=tensor, heads=turned, report=report)
         elif name.endswith(".kv_b_proj.weight"):
             keys, values = (stored.replace("attn_kv_b", half) for half in ("attn_k_b", "attn_v_b"))
             if keys in tensors and values in tensors:

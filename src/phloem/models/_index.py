@@ -22,6 +22,7 @@ from phloem.models._scales import scale_of
 from phloem.models._sources import DummySource, Read, SafetensorsSource, Stored, TensorSource, stored_in
 from phloem.models._stored import WHOLE, as_base, may_stand_for, some, unused_parts, unused_scales
 from phloem.quant._grid import Grid
+from phloem.quant._report import Report
 from phloem.quant._source import View
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def open_sources(
             for name, places in index.slots.items()
         }, []
     if checkpoint.gguf is not None:
-        found, unused = gguf_sources(checkpoint, index.slots)
+        index.report = index.report or Report("GGUF")
+        found, unused = gguf_sources(checkpoint, index.slots, index.report)
         unused = unused if whole and index.ctx.mesh.pp.size == 1 else []  # other stages have the rest
         _refuse(unused_parts(unused), "would change the answers, and no layer uses them", str(checkpoint.path))
         return found, unused
@@ -148,6 +150,7 @@ class WeightIndex:
             for part, name in enumerate(weight.names):
                 self.slots.setdefault(name, []).append((weight, part))
         self.embedding = embedding
+        self.report = None if ctx.quant is None else ctx.quant.report
         self.lost: set[str] = set()  # tensors whose memory was given back, until they are there again
         self._elsewhere = {*elsewhere, *(name for weight in self.weights for name in weight.elsewhere)}
         self._companions = self._name_companions()

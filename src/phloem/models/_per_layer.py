@@ -80,7 +80,7 @@ class InputDecoder(Decoder):
         self, ctx: BuildContext, config: DecoderConfig, max_positions: int, size: int, rows: int, place: Place
     ) -> None:
         # Before the weights are counted.
-        self.size = size
+        self.size, self.late_residual = size, size > 0
         count, vocab = len(config.layers), config.vocab_size
         self.inputs = OwnInputs(ctx.child("model"), count, size, rows, vocab, place) if size else None
         super().__init__(ctx, config, max_positions)

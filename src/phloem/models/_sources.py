@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 
 from phloem.checkpoint.gguf_reader import BLOCKS
 from phloem.core.errors import ModelLoadError
+from phloem.kernels.narrow import Codes, Narrow
 from phloem.quant._source import Index, Source, Stager, everything, indexed
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.checkpoint.gguf_reader import GGUFTensor
+    from phloem.quant._report import Report
 
 _DENSE_KINDS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 _STORED_KINDS = {
@@ -197,6 +200,29 @@ class GGUFSource(Source):
 
     tensor: GGUFTensor | None = None
     heads: int = 0
+    report: Report | None = None
+    _why: str = field(default="", init=False)  # why it is unpacked
+
+    def narrow(self, rows: slice, cols: slice) -> Narrow | str:
+        if self.kind in ("dense", *_DENSE_KINDS):
+            return ""
+        if self.has_raw(cols):
+            return Narrow("gguf", 1, 32, stored=self.kind)
+        self.refused(f"a rank's share of {self.kind} begins or ends inside a block")
+        return self._why
+
+    def codes(self, rows: slice, cols: slice, entry: int = 0) -> Codes:
+        del entry  # a stack's are sources of their own
+        if self.report is not None:
+            self.report.kept(self.name, self.kind)
+        with warnings.catch_warnings():  # a mapping that is only read
+            warnings.filterwarnings("ignore", message=".*not writable.*")
+            return Codes(torch.from_numpy(self.take_raw(rows, cols)), torch.empty(0))
+
+    def refused(self, why: str) -> None:
+        self._why = why
+        if self.report is not None:
+            self.report.unpacked(self.name, why)
 
     def has_raw(self, cols: slice) -> bool:
         block = BLOCKS[self.kind][0]

@@ -6,8 +6,9 @@ every table that reads those keeps the matrix as small as it is. Legend: R rows,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import gcd
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -85,8 +86,10 @@ class Opened:
 
 def kept_as(form: Narrow) -> str:
     """How a report calls it."""
-    if form.kind == "int4":
-        return "4-bit integers"
+    if form.kind in ("int4", "int8"):
+        return f"{form.kind[3]}-bit integers"
+    if form.kind == "gguf":
+        return form.stored
     if form.kind == "mxfp4":
         return "4-bit floats"
     return "float8 with scales of rows" if form.high == 1 else "float8 with scales of blocks"
@@ -160,6 +163,9 @@ class Grid(Source):
             if cols.step == 1 and width:
                 return Narrow("int4", 1, width, form.zeros)
             return f"no power of two from 32 up divides groups of {form.wide} columns, or a rank's share of them"
+        if form.kind == "int8":
+            whole = form.wide == self.shape[1]
+            return replace(form, wide=cols.stop - cols.start if whole else gcd(form.wide, cols.start, cols.stop))
         if form.high == 1:
             return Narrow("float8", 1, cols.stop - cols.start)
         whole = all(span.step == 1 and not span.start % FLOAT8_BLOCK for span in (rows, cols))
@@ -173,11 +179,14 @@ class Grid(Source):
         eight, floats = found.kind == "float8", found.kind == "mxfp4"
         scale, zero = opened.scale_RG, opened.zero_RG
         values = torch.empty(size, dtype=torch.float8_e4m3fn if eight else torch.uint8, device=scale.device)
+        signed = opened.codes(slice(0, 1)).dtype == torch.int8
+        middle = 0 if eight or floats or not signed else 8 if found.kind == "int4" else 128
+        zero = zero if zero is None or not middle else zero + middle
 
         def fill(piece: slice) -> None:
             read = opened.codes(piece)
             read = e2m1_of(read) if floats else read
-            values[piece] = read if eight or floats or zero is not None else (read + 8).to(torch.uint8)
+            values[piece] = read if not middle else (read.to(torch.int16) + middle).to(torch.uint8)
 
         self._each(fill, *size, values.device)
         scale = scale * 2 if floats else scale  # of twice their values

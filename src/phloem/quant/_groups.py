@@ -100,18 +100,20 @@ class GroupQuantised:
 
     def narrow(self) -> Narrow | str:
         """What kernels for narrow weights can be given; "": nothing, and nobody asked."""
-        return Narrow("int4", 1, GROUP, True) if self.bits == 4 and self.shape[1] % GROUP == 0 else ""
+        if self.shape[1] % GROUP:
+            return ""
+        return Narrow("int4", 1, GROUP, True) if self.bits == 4 else Narrow("int8", 1, GROUP, half=True)
 
     def codes(self) -> Codes:
-        """Numbers 0 to 15 whose zero point is what the group's minimum is in steps."""
+        """Numbers 0 to 15 whose zero point is what the group's minimum is in steps, or 1 to 255 without."""
 
         def flat(groups: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-            q, *numbers = _with_zero(*groups)
+            q, *numbers = _with_zero(*groups) if self.bits == 4 else (groups[0] + 128, groups[1].float())
             return torch.cat((q.to(torch.uint8), *(n.contiguous().view(torch.uint8) for n in numbers)), -1)
 
-        q, *numbers = self._of_rows(flat).split((GROUP, 4, 4), -1)
-        scale, zero = (n.contiguous().view(torch.float32).squeeze(-1) for n in numbers)
-        return Codes(q.flatten(1), scale, zero)
+        q, *numbers = self._of_rows(flat).split((GROUP, 4, 4)[: 3 if self.bits == 4 else 2], -1)
+        scale, *zero = (n.contiguous().view(torch.float32).squeeze(-1) for n in numbers)
+        return Codes(q.flatten(1), scale, *zero)
 
     def refused(self, why: str) -> None:
         """Nobody counts what was plain in the file."""

@@ -42,8 +42,10 @@ class Ints:
         else:
             whole = slice(0, rows, 1), slice(0, columns // (self.width or columns), 1)
             kind, why = kind_of(self.bits, self.zeros is None, [self.scales(*whole)], self.width, columns)
-        narrow = kind != "dense" and self.bits <= 4
-        form = Narrow("int4", 1, self.width or columns, self.zeros is not None) if narrow else None
+        fits, zeros = kind != "dense", self.zeros is not None
+        form = Narrow("int4", 1, self.width or columns, zeros) if fits and self.bits <= 4 else None
+        if self.bits > 4 and self.order is None:
+            form = Narrow("int8", 1, self.width or columns, zeros, half=fits)
         return Grid(name, shape, kind, open=self._opener(columns), report=report, why=why, form=form)
 
     def _opener(self, columns: int) -> Callable[[int, slice, slice], Opened]:

@@ -24,6 +24,11 @@ class Report:
         self._unpacked[name] = why
 
     @property
+    def noted(self) -> bool:
+        """Whether anything was."""
+        return bool(self._kept or self._unpacked)
+
+    @property
     def packed(self) -> bool:
         """Whether most matrices keep their bits."""
         return len(self._kept) > len(self._unpacked)

@@ -2,7 +2,7 @@
 
 What lies beside a matrix says which of the formats it is in: `weight_packed` words are integers of 2 to 8 bits, bytes
 are 4-bit floats; `weight` is int8 or float8. Integers are kept packed as Q4_0, Q4_1 or Q8_0 rows, mxfp4 as Q5_0, the
-rest is unpacked; GPUs keep float8, and integers of up to 4 bits. Scales of activations are not used.
+rest is unpacked; GPUs keep float8, and integers. Scales of activations are not used.
 """
 
 from __future__ import annotations

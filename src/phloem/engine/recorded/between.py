@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from phloem.attention import Memory
 from phloem.core.memory import Kept
@@ -75,26 +74,6 @@ class AtOnce:
         return x
 
 
-class _Since(TorchDispatchMode):
-    """Notes whether anything was computed since the last cut: views are nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.computed = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        known = {x.untyped_storage().data_ptr() for x in _tensors(args)}
-        self.computed |= func._schema.is_mutable
-        self.computed |= any(x.untyped_storage().data_ptr() not in known for x in _tensors(found))
-        return found
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    each = values if isinstance(values, tuple | list) else [values]
-    return [x for x in each if isinstance(x, torch.Tensor)]
-
-
 class Between:
     """A step's memory (`layers.context.StepMemory`) in pieces. Used by one thread alone.
 
@@ -106,7 +85,7 @@ class Between:
         self._pool, self._ops, self._look, self._limit = pool, ops, looks.look, limit
         self._cuts, self._all = 0, 0  # of this forward pass, and of every one; 0: none has ended
         self.ends = False  # nothing is computed behind the last of them
-        self._since: _Since | None = None
+        self._last: Tensor | None = None  # where the result of the last one goes
         self._step: StepMemory | None = None
         self._tokens = 0
         self._outs: dict[tuple[Any, ...], Tensor] = {}
@@ -115,17 +94,21 @@ class Between:
         self._vectors: Memory | None = None
 
     def run(
-        self, trunk: Callable[[ForwardBatch], tuple[Tensor, Tensor]], step: ForwardBatch, fixed: TokenInputs
+        self,
+        trunk: Callable[[ForwardBatch], tuple[Tensor, Tensor]],
+        step: ForwardBatch,
+        fixed: TokenInputs,
+        late: bool,
     ) -> tuple[Tensor, Tensor]:
-        """`trunk` of the step, in pieces if `cut` says so: (the last mixer's output, the residual)."""
+        """`trunk` of the step, in pieces if `cut` says so: (the last mixer's output, the residual). `late`: as
+        `models.CutModel.late_residual`."""
         self._vectors = self._kept_by(fixed)
         self._cuts = 0
-        if self._all:
-            return trunk(step)
-        with _Since() as self._since:
-            found = trunk(step)
-        self._all, self.ends, self._since = self._cuts, not self._since.computed, None
-        return found
+        out, residual_BN = trunk(step)
+        if not self._all:
+            given = self._last is not None and out.untyped_storage().data_ptr() == self._last.data_ptr()
+            self._all, self.ends, self._last = self._cuts, given and not late, None
+        return out, residual_BN
 
     def begin(self, step: StepMemory, tokens: int) -> None:
         """What runs between the pieces is this step's."""
@@ -155,8 +138,6 @@ class Between:
     def eagerly(self, call: Callable[[], None]) -> None:
         """End the piece; `call` runs in every replay."""
         self._cuts += 1
-        if self._since is not None:
-            self._since.computed = False
         self.cut(call, more=not (self.ends and self._cuts == self._all))
 
     def true(self, x_B: Tensor) -> Tensor:
@@ -168,6 +149,8 @@ class Between:
         key = kind, tuple(shape), like.dtype
         if key not in self._outs:
             self._outs[key] = torch.zeros((self._limit, *shape), dtype=like.dtype, device=like.device)
+        if not self._all:
+            self._last = self._outs[key]
         return self._outs[key][: len(like)]
 
     def attend(self, spec: AttentionSpec, heads: Heads) -> Tensor:

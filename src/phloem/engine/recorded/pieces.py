@@ -163,6 +163,6 @@ class Trunk:
     def run(self, inputs: TokenInputs) -> tuple[Tensor, Tensor]:
         between = self.between
         step = ForwardBatch(inputs.input_ids, inputs.positions, between, None)
-        out, residual_BN = between.run(self.model.trunk, step, inputs)
+        out, residual_BN = between.run(self.model.trunk, step, inputs, self.model.late_residual)
         hold = between.cut.hold
         return out if between.ends else hold(out), hold(residual_BN)

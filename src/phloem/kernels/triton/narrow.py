@@ -15,7 +15,7 @@ from torch import Tensor
 from phloem.kernels import reference as ref
 from phloem.kernels import reference_formats as formats
 from phloem.kernels.narrow import FLOAT8_BLOCK, Codes, GivesCodes, Narrow, narrow_of
-from phloem.kernels.triton import pages
+from phloem.kernels.triton import narrow_gguf, pages
 from phloem.kernels.triton._device import capability
 from phloem.kernels.triton.gemm_int import pack_int4
 from phloem.kernels.triton.nibbles import pack_mxfp4, put_scales
@@ -30,6 +30,7 @@ EIGHT = torch.float8_e4m3fn
 FLOAT8_CAPABLE = 89  # compute capability from which on there are products of float8
 _MULTIPLE = 16  # of sizes, for the vendor's product with scales of rows
 _ROWS_AT_ONCE = 64 * FLOAT8_BLOCK
+_GROUPED = ("int8", "gguf")  # kinds of `narrow_gguf.py`
 _INVARIANT = "the batch-invariant kernels multiply plain weights alone"
 _ODD = "experts with biases, without gates or of other activations are not multiplied in float8"
 
@@ -133,6 +134,9 @@ def _unfit_float8(parts: Sequence[WeightSource], device: torch.device) -> str | 
 def _unfit_product(parts: Sequence[WeightSource], dtype: torch.dtype, device: torch.device) -> str | None:
     """Why no kernel multiplies such a matrix; None: one does."""
     form = _first(parts)
+    if form.kind in _GROUPED:
+        found = [each for part in parts if isinstance(each := narrow_of(part), Narrow)]
+        return next((why for each in found if (why := narrow_gguf.unfit(each, parts[0].shape[1]))), None)
     if form.kind != "float8":
         return None
     why = _unfit_float8(parts, device)
@@ -148,6 +152,8 @@ def _unfit_product(parts: Sequence[WeightSource], dtype: torch.dtype, device: to
 
 def _unfit_experts(parts: Sequence[WeightSource], device: torch.device) -> str | None:
     form = _first(parts)
+    if form.kind in _GROUPED:
+        return "experts in groups of integers have no kernel"
     if form.kind != "float8":
         return None
     # Both ways round, so that all of an expert's matrices stay narrow, or none does.
@@ -170,6 +176,8 @@ def _made(parts: Sequence[WeightSource], dtype: torch.dtype, device: torch.devic
     """The form of parts that have one in common, 0 experts: of a plain matrix. It is filled part by part: of none is
     there more than one copy."""
     forms = [form for part in parts if isinstance(form := narrow_of(part), Narrow)]
+    if forms[0].kind in _GROUPED:
+        return narrow_gguf.made(parts, dtype, device)
     rows, columns = sum(part.shape[0] for part in parts), parts[0].shape[1]
     high, wide = forms[0].high, min(form.wide for form in forms)
     groups = -(-rows // high), -(-columns // wide)
@@ -245,7 +253,7 @@ def _rounded(old: Form, new: Tensor) -> Form | None:
 
 def _alike(old: Form, new: Form) -> bool:
     pairs = [(tuple(t.shape), t.dtype) for t in old.tensors()], [(tuple(t.shape), t.dtype) for t in new.tensors()]
-    return type(old) is type(new) and pairs[0] == pairs[1]
+    return type(old) is type(new) and old.kind == new.kind and pairs[0] == pairs[1]
 
 
 def _copy(old: Form, new: Form) -> None:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from phloem.kernels.triton import vendor
 from phloem.kernels.triton.gemm_fp8 import FEW_ROWS, GROUP, block_scaled_gemm, few_rows_gemm
+from phloem.kernels.triton.gemm_gguf import Run, chosen_rows, grouped_gemm
 from phloem.kernels.triton.gemm_int import int4_gemm, int8_gemm
 from phloem.kernels.triton.gemm_mxfp4 import mxfp4_gemm
 from phloem.kernels.triton.nibbles import scales_of, unpack_mxfp4
@@ -41,6 +42,11 @@ class Form:
         """Outputs and inputs."""
         first = self.tensors()[0]
         return first.shape[0], first.shape[1]
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What tells it from another of the same class and tensors."""
+        return ()
 
     @property
     def device(self) -> torch.device:
@@ -164,12 +170,35 @@ class Float8Blocks(Form):
         return _floats(self.values, ids) * scale
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupedWeight(Form):
+    """Integers of 4 to 8 bits in groups, as GGUF files have them; activations keep their type. Matrices that are
+    multiplied together may be of several kinds."""
+
+    runs: tuple[Run, ...]
+    dtype: torch.dtype = torch.bfloat16
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(tensor for run in self.runs for tensor in run.tensors())
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return chosen_rows(self.runs, ids, torch.float32)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(len(run.codes) for run in self.runs), self.runs[0].features
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        return tuple((len(run.codes), run.bits, run.offset, run.zeros) for run in self.runs)
+
+
 def _floats(values: Tensor, ids: Tensor) -> Tensor:
     """Rows of float8, whose bytes alone every device picks."""
     return values.view(torch.uint8)[ids].view(values.dtype).float()
 
 
-Weight = Tensor | Int8Weight | Int4Weight | Mxfp4Weight | Float8Rows | Float8Blocks
+Weight = Tensor | Int8Weight | Int4Weight | Mxfp4Weight | Float8Rows | Float8Blocks | GroupedWeight
 
 
 def widened(weight: Tensor | Form) -> Tensor:
@@ -186,6 +215,8 @@ def product(x_TN: Tensor, weight: Weight, bias_M: Tensor | None) -> Tensor:
             return int8_gemm(x_TN, weight.values, weight.scale, bias_M)
         case Int4Weight():
             return int4_gemm(x_TN, weight.packed, weight.scale, weight.zero, bias_M)
+        case GroupedWeight():
+            return grouped_gemm(x_TN, weight.runs, bias_M)
         case Mxfp4Weight():
             return mxfp4_gemm(x_TN, weight.packed, weight.scale, bias_M)
         case Float8Rows() | Float8Blocks():

@@ -41,7 +41,7 @@ def _team(device: Any) -> Any:
     from phloem.distributed.groups import Groups
     from phloem.distributed.mesh import Mesh
     from phloem.distributed.nccl import Nccl
-    from phloem.engine.parallel import Team, encode_told
+    from phloem.engine.ranks.parallel import Team, encode_told
 
     host = Threads.group(1)[0]
     comm: Any = host if device is None else Nccl(0, 1, dist.HashStore(), device, 60.0, host)
@@ -56,7 +56,7 @@ def one(args: argparse.Namespace) -> dict[str, Any]:
     from phloem.checkpoint.describe import described
     from phloem.core.config import Config
     from phloem.engine import worker
-    from phloem.engine.parallel import ParallelRunner
+    from phloem.engine.ranks.parallel import ParallelRunner
 
     settings: dict[str, Any] = {"skip_tokenizer_init": True, "model_path": str(args.path)}
     settings |= {"load_format": "dummy"} if args.path.is_file() else {}

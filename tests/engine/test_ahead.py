@@ -18,8 +18,9 @@ from phloem.core.config import Config
 from phloem.core.errors import ConfigError
 from phloem.core.memory import groups_of
 from phloem.core.resolve import Decision
-from phloem.engine import ahead, warm, worker
-from phloem.engine.shapes import run_shape, step_shapes
+from phloem.engine import worker
+from phloem.engine.warmup import ahead, warm
+from phloem.engine.warmup.shapes import run_shape, step_shapes
 from phloem.kernels.triton import ahead as kernels
 from phloem.kvcache.pool import KVPool
 from phloem.platforms import _compiled
@@ -271,7 +272,7 @@ class FakeService:
 def need_on_host() -> Any:
     """A model on the host, for the dummy steps."""
     from phloem.attention import BACKENDS
-    from phloem.engine.sizing import Need
+    from phloem.engine.choices.sizing import Need
     from phloem.kernels.ops import Ops
     from phloem.layers.context import BuildContext
     from phloem.models import FAMILIES

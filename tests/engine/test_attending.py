@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from phloem.core.batch import Batch
-from phloem.engine.attending import Part, part_of
 from phloem.engine.inputs import prompt_positions
+from phloem.engine.ranks.attending import Part, part_of
 from phloem.engine.wanted import Wanted
 
 

@@ -31,8 +31,8 @@ from phloem.attention import BACKENDS, begin
 from phloem.core.batch import Batch
 from phloem.core.memory import Kept
 from phloem.engine.apart import drafts_apart
-from phloem.engine.branches import ROOT, Branches, Echoing, TreeShape, split
-from phloem.engine.growing import SHARED, Growth, with_draw, with_trees
+from phloem.engine.drafts.branches import ROOT, Branches, Echoing, TreeShape, split
+from phloem.engine.drafts.growing import SHARED, Growth, with_draw, with_trees
 from phloem.engine.inputs import Step
 from phloem.engine.transfer import LastTokens, plain_up
 from phloem.engine.wanted import NONE, Branching, Wanted

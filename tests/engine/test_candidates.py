@@ -13,8 +13,8 @@ from linear_cases import levels, make_source, needs_native
 
 from phloem import Engine
 from phloem.core.request import SamplingParams
-from phloem.engine.candidates import FEW, MANY, Candidates, candidates_wanted
-from phloem.engine.sampler import SamplingRows, sample
+from phloem.engine.sampling.candidates import FEW, MANY, Candidates, candidates_wanted
+from phloem.engine.sampling.sampler import SamplingRows, sample
 from phloem.kernels import native
 from phloem.kernels.native_linear import NativeLinear
 from phloem.kernels.ops import Ops

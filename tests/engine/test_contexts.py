@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from phloem.core.batch import Batch
-from phloem.engine.contexts import pieces, share_of
 from phloem.engine.inputs import prompt_positions
+from phloem.engine.ranks.contexts import pieces, share_of
 from phloem.engine.wanted import Wanted
 
 

@@ -19,8 +19,8 @@ from phloem.core.batch import Batch, Drafting
 from phloem.core.config import Config
 from phloem.core.memory import Paged
 from phloem.core.resolve import Decision
-from phloem.engine import beside
-from phloem.engine.drafting import DraftWork, Loaded
+from phloem.engine.drafts import beside
+from phloem.engine.drafts.drafting import DraftWork, Loaded
 from phloem.engine.transfer import LastTokens
 from phloem.kernels import reference_attention
 from phloem.kernels.ops import Ops

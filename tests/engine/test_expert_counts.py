@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from phloem.core.errors import ConfigError
-from phloem.engine import counts
+from phloem.engine.ranks import counts
 
 
 class Hostile:

@@ -71,7 +71,7 @@ def test_on_a_processor_alone_one_table_computes_all_experts_and_steps_are_recor
 @needs_native
 @pytest.mark.slow
 def test_hot_experts_move_to_the_device_between_steps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phloem.engine.experts.STEPS", 8)
+    monkeypatch.setattr("phloem.engine.choices.experts.STEPS", 8)
     path = checkpoint(folder, "qwen3_moe")
     want, _ = tokens(path, ops="reference")
     got, info = tokens(path, ops="reference", kt_num_gpu_experts=2, kt_enable_dynamic_expert_update=True)
@@ -142,7 +142,7 @@ def test_what_cannot_be_kept_to_ends_the_start(folder: Path, options: dict[str, 
     with pytest.raises(ConfigError, match=word):
         config = Config.from_flat({"model_path": path, "ops": "reference", "dtype": "float32", **options})
         if config.runtime.tp_size > 1:
-            from phloem.engine.experts import hosting
+            from phloem.engine.choices.experts import hosting
 
             hosting(config, describe(path), None, None, [])  # pyright: ignore[reportArgumentType]
         worker.build(config, describe(path), lambda phase, seconds: None)

@@ -24,8 +24,8 @@ from steps_without_data import plan_of, small_plan, tiny_config, told, unforetol
 from phloem.checkpoint.describe import describe
 from phloem.core.resolve import Decision
 from phloem.core.speculation import Wanted
-from phloem.engine import ahead, foretold, warm
 from phloem.engine.pooled import run_texts
+from phloem.engine.warmup import ahead, foretold, warm
 from phloem.kernels.ops import Ops
 from phloem.kernels.shapes_only import shapes_only
 from phloem.kernels.triton import ahead as kernels

@@ -18,10 +18,10 @@ from steps_without_data import random_step, small_plan, told
 
 from phloem.distributed.comm import Threads
 from phloem.distributed.groups import Groups
-from phloem.engine import ahead
-from phloem.engine.alone import Arrangement
-from phloem.engine.parallel import shared
-from phloem.engine.stages import Together
+from phloem.engine.ranks.parallel import shared
+from phloem.engine.ranks.stages import Together
+from phloem.engine.warmup import ahead
+from phloem.engine.warmup.alone import Arrangement
 from phloem.kernels.triton import ahead as kernels
 
 SIZES: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 64}

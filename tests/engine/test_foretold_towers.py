@@ -19,8 +19,8 @@ from vision_support import SETTINGS, picture, seeing_checkpoint
 
 from phloem.attention._packed import PackedMemory
 from phloem.checkpoint.describe import describe
-from phloem.engine import ahead, blank
-from phloem.engine.dtypes import tower_of
+from phloem.engine.choices.dtypes import tower_of
+from phloem.engine.warmup import ahead, blank
 from phloem.kernels.triton import ahead as kernels
 
 

@@ -11,8 +11,8 @@ import torch
 
 from phloem.core.batch import Admission
 from phloem.core.request import SamplingParams
-from phloem.engine.masks import Masks
-from phloem.engine.slots import Slots
+from phloem.engine.sampling.masks import Masks
+from phloem.engine.sampling.slots import Slots
 from phloem.engine.wanted import Wanted
 from phloem.kernels.ops import Ops
 

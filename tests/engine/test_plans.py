@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phloem.core.batch import FROM_DEVICE, Batch
-from phloem.engine import plans
-from phloem.engine.parallel import decode_told, encode_told
-from phloem.engine.plans import Cells, Packing, Plan, Unpacking
+from phloem.engine.ranks import plans
+from phloem.engine.ranks.parallel import decode_told, encode_told
+from phloem.engine.ranks.plans import Cells, Packing, Plan, Unpacking
 
 
 def batch(step: int, tables: list[Any], **more: Any) -> Batch:

@@ -20,7 +20,7 @@ from phloem.core.batch import StepOutput
 from phloem.core.config import Config
 from phloem.core.memory import Kept
 from phloem.core.resolve import Decision
-from phloem.engine.drafting import extend
+from phloem.engine.drafts.drafting import extend
 from phloem.engine.recorded import choice
 from phloem.engine.recorded.decode import DecodeGraphs
 from phloem.engine.recorded.pieces import PieceGraphs

@@ -18,10 +18,10 @@ from phloem.checkpoint.describe import describe
 from phloem.core.batch import Admission, Batch
 from phloem.core.errors import OutOfMemory
 from phloem.core.request import SamplingParams
-from phloem.engine import choose as choose_file
 from phloem.engine import forward as forward_file
 from phloem.engine.memory import first_line, is_out_of_memory
 from phloem.engine.recorded.decode import DecodeGraphs
+from phloem.engine.sampling import choose as choose_file
 from phloem.kernels.ops import Ops
 from phloem.layers.context import BuildContext
 from phloem.models import Model, load_model

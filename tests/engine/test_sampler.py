@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phloem.core.request import SamplingParams
-from phloem.engine import sampler
-from phloem.engine.penalties import Penalties
-from phloem.engine.sampler import SamplingRows, sample, uniforms
+from phloem.engine.sampling import sampler
+from phloem.engine.sampling.penalties import Penalties
+from phloem.engine.sampling.sampler import SamplingRows, sample, uniforms
 from phloem.engine.transfer import plain_up
 from phloem.kernels.ops import Ops
 

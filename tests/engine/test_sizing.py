@@ -15,9 +15,10 @@ from phloem.core.config import Config
 from phloem.core.errors import ConfigError
 from phloem.core.memory import Group, MemorySpec, Paged, State, groups_of
 from phloem.core.resolve import GIB, Decision
-from phloem.engine import sizing, worker
-from phloem.engine.shares import Load, Shares, running_pages, shares
-from phloem.engine.sizing import step_shapes
+from phloem.engine import worker
+from phloem.engine.choices import sizing
+from phloem.engine.choices.shares import Load, Shares, running_pages, shares
+from phloem.engine.choices.sizing import step_shapes
 from phloem.kernels.ops import Ops
 from phloem.kvcache.pool import KVPool
 from phloem.platforms import _measure, cpu

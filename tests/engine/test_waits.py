@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 
 from phloem.core.batch import FROM_DEVICE, Admission, Batch
 from phloem.core.request import SamplingParams
-from phloem.engine import ahead
 from phloem.engine.runner import ModelRunner
+from phloem.engine.warmup import ahead
 from phloem.kernels import shapes_only
 from phloem.kernels.triton import ahead as kernels
 from phloem.kernels.triton import table

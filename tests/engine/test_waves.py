@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from phloem.core.batch import Batch, StepOutput
-from phloem.engine.waves import Starts, Waves
+from phloem.engine.ranks.waves import Starts, Waves
 
 
 class First:

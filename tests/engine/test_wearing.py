@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from phloem.core.batch import Batch, Embeds
-from phloem.engine.media import Pictures
+from phloem.engine.towers.media import Pictures
 from phloem.engine.wanted import Wanted
 from phloem.engine.wearing import Ends, picked, pictures_of, split, tokens_of
 

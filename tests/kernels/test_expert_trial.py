@@ -11,7 +11,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from phloem.core.errors import ConfigError
-from phloem.engine import warm
+from phloem.engine.warmup import warm
 from phloem.kernels import chosen
 from phloem.kernels.triton import _device, early, many, trial
 

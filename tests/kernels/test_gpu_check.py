@@ -184,7 +184,7 @@ def test_a_model_section_that_breaks_keeps_what_it_found(fault: str, why: str, t
         ("cold", "phloem.engine.worker:build=stop", "gpu_cold.py: not done after"),
         ("cold", "phloem.engine.worker:build=die", "gpu_cold.py: "),
         ("ranks", "phloem.engine.worker:build=hang", "gpu_ranks.py: not done after"),
-        ("ranks", "phloem.engine.parallel:ParallelRunner.__init__=die", "gpu_ranks.py: killed by SIGKILL"),
+        ("ranks", "phloem.engine.ranks.parallel:ParallelRunner.__init__=die", "gpu_ranks.py: killed by SIGKILL"),
         ("peers", "phloem.engine.worker:build=die", "phloem did not start"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The native sampler against `engine/sampler.py`, and the scans that it is made of against torch."""
+"""The native sampler against `engine/sampling/sampler.py`, and the scans that it is made of against torch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from phloem.core.request import SamplingParams
-from phloem.engine.sampler import SamplingRows
-from phloem.engine.sampler import sample as torch_sample
+from phloem.engine.sampling.sampler import SamplingRows
+from phloem.engine.sampling.sampler import sample as torch_sample
 from phloem.kernels import native
 from phloem.kernels import reference as ref
 from phloem.kernels.ops import Draw, Ops

@@ -7,7 +7,7 @@ import pytest
 import torch
 from triton_support import need_interpreter
 
-from phloem.engine import sampler as engine_sampler
+from phloem.engine.sampling import sampler as engine_sampler
 from phloem.kernels import reference_sampling as reference
 from phloem.kernels.calls import Draw
 

@@ -18,7 +18,7 @@ from phloem.checkpoint.describe import describe
 from phloem.core.config import Config
 from phloem.core.errors import ConfigError
 from phloem.distributed import deepep
-from phloem.engine.parallel import Go, Moved
+from phloem.engine.ranks.parallel import Go, Moved
 from phloem.launch.core import EngineCore
 
 OPTIONS: dict[str, Any] = {

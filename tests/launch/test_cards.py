@@ -31,7 +31,7 @@ from phloem.core.errors import ConfigError, EngineDead
 from phloem.distributed.choose import choose, on_host
 from phloem.distributed.comm import Threads
 from phloem.distributed.groups import Groups
-from phloem.engine import cards
+from phloem.engine.ranks import cards
 from phloem.launch.ranks import decision_of
 from phloem.launch.replicas import placed
 from phloem.platforms._facts import StepFacts

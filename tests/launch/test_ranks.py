@@ -25,9 +25,9 @@ from phloem.core.config import Config
 from phloem.core.errors import ConfigError, EngineDead, ModelLoadError
 from phloem.distributed.comm import Threads
 from phloem.distributed.shm import SharedMemory
-from phloem.engine.parallel import Chosen, Go, Plan
+from phloem.engine.ranks.parallel import Chosen, Go, Plan
+from phloem.engine.ranks.stages import Together
 from phloem.engine.recorded import choice
-from phloem.engine.stages import Together
 from phloem.launch.child import Child, watch
 from phloem.launch.core import EngineCore
 from phloem.testing.checkpoints import tiny_checkpoint

@@ -15,7 +15,7 @@ from phloem.checkpoint.describe import describe
 from phloem.core.config import Config
 from phloem.core.errors import ConfigError
 from phloem.core.messages import Submit
-from phloem.engine.parallel import Placed, ranks_of
+from phloem.engine.ranks.parallel import Placed, ranks_of
 from phloem.launch.core import EngineCore
 
 OPTIONS: dict[str, Any] = {

@@ -16,8 +16,8 @@ from phloem.checkpoint.describe import describe
 from phloem.core.config import Config
 from phloem.core.messages import Submit, pack_ids
 from phloem.core.request import SamplingParams
-from phloem.engine import stages
-from phloem.engine.parallel import Chosen, Go, ranks_of
+from phloem.engine.ranks import stages
+from phloem.engine.ranks.parallel import Chosen, Go, ranks_of
 from phloem.launch.core import EngineCore
 from phloem.scheduler.chunks import Price
 

@@ -11,7 +11,7 @@ from model_support import PROMPT, Engine, close, edited, reference
 
 from phloem.checkpoint.describe import describe
 from phloem.core.errors import ModelLoadError
-from phloem.engine.dtypes import stored_scales
+from phloem.engine.choices.dtypes import stored_scales
 from phloem.testing.checkpoints import families, tiny_checkpoint
 
 

@@ -15,8 +15,8 @@ from phloem.core.errors import ModelLoadError
 from phloem.core.memory import State
 from phloem.distributed.groups import Groups
 from phloem.distributed.mesh import Mesh
-from phloem.engine.contexts import run_rows
-from phloem.engine.stages import Together
+from phloem.engine.ranks.contexts import run_rows
+from phloem.engine.ranks.stages import Together
 from phloem.engine.transfer import LastTokens
 from phloem.layers.rows import Rows
 from phloem.models._common import Decoder

@@ -20,7 +20,7 @@ from phloem.checkpoint.families import family
 from phloem.core.config import Config
 from phloem.core.errors import BadRequest, ConfigError, ModelLoadError, OutOfMemory
 from phloem.engine import worker
-from phloem.engine.canvas import CanvasRunner
+from phloem.engine.canvases.canvas import CanvasRunner
 from phloem.launch import core
 from phloem.testing.checkpoints import denoisers, tiny_checkpoint
 

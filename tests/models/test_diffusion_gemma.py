@@ -29,8 +29,8 @@ from phloem.checkpoint.describe import described
 from phloem.core.config import Config
 from phloem.core.errors import BadRequest, ConfigError, OutOfMemory
 from phloem.engine import worker
-from phloem.engine.renoise import RenoisingRunner
-from phloem.engine.sampler import uniforms
+from phloem.engine.canvases.renoise import RenoisingRunner
+from phloem.engine.sampling.sampler import uniforms
 from phloem.kernels.ops import PagedBatch
 from phloem.launch import core
 from phloem.layers.context import ForwardBatch

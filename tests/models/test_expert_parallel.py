@@ -19,8 +19,8 @@ from phloem.checkpoint.describe import describe
 from phloem.core.config import Config
 from phloem.core.errors import ConfigError, ModelLoadError, PhloemError
 from phloem.distributed.mesh import Mesh
-from phloem.engine.balancing import Shifter
-from phloem.engine.parallel import Moved, refuse
+from phloem.engine.ranks.balancing import Shifter
+from phloem.engine.ranks.parallel import Moved, refuse
 from phloem.kernels import native
 from phloem.launch.core import EngineCore
 from phloem.layers.spread import Spread

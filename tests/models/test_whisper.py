@@ -16,8 +16,8 @@ from phloem.checkpoint.describe import describe
 from phloem.core.batch import Admission
 from phloem.core.memory import Cross, groups_of
 from phloem.core.request import Align, SamplingParams
-from phloem.engine.hearing import Ears
 from phloem.engine.inputs import cross_arrays
+from phloem.engine.towers.hearing import Ears
 from phloem.kernels.ops import Ops, PagedBatch
 from phloem.kvcache.pool import KVPool, fewest_pages
 from phloem.layers.context import BuildContext, ForwardBatch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from phloem.engine.media import EncoderCache
+from phloem.engine.towers.media import EncoderCache
 
 
 def test_parts_of_what_a_tower_made_together_are_counted_as_they_are_held() -> None:

@@ -29,8 +29,8 @@ from phloem.core.config import Config
 from phloem.core.errors import BadRequest, ConfigError, ModelLoadError, OutOfMemory, PhloemError
 from phloem.core.request import SamplingParams
 from phloem.disagg.embeddings import Look, encode
-from phloem.engine.encoding import Embedding, Encoder, content_of, facts_of
-from phloem.engine.media import Desk
+from phloem.engine.towers.encoding import Embedding, Encoder, content_of, facts_of
+from phloem.engine.towers.media import Desk
 from phloem.engine.transfer import plain_up
 from phloem.kernels.ops import Ops
 from phloem.launch.encoders import check

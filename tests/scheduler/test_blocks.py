@@ -12,7 +12,7 @@ from phloem.core.denoising import WHOLE, Denoising
 from phloem.core.memory import Group
 from phloem.core.messages import Submit, pack_ids
 from phloem.core.request import SamplingParams
-from phloem.engine.canvas import Canvas, Text
+from phloem.engine.canvases.canvas import Canvas, Text
 from phloem.kvcache.manager import CacheManager
 from phloem.scheduler.blocks import spend_blocks
 from phloem.scheduler.plan import Chunk, Means, Pace

@@ -9,8 +9,9 @@ import pytest
 from phloem.checkpoint.describe import describe
 from phloem.core.config import Config
 from phloem.core.errors import ConfigError
-from phloem.engine import drafted, worker
-from phloem.engine.drafted import Place
+from phloem.engine import worker
+from phloem.engine.drafts import drafted
+from phloem.engine.drafts.drafted import Place
 from phloem.engine.recorded import choice
 from phloem.kernels.ops import Ops
 from phloem.testing.checkpoints import tiny_checkpoint

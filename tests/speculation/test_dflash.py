@@ -22,7 +22,7 @@ import phloem
 from phloem.core.config import Config
 from phloem.core.errors import ConfigError, PhloemError
 from phloem.core.speculation import wanted
-from phloem.engine.blocks import BlockWork
+from phloem.engine.drafts.blocks import BlockWork
 from phloem.speculation.controller import Chain, Controller
 from phloem.speculation.drafters.dflash import Sight, read
 from phloem.speculation.texts import Tally

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import phloem
 from phloem.core.errors import ConfigError, PhloemError
-from phloem.engine.drafting import DraftWork
+from phloem.engine.drafts.drafting import DraftWork
 from phloem.speculation.capture import aux_layers
 from phloem.speculation.drafters.eagle3 import layers_read
 from phloem.speculation.token_map import read_token_map

@@ -17,7 +17,7 @@ from torch import Tensor
 import phloem
 from phloem.core.batch import Batch
 from phloem.core.errors import ConfigError
-from phloem.engine.drafting import DraftWork
+from phloem.engine.drafts.drafting import DraftWork
 from phloem.testing.checkpoints import tiny_checkpoint
 
 PLAIN: dict[str, Any] = {

@@ -27,8 +27,8 @@ from phloem.core.batch import Batch, Drafting
 from phloem.core.config import Config
 from phloem.core.resolve import Decision
 from phloem.core.speculation import Wanted
-from phloem.engine import beside
-from phloem.engine.drafting import DraftWork
+from phloem.engine.drafts import beside
+from phloem.engine.drafts.drafting import DraftWork
 from phloem.engine.transfer import LastTokens
 from phloem.kvcache.pool import KVPool
 from phloem.layers.context import BuildContext

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 import phloem
 from phloem.core.batch import Batch
 from phloem.core.errors import ConfigError
-from phloem.engine import growing
-from phloem.engine.branches import ROOT, Branches
-from phloem.engine.growing import TreeWork
-from phloem.engine.growing_late import LateTrees
+from phloem.engine.drafts import growing
+from phloem.engine.drafts.branches import ROOT, Branches
+from phloem.engine.drafts.growing import TreeWork
+from phloem.engine.drafts.growing_late import LateTrees
 from phloem.platforms._facts import StepFacts
 from phloem.platforms.cpu import Platform
 from phloem.speculation.capture import aux_layers

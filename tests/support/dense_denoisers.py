@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from phloem.engine.sampler import uniforms
+from phloem.engine.sampling.sampler import uniforms
 
 
 class Qwen3Like:

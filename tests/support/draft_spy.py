@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import pytest
 
     from phloem.core.batch import Batch
-    from phloem.engine.drafting import DraftWork
+    from phloem.engine.drafts.drafting import DraftWork
 
 
 @dataclass

@@ -17,9 +17,9 @@ from phloem.core.errors import EngineDead
 from phloem.distributed.comm import Comm, Threads
 from phloem.distributed.groups import Groups
 from phloem.distributed.mesh import Mesh
-from phloem.engine.parallel import End, Team, Told, decode_told, encode_told, mesh_of, ranks_of
-from phloem.engine.plans import Plan, Unpacking
-from phloem.engine.stages import Together
+from phloem.engine.ranks.parallel import End, Team, Told, decode_told, encode_told, mesh_of, ranks_of
+from phloem.engine.ranks.plans import Plan, Unpacking
+from phloem.engine.ranks.stages import Together
 from phloem.engine.worker import build_executor
 from phloem.launch.ranks import decision_of
 from phloem.testing.checkpoints import tiny_checkpoint

@@ -14,12 +14,12 @@ from phloem.core.batch import Admission, Batch, Follower, PositionLogprobs, Step
 from phloem.core.errors import OutOfMemory
 from phloem.core.memory import groups_of
 from phloem.core.request import SamplingParams
-from phloem.engine import choose as choose_file
 from phloem.engine import forward as forward_file
 from phloem.engine import runner as runner_file
-from phloem.engine.masks import Masks
-from phloem.engine.penalties import Penalties
 from phloem.engine.runner import ModelRunner
+from phloem.engine.sampling import choose as choose_file
+from phloem.engine.sampling.masks import Masks
+from phloem.engine.sampling.penalties import Penalties
 from phloem.engine.transfer import plain_into
 from phloem.kernels.ops import Ops
 from phloem.kvcache.pool import KVPool

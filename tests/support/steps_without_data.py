@@ -19,16 +19,16 @@ from phloem.checkpoint.describe import Checkpoint, describe, described
 from phloem.checkpoint.families import family
 from phloem.core.batch import Batch
 from phloem.core.config import Config
-from phloem.engine import ahead, foretold
-from phloem.engine.beside import part_of
+from phloem.engine.choices.sizing import Need, dummy_settings
+from phloem.engine.drafts.beside import part_of
 from phloem.engine.forward import run_forward
 from phloem.engine.inputs import Step, no_shared_pages
-from phloem.engine.logprobs import logprob_tensors
-from phloem.engine.rehearsal import Rehearsed
-from phloem.engine.sampler import sample
-from phloem.engine.sizing import Need, dummy_settings
+from phloem.engine.ranks.rehearsal import Rehearsed
+from phloem.engine.sampling.logprobs import logprob_tensors
+from phloem.engine.sampling.sampler import sample
 from phloem.engine.transfer import LastTokens
 from phloem.engine.wanted import Wanted
+from phloem.engine.warmup import ahead, foretold
 from phloem.kernels.ops import Ops
 from phloem.kernels.triton import ahead as kernels
 from phloem.kernels.triton import table

@@ -10,8 +10,8 @@ import torch
 from phloem.attention import begin
 from phloem.core.batch import Batch
 from phloem.engine.apart import drafts_apart
-from phloem.engine.branches import ROOT, Branches, Echoing, TreeShape
-from phloem.engine.growing import with_trees
+from phloem.engine.drafts.branches import ROOT, Branches, Echoing, TreeShape
+from phloem.engine.drafts.growing import with_trees
 from phloem.engine.inputs import Step
 from phloem.engine.transfer import LastTokens, plain_up
 from phloem.engine.wanted import Wanted

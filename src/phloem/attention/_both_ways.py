@@ -2,8 +2,8 @@
 
 The step's own attention has written the keys and values of all new tokens; a picture's tokens then attend over their
 row's pages up to the picture's end. All of it is in the step (`scheduler.state.Request.whole`), or was computed so
-once. A canvas that is drawn anew (`engine.refill`) sees itself so too, and of the text before it what its first token
-sees.
+once. A canvas that is drawn anew (`engine.canvases.refill`) sees itself so too, and of the text before it what its
+first token sees.
 
 Legend: H query heads, K kv heads, D head size, C tokens of a canvas, L keys that it sees.
 """

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from phloem.core.errors import BadRequest
-from phloem.engine.canvas import CanvasRunner
-from phloem.engine.fill import Filler
+from phloem.engine.canvases.canvas import CanvasRunner
+from phloem.engine.canvases.fill import Filler
 from phloem.engine.recorded.graphs import RecordedStep
-from phloem.engine.sampler import uniforms
+from phloem.engine.sampling.sampler import uniforms
 from phloem.kernels import _native_recorder as native
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from phloem.core.batch import Batch, Places
-    from phloem.engine.canvas import Text
-    from phloem.engine.fill import Saying
+    from phloem.engine.canvases.canvas import Text
+    from phloem.engine.canvases.fill import Saying
     from phloem.engine.wanted import Wanted
 
 HEAD, REST = "head and choice", "the rest: scheduler, host"

@@ -25,8 +25,8 @@ from phloem.core.config import opt
 from phloem.core.errors import BadRequest
 from phloem.distributed.shm import SharedMemory
 from phloem.engine import worker
-from phloem.engine.parallel import LeadingModel, ParallelRunner, encode_told, ranks_of, refuse
-from phloem.engine.plans import Packing
+from phloem.engine.ranks.parallel import LeadingModel, ParallelRunner, encode_told, ranks_of, refuse
+from phloem.engine.ranks.plans import Packing
 from phloem.engine.runner import ModelRunner
 from phloem.launch.ranks import RankProcesses
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from phloem.core.config import Config
     from phloem.distributed.comm import Comm
     from phloem.distributed.groups import Groups
-    from phloem.engine.parallel import Told
+    from phloem.engine.ranks.parallel import Told
     from phloem.kernels.native_meeting import Spent
 
 T = TypeVar("T")

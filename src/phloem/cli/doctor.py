@@ -17,8 +17,8 @@ from phloem.core import resolve
 from phloem.core.config import opt
 from phloem.core.errors import ConfigError, PhloemError
 from phloem.distributed.choose import choose
-from phloem.engine import cards
-from phloem.engine.parallel import ranks_of, refuse_device
+from phloem.engine.ranks import cards
+from phloem.engine.ranks.parallel import ranks_of, refuse_device
 from phloem.kernels import _native_build, native
 from phloem.launch import checkup
 from phloem.launch.ranks import decision_of

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from phloem.attention import Memory, begin
 from phloem.attention._both_ways import both_ways
-from phloem.engine.branches import Echoing
+from phloem.engine.drafts.branches import Echoing
 from phloem.layers.context import ForwardBatch
 
 if TYPE_CHECKING:

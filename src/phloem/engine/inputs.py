@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from phloem.attention._cascade import Shared
     from phloem.core.batch import Batch
     from phloem.core.memory import Group
-    from phloem.engine.branches import Echoes
-    from phloem.engine.media import Pictures
+    from phloem.engine.drafts.branches import Echoes
+    from phloem.engine.towers.media import Pictures
     from phloem.engine.transfer import LastTokens
     from phloem.engine.wanted import Wanted
     from phloem.kvcache.pool import KVPool

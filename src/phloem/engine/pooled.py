@@ -14,8 +14,8 @@ import torch
 from phloem.attention._packed import PackedMemory
 from phloem.core.errors import BadRequest
 from phloem.core.memory import Group
-from phloem.engine.answer import empty
 from phloem.engine.pipeline import Flight
+from phloem.engine.sampling.answer import empty
 from phloem.engine.thread import Launched, Order, StepThread
 from phloem.layers.context import ForwardBatch
 

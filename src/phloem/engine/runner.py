@@ -14,25 +14,25 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from phloem.core.errors import BadRequest, OutOfMemory
 from phloem.core.speculation import MOST_DRAFTS
-from phloem.engine.answer import empty, give_out, keep_hidden, prompt_logprobs
 from phloem.engine.apart import apart, drafts_apart, every_token
-from phloem.engine.branches import Branches
-from phloem.engine.choose import Choice, Chooser, kind_of
-from phloem.engine.fill import Filler
+from phloem.engine.canvases.fill import Filler
+from phloem.engine.canvases.refill import Refiller
+from phloem.engine.drafts.branches import Branches
 from phloem.engine.forward import Eager, Forward
-from phloem.engine.hearing import ears_of
 from phloem.engine.inputs import Step
-from phloem.engine.logprobs import Later
-from phloem.engine.masks import Masks
 from phloem.engine.pipeline import Flight
+from phloem.engine.ranks.waves import Heads, Starts, Waves
 from phloem.engine.recorded.gaps import Gaps
-from phloem.engine.refill import Refiller
 from phloem.engine.replay import again
-from phloem.engine.slots import Slots
+from phloem.engine.sampling.answer import empty, give_out, keep_hidden, prompt_logprobs
+from phloem.engine.sampling.choose import Choice, Chooser, kind_of
+from phloem.engine.sampling.logprobs import Later
+from phloem.engine.sampling.masks import Masks
+from phloem.engine.sampling.slots import Slots
 from phloem.engine.thread import Launched, Order, StepThread
+from phloem.engine.towers.hearing import ears_of
 from phloem.engine.transfer import LastTokens
 from phloem.engine.wanted import Wanted
-from phloem.engine.waves import Heads, Starts, Waves
 from phloem.engine.wearing import Ends, Passes
 from phloem.models import Conditioned
 from phloem.platforms._facts import StepFacts
@@ -48,12 +48,12 @@ if TYPE_CHECKING:
     from phloem.core.batch import Batch, Follower, Places, StepOutput
     from phloem.core.config import LogprobsMode
     from phloem.core.memory import Group
-    from phloem.engine.beside import Prepared
-    from phloem.engine.branches import Laid
+    from phloem.engine.drafts.beside import Prepared
+    from phloem.engine.drafts.branches import Laid
     from phloem.engine.forward import Way
-    from phloem.engine.media import Desk, Pictures
     from phloem.engine.pipeline import Settle
     from phloem.engine.recorded.choice import RecordedWay
+    from phloem.engine.towers.media import Desk, Pictures
     from phloem.engine.transfer import Coming
     from phloem.engine.wearing import Wardrobe
     from phloem.kernels.ops import Ops

@@ -16,7 +16,7 @@ import torch
 
 from phloem.engine.apart import part
 from phloem.engine.inputs import Step
-from phloem.engine.sampler import EXCLUDED
+from phloem.engine.sampling.sampler import EXCLUDED
 from phloem.engine.wanted import Wanted
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from phloem.attention import Sharing
     from phloem.core.batch import Batch
     from phloem.engine.forward import Eager, Forward
-    from phloem.engine.media import Pictures
+    from phloem.engine.towers.media import Pictures
     from phloem.engine.transfer import LastTokens
     from phloem.kvcache.pool import KVPool
     from phloem.models import Model

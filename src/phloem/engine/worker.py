@@ -21,29 +21,34 @@ from phloem.core.memory import groups_of
 from phloem.core.nodes import Nodes
 from phloem.core.ranges import parse_bytes
 from phloem.core.resolve import Decision
-from phloem.engine import balancing, compiled, denoising, drafted, experts, on_paper, warm
-from phloem.engine import beside as drafts
-from phloem.engine.balancing import Balancer
-from phloem.engine.compiled import CompiledModel, CompiledSteps, check_model
-from phloem.engine.dtypes import (
+from phloem.engine import compiled
+from phloem.engine.canvases import denoising
+from phloem.engine.choices import experts, on_paper
+from phloem.engine.choices.dtypes import (
     tower_of,
 )
-from phloem.engine.encoding import load_seeing
-from phloem.engine.executor import Executor
-from phloem.engine.foretold import plan_of
-from phloem.engine.kept import Kept
-from phloem.engine.kept import kept as kept_of
-from phloem.engine.machine import Machine, machine_of, take
-from phloem.engine.media import Desk
-from phloem.engine.parallel import Leading, LeadingModel, Pages, Rehearse, ranks_here, ranks_of, shared, told_by
+from phloem.engine.choices.kept import Kept
+from phloem.engine.choices.kept import kept as kept_of
+from phloem.engine.choices.routes import chosen_of, keep_beside
+from phloem.engine.choices.sizing import Need, Sizing, size_pool
+from phloem.engine.compiled import CompiledModel, CompiledSteps, check_model
+from phloem.engine.drafts import beside as drafts
+from phloem.engine.drafts import drafted
 from phloem.engine.pooled import PooledRunner, run_texts
+from phloem.engine.ranks import balancing
+from phloem.engine.ranks.balancing import Balancer
+from phloem.engine.ranks.executor import Executor
+from phloem.engine.ranks.machine import Machine, machine_of, take
+from phloem.engine.ranks.parallel import Leading, LeadingModel, Pages, Rehearse, ranks_here, ranks_of, shared, told_by
+from phloem.engine.ranks.rehearsal import Rehearsed
+from phloem.engine.ranks.stages import Together
+from phloem.engine.ranks.unshared import option_of
 from phloem.engine.recorded import choice
-from phloem.engine.rehearsal import Rehearsed
-from phloem.engine.routes import chosen_of, keep_beside
 from phloem.engine.runner import ModelRunner
-from phloem.engine.sizing import Need, Sizing, size_pool
-from phloem.engine.stages import Together
-from phloem.engine.unshared import option_of
+from phloem.engine.towers.encoding import load_seeing
+from phloem.engine.towers.media import Desk
+from phloem.engine.warmup import warm
+from phloem.engine.warmup.foretold import plan_of
 from phloem.kernels.ops import Ops
 from phloem.kvcache.pool import KVPool
 from phloem.layers.context import BuildContext
@@ -62,13 +67,13 @@ if TYPE_CHECKING:
     from phloem.core.config import Config
     from phloem.core.denoising import Denoising
     from phloem.core.renoising import Renoising
-    from phloem.engine.drafting import Beside, Loaded
+    from phloem.engine.drafts.drafting import Beside, Loaded
     from phloem.engine.forward import Way
-    from phloem.engine.parallel import Team, Told
+    from phloem.engine.ranks.parallel import Team, Told
     from phloem.engine.recorded.flexible import FlexibleSteps
-    from phloem.engine.shapes import Shape
     from phloem.engine.transfer import LastTokens
-    from phloem.engine.warm import Warming
+    from phloem.engine.warmup.shapes import Shape
+    from phloem.engine.warmup.warm import Warming
     from phloem.layers.context import AttentionSpec, Chosen
     from phloem.models import Model, Tower
     from phloem.platforms import Platform

@@ -201,7 +201,8 @@ class PooledStates:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """What rows of logits are sampled by. `engine/sampler.py` specifies the result; a temperature of 0 is greedy."""
+    """What rows of logits are sampled by. A temperature of 0 is greedy; `engine/sampling/sampler.py` specifies the
+    result."""
 
     temperature: Tensor  # [L] float32
     top_k: Tensor  # [L] int32; below 1 or at least V: off

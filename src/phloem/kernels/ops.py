@@ -179,7 +179,7 @@ class Ops:
     top_k: Callable[[Tensor, int], tuple[Tensor, Tensor]] = ref.top_k
     # logits, rows[M] int32, mask[M, words] int32: in place, -inf where bit i of word w, token 32 w + i, is 0 or missing
     mask_tokens_: Callable[[Tensor, Tensor, Tensor], None] = ref.mask_tokens_
-    # Tokens int32 [L], as `engine/sampler.py` specifies; None: that file's torch code draws.
+    # Tokens int32 [L], as `engine/sampling/sampler.py` specifies; None: that file's torch code draws.
     sample: Callable[[Tensor, Draw], Tensor] | None = None
 
     # The tokens that a step begins and ends with; None: torch code (`engine/transfer.py`).

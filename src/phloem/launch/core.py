@@ -18,13 +18,15 @@ from phloem.core.messages import Failed, FromEngine, Ready, Stats, Submit, ToEng
 from phloem.core.ranges import parse_bytes
 from phloem.core.renoising import Renoising
 from phloem.core.targets import Targets
-from phloem.engine import cards, drafted, parallel, worker
-from phloem.engine.canvas import CanvasRunner
+from phloem.engine import worker
+from phloem.engine.canvases.canvas import CanvasRunner
+from phloem.engine.canvases.renoise import RenoisingRunner
+from phloem.engine.choices.unserved import refuse_unserved, uncaptured, undrafted
 from phloem.engine.compiled import CompiledModel
-from phloem.engine.renoise import RenoisingRunner
+from phloem.engine.drafts import drafted
+from phloem.engine.ranks import cards, parallel
+from phloem.engine.ranks.unshared import refuse_unshared
 from phloem.engine.runner import ModelRunner
-from phloem.engine.unserved import refuse_unserved, uncaptured, undrafted
-from phloem.engine.unshared import refuse_unshared
 from phloem.engine.watchdog import Watchdog
 from phloem.grammar._base import name_of
 from phloem.grammar._manager import GrammarManager, GrammarSettings

@@ -23,7 +23,7 @@ from phloem.core.ranges import parse_bytes
 from phloem.core.resolve import Decision
 from phloem.disagg.embeddings import AGAIN, ITEMSIZE, MISFIT, Made, Misfit, encode, read_look
 from phloem.disagg.encoders import NAME, Encoders, Wanted, addresses
-from phloem.engine.encoding import Embedding, build_encoder, facts_of
+from phloem.engine.towers.encoding import Embedding, build_encoder, facts_of
 from phloem.launch.starting import Starting
 from phloem.models._vision import VisionTower
 from phloem.utils import log

@@ -21,8 +21,8 @@ from phloem.checkpoint.describe import described
 from phloem.core.config import log_format
 from phloem.core.errors import ConfigError, PhloemError
 from phloem.core.nodes import Nodes, address_of
-from phloem.engine.unserved import refuse_unserved
-from phloem.engine.unshared import refuse_unshared
+from phloem.engine.choices.unserved import refuse_unserved
+from phloem.engine.ranks.unshared import refuse_unshared
 from phloem.launch.agree import facts_of, version_of
 from phloem.launch.child import LEAVE_SECONDS, Child, Said, end, meeting_place, watch
 from phloem.launch.wire import (

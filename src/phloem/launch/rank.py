@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from phloem.checkpoint.describe import described
 from phloem.core.resolve import Decision
-from phloem.engine import cards
-from phloem.engine.parallel import End, Team, decode_told, mesh_of
+from phloem.engine.ranks import cards
+from phloem.engine.ranks.parallel import End, Team, decode_told, mesh_of
 from phloem.engine.worker import build_executor
 from phloem.launch.rank_pipe import RankPipe, carried_out, ordered
 from phloem.launch.ranks import Way, join
 from phloem.launch.ring import RingReader
 
 if TYPE_CHECKING:
-    from phloem.engine.parallel import Told
+    from phloem.engine.ranks.parallel import Told
 
 
 class _Pipe(RankPipe):

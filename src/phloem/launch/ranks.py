@@ -26,8 +26,8 @@ from phloem.distributed.comm import Board, Gloo
 from phloem.distributed.groups import Groups
 from phloem.distributed.nccl import Nccl
 from phloem.distributed.shm import SharedMemory
-from phloem.engine import cards
-from phloem.engine.parallel import Busy, End, LostStep, Team, Told, encode_told, mesh_of, ranks_of
+from phloem.engine.ranks import cards
+from phloem.engine.ranks.parallel import Busy, End, LostStep, Team, Told, encode_told, mesh_of, ranks_of
 from phloem.launch.agree import facts_of
 from phloem.launch.child import LEAVE_SECONDS, Child, Said, end, meeting_place, watch
 from phloem.launch.node import tell_lead

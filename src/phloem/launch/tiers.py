@@ -18,9 +18,9 @@ from phloem.core.config import cache_home
 from phloem.core.errors import ConfigError
 from phloem.core.ranges import parse_bytes
 from phloem.core.resolve import GIB, Decision
-from phloem.engine import parallel
+from phloem.engine.ranks import parallel
+from phloem.engine.ranks.unshared import option_of
 from phloem.engine.runner import ModelRunner
-from phloem.engine.unshared import option_of
 from phloem.kvcache.tiers import TIERS, Place, Tier, rounded
 from phloem.kvcache.tiers._copies import PoolCopies
 from phloem.kvcache.tiers._fetch import TIMEOUT_BASE, TIMEOUT_PER_KI_TOKEN, Waiting

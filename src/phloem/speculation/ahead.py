@@ -1,5 +1,5 @@
-"""The process that compiles kernels beside the loading (`engine.ahead`), for an engine whose drafts may come from a
-model: that model's kernels are among them.
+"""The process that compiles kernels beside the loading (`engine.warmup.ahead`), for an engine whose drafts may come
+from a model: that model's kernels are among them.
 
     python -m phloem.speculation.ahead < plan.json
 """
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from phloem.core.errors import ModelLoadError
 from phloem.core.resolve import Decision
 from phloem.core.speculation import Wanted
-from phloem.engine import ahead
-from phloem.engine.drafting import Loaded, extend
+from phloem.engine.drafts.drafting import Loaded, extend
+from phloem.engine.warmup import ahead
 from phloem.models import build_model
 from phloem.models._narrowed import load_forms
 from phloem.quant import method_for

@@ -1,4 +1,4 @@
-"""What speculates around a runner, by the drafter that `engine.drafted` has decided on."""
+"""What speculates around a runner, by the drafter that `engine.drafts.drafted` has decided on."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from phloem.core.errors import ConfigError
 from phloem.core.speculation import AUTO, MODELS, NONE
-from phloem.engine.branches import TreeShape
-from phloem.engine.drafted import MOST_ROWS, NAME, most_rows
+from phloem.engine.drafts.branches import TreeShape
+from phloem.engine.drafts.drafted import MOST_ROWS, NAME, most_rows
 from phloem.speculation.controller import Controller
 from phloem.speculation.drafters import DRAFTERS, loader, of_texts
 from phloem.speculation.modelled import ModelledRunner
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.batch import Runner
     from phloem.core.speculation import Wanted
-    from phloem.engine.drafting import Beside, Loaded
+    from phloem.engine.drafts.drafting import Beside, Loaded
     from phloem.engine.runner import ModelRunner
     from phloem.layers.context import BuildContext
     from phloem.models import Model

@@ -1,7 +1,7 @@
 """The runner that speculates with a model: it says for which rows, how far, and what that model has still to read.
 
-The drafts themselves are made by the inner runner, within the step that verifies them (`engine/drafting.py`): tokens
-need not come here in between.
+The drafts themselves are made by the inner runner, within the step that verifies them
+(`engine/drafts/drafting.py`): tokens need not come here in between.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from phloem.core.batch import Runner, StepOutput
     from phloem.core.speculation import Wanted
-    from phloem.engine.branches import TreeShape
+    from phloem.engine.drafts.branches import TreeShape
     from phloem.speculation.controller import Controller
     from phloem.speculation.drafters._base import Draft
     from phloem.speculation.texts import Text

@@ -16,7 +16,7 @@ import numpy as np
 
 from phloem.core.batch import Batch, StepOutput
 from phloem.engine.around import RunnerAround
-from phloem.engine.drafting import with_drafts
+from phloem.engine.drafts.drafting import with_drafts
 from phloem.speculation.controller import Chain
 from phloem.speculation.texts import Text, Texts
 

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from phloem.core.config import Config, RuntimeConfig
     from phloem.distributed.comm import Comm
     from phloem.engine.inputs import Step
+    from phloem.engine.ranks.stages import Together
     from phloem.engine.recorded.graphs import RecordedStep, StepGraphs
-    from phloem.engine.stages import Together
     from phloem.kernels.graph import GraphRecorder
     from phloem.kernels.ops import Ops
     from phloem.kvcache.pool import KVPool

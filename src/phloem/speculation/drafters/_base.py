@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from phloem.checkpoint.describe import Checkpoint
     from phloem.core.speculation import Wanted
-    from phloem.engine.drafting import Loaded
+    from phloem.engine.drafts.drafting import Loaded
     from phloem.layers.context import BuildContext
     from phloem.models import Model
     from phloem.speculation.texts import Text

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from phloem.core.errors import ConfigError
 from phloem.core.resolve import Decision
 from phloem.core.speculation import MOST_DRAFTS
-from phloem.engine.drafting import Block, Loaded, extend
+from phloem.engine.drafts.drafting import Block, Loaded, extend
 from phloem.models._common import layer_types
 from phloem.models._dflash import DFlash, DFlashFacts, Sight
 from phloem.models._draft import AuxTap, Shared

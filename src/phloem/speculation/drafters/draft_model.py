@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from phloem import models
 from phloem.core.errors import ConfigError, ModelLoadError
 from phloem.core.resolve import Decision
-from phloem.engine.drafting import Loaded, extend
+from phloem.engine.drafts.drafting import Loaded, extend
 from phloem.models._common import Decoder
 from phloem.quant import method_for
 from phloem.speculation.drafters._base import Loader as Base

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from phloem.core.errors import ConfigError
 from phloem.core.resolve import Decision
-from phloem.engine.drafting import Loaded, extend
+from phloem.engine.drafts.drafting import Loaded, extend
 from phloem.models._draft import Eagle, LastTap, Shared
 from phloem.speculation.drafters._base import Loader as Base
 from phloem.speculation.drafters._files import (

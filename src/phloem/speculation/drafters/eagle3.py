@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from phloem.core.errors import ConfigError
 from phloem.core.resolve import Decision
-from phloem.engine.drafting import Loaded, extend
+from phloem.engine.drafts.drafting import Loaded, extend
 from phloem.models._draft import AuxTap, Eagle3, Eagle3Facts, Shared
 from phloem.speculation.capture import aux_layers
 from phloem.speculation.drafters._base import Loader as Base

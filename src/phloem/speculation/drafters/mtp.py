@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from phloem.core.errors import ConfigError
 from phloem.core.resolve import Decision
-from phloem.engine.drafting import Loaded, extend
+from phloem.engine.drafts.drafting import Loaded, extend
 from phloem.models._common import language_part
 from phloem.models._draft import MTP, LastTap, MTPNames, Shared
 from phloem.models._sources import shapes_in

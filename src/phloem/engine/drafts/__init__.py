@@ -1,0 +1,1 @@
+"""Models and heads that draft, within the steps of the model that they draft for."""

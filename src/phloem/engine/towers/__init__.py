@@ -1,0 +1,1 @@
+"""What stands for pictures and sounds in a step."""

@@ -1,0 +1,1 @@
+"""Kernels compiled and loaded before the engine is ready."""

@@ -444,7 +444,7 @@ class Kernels:
             wide = gemm_gguf.widened_rows([run], 0, outputs, torch.float32)
             ids = self.ints(0, outputs, 9)
             pairs.append((gemm_gguf.chosen_rows([run], ids, torch.float32), wide[ids]))
-            for tokens in (1, 20) if self.tiny else (1, 2, 5, 33, 200, 500):
+            for tokens in (1, 2, 20) if self.tiny else (1, 2, 5, 33, 200, 500):
                 x = self.randn(tokens, features)
                 pairs.append((gemm_gguf.grouped_gemm(x, [run]), F.linear(x.float(), wide)))
         return pairs

@@ -332,6 +332,17 @@ def test_every_file_named_on_the_page_exists() -> None:
     assert not gone, gone
 
 
+def test_every_file_of_a_room_is_there() -> None:
+    """Names without a folder, in the row of a room."""
+    gone: set[str] = set()
+    for room, _, files, *_ in table(PAGE, "## The rooms"):
+        folder = SRC / room.strip("`/")
+        if folder.is_dir():
+            names = set(re.findall(r"`(\w+\.py)`", files))
+            gone |= {f"{room} {name}" for name in names - {path.name for path in folder.rglob("*.py")}}
+    assert not gone, gone
+
+
 def test_no_two_files_of_tests_have_one_name() -> None:
     names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
     assert not {name for name in names if names.count(name) > 1}, "pytest imports them by their names alone"

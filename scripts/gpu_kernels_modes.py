@@ -81,7 +81,8 @@ def routers(k: Kernels) -> Pairs:
         bias = k.randn(experts, dtype=torch.float32, by=0.1) if spec.score == "sigmoid" else None
         found.append((route.route_op(logits, bias, spec), models_ref.route(logits, bias, spec), experts))
     logits = k.randn(5, 64, dtype=torch.float32, by=2)
-    found.append((moe.route(logits, 6, False)[::-1], experts_ref.route(logits, 6, False)[::-1], 64))
+    (one, its_ids), (two, their_ids) = moe.route(logits, 6, False), experts_ref.route(logits, 6, False)
+    found.append(((its_ids, one), (their_ids, two), 64))
     return [(_dense(got, experts), _dense(want, experts)) for got, want, experts in found]
 
 
@@ -100,7 +101,10 @@ def chosen(k: Kernels) -> Pairs:
     return pairs
 
 
-def _float8_experts(k: Kernels, blocks: bool) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, Tensor]]:
+Two = tuple[Tensor, Tensor]
+
+
+def _float8_experts(k: Kernels, blocks: bool) -> tuple[Two, Two, Two]:
     """Stacks in float8, their scales, and what they are in float32."""
     count, width, inner = (4, 256, 128) if k.tiny else (32, 1024, 384)
     plain = k.randn(count, 2 * inner, width, by=width**-0.5), k.randn(count, width, inner, by=inner**-0.5)
@@ -130,7 +134,7 @@ def moe_fp8_few(k: Kernels) -> Pairs:
         x, logits = k.randn(2, stacks[0].shape[2]), k.randn(2, len(stacks[0]), dtype=torch.float32, by=2)
         weights, ids = experts_ref.route(logits, 2, True)
         want = experts_ref.experts(x.float(), weights, ids, *wide)
-        pairs.append((moe.experts(x, weights, ids, *stacks, scales=(scales[0], scales[1])), want))
+        pairs.append((moe.experts(x, weights, ids, *stacks, scales=scales), want))
         flat = [form(s.flatten(0, 1), one.flatten(0, 1)) for s, one in zip(stacks, scales, strict=True)]
         pairs.append((moe.moe(x, logits, flat[0], flat[1], 2, True), want))
     return pairs
@@ -141,17 +145,23 @@ def moe_fp8_rows(k: Kernels) -> Pairs:
     from phloem.kernels.triton import moe, trial
 
     stacks, scales, wide = _float8_experts(k, blocks=False)
-    count, pairs = len(stacks[0]), []
-    for tokens in (20,) if k.tiny else (40, 1111):
+    count, pairs = len(stacks[0]), Pairs()
+
+    def drawn(tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x = k.randn(tokens, stacks[0].shape[2])
         weights, ids = experts_ref.route(k.randn(tokens, count, dtype=torch.float32, by=2), 2, True)
         values, by_token = formats.quantise_fp8(x, k.fp8)
-        want = experts_ref.experts(values.float() * by_token[:, None], weights, ids, *wide)
-        pairs.append((moe.experts(x, weights, ids, *stacks, scales=(scales[0], scales[1])), want))
+        return x, weights, ids, experts_ref.experts(values.float() * by_token[:, None], weights, ids, *wide)
+
+    if not k.tiny:
+        x, weights, ids, want = drawn(40)
+        pairs.append((moe.experts(x, weights, ids, *stacks, scales=scales), want))
+    x, weights, ids, want = drawn(20 if k.tiny else 1111)
+    pairs.append((moe.experts(x, weights, ids, *stacks, scales=scales), want))
     few = trial.capability(k.device) < trial.CAPABLE or k.dtype == torch.float32
     if k.device.type == "cuda" and few:
         return pairs
-    work = trial.Work(stacks[0], stacks[1], 0, (scales[0], scales[1]), moe.parts_of_tiles)
+    work = trial.Work(*stacks, 0, scales, moe.parts_of_tiles)
     lists = moe.sort_by_expert(ids, count, 128)
     parts = [work.form(form, x, weights, lists) for form in work.forms]
     return pairs + [(part.view(*ids.shape, x.shape[1]).float().sum(1), want) for part in parts]
@@ -189,7 +199,9 @@ def _rope(k: Kernels, kinds: tuple[tuple[bool, bool, bool], ...]) -> Pairs:
         want = [torch.zeros(cache.shape, device=k.device) for cache in caches]
         by = (1.0, 1.0) if not float8 else (0.5, 2.0)
         ref.write_kv(want_k / by[0], v.float() / by[1], want[0], want[1], slots)
-        turn = Rotation(positions, cos_sin, interleaved, *((*weights, 1e-6) if norms else ()))
+        turn = Rotation(positions, cos_sin, interleaved)
+        if norms:
+            turn = replace(turn, q_norm=weights[0], k_norm=weights[1], eps=1e-6)
         got = rope.rope_write_kv(q, key, v, turn, caches[0], caches[1], slots, scales if float8 else None)
         pairs += [(got, want_q), *((cache.float(), one) for cache, one in zip(caches, want, strict=True))]
         if float8 and not norms:

@@ -101,17 +101,6 @@ def test_a_norm_that_writes_float8_is_the_norm_and_then_float8(features: int, gr
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "features", "outputs", "splits"), [(1, 200, 70, 1), (19, 320, 33, 4)])
-def test_int8_gemm(tokens: int, features: int, outputs: int, splits: int, dtype: torch.dtype) -> None:
-    x = torch.randn(tokens, features).to(dtype)
-    weight, scale = formats.quantise_int8(torch.randn(outputs, features) / 15)
-    want = F.linear(x.float(), weight.float() * scale[:, None])
-    assert_close(gemm_int.int8_gemm(x, weight, scale, None, splits), want, dtype)
-    bias = torch.randn(outputs).to(dtype)
-    assert_close(gemm_int.int8_gemm(x, weight, scale, bias, splits), want + bias.float(), dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize(("tokens", "group", "splits"), [(1, 32, 1), (7, 64, 3), (20, 128, None)])
 def test_int4_gemm(tokens: int, group: int, splits: int | None, zeros: bool, dtype: torch.dtype) -> None:

@@ -15,8 +15,10 @@ from phloem.kernels import reference_formats as formats
 from phloem.kernels.ops import Norm
 
 need_interpreter()
+from test_triton_gguf import Integers, made  # noqa: E402
+
 from phloem.kernels.triton import gemm_int, table  # noqa: E402
-from phloem.kernels.triton.weights import Float8Blocks, Float8Rows, Int4Weight, Int8Weight, Weight  # noqa: E402
+from phloem.kernels.triton.weights import Float8Blocks, Float8Rows, Int4Weight, Weight  # noqa: E402
 
 FP8 = torch.float8_e4m3fn
 
@@ -27,14 +29,14 @@ def forms() -> dict[str, tuple[Weight, torch.Tensor, float]]:
     The interpreter cuts off where a GPU rounds to float8, which doubles the error.
     """
     wide = random(M, 256, seed=1) / 16
-    int8, scale8 = formats.quantise_int8(wide)
+    integers = Integers(M, 256, 256, zeros=False)
     rows, row_scale = formats.quantise_fp8(wide, FP8)
     blocks, block_scale = formats.quantise_blocks(wide, FP8)
     nibbles = torch.randint(0, 16, (M, 256), generator=torch.Generator().manual_seed(2))
     step = random(M, 4, seed=3).abs() / 50 + 0.001
     return {
         "dense": (wide, wide, 0.0),
-        "int8": (Int8Weight(int8, scale8), int8.float() * scale8[:, None], 0.0),
+        "int8": (made(integers), integers.values, 0.0),
         "int4": (
             Int4Weight(gemm_int.pack_int4(nibbles, 64), step),
             (nibbles - 8) * step.repeat_interleave(64, 1),
@@ -66,9 +68,8 @@ def test_every_kind_of_weight_under_every_option(kind: str, tokens: int) -> None
 
 
 def test_adapters_are_added_to_narrow_weights() -> None:
-    dense = random(M, N, seed=1) / 7
-    int8, scale = formats.quantise_int8(dense)
+    values, scale = formats.quantise_fp8(random(M, N, seed=1) / 7, FP8)
     x, low = random(5, N), adapters(5)
-    out, _ = table.table().linear(x, Int8Weight(int8, scale), adapter=low)
-    want = ref.add_adapters(F.linear(x, int8.float() * scale[:, None]), x, low)
+    out, _ = table.table().linear(x, Float8Rows(values, scale), adapter=low)
+    want = ref.add_adapters(F.linear(x, values.float() * scale[:, None]), x, low)
     torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-4)

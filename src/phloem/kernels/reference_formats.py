@@ -17,12 +17,6 @@ def quantise_fp8(x_TN: Tensor, dtype: torch.dtype, group: int | None = None) -> 
     return values, scale if group else scale[:, 0]
 
 
-def quantise_int8(x_TN: Tensor) -> tuple[Tensor, Tensor]:
-    """Values and float32 scales per token, symmetric, to nearest even."""
-    scale = x_TN.float().abs().amax(-1).clamp_min(1e-10) / 127.0
-    return (x_TN.float() / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
-
-
 def quantise_blocks(weight_MN: Tensor, dtype: torch.dtype, block: int = 128) -> tuple[Tensor, Tensor]:
     """A weight [..., M, N] in float8 with one float32 scale per block x block, [..., M / block, N / block]."""
     rows, cols = weight_MN.shape[-2:]

@@ -1,8 +1,8 @@
-"""Weight-only GEMM: activations in their own type, weights in int8 (a scale per output) or int4 (a scale per group).
+"""Weight-only GEMM: activations in their own type, weights in int4 with a scale per group.
 
-Weights are widened in registers, so a step reads an eighth or a quarter of the bytes of float32. int4 packing: byte j
-of a group of G weights holds element j in its low nibble and element j + G / 2 in its high one, so both halves are
-contiguous in x. A nibble n means (n - zero) * scale.
+Weights are widened in registers, so a step reads an eighth of the bytes of float32. Packing: byte j of a group of G
+weights holds element j in its low nibble and element j + G / 2 in its high one, so both halves are contiguous in x. A
+nibble n means (n - zero) * scale.
 """
 
 # What Triton's stubs do not describe: untyped kernel parameters, launches by subscript, constexpr arguments.
@@ -17,41 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phloem.kernels.triton._base import ceil_div, multiply, power_of_2, stages, sum_splits
+from phloem.kernels.triton._base import ceil_div, power_of_2, stages, sum_splits
 from phloem.kernels.triton._device import multiprocessors
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def _gemm_int8(
-    x,
-    weight,
-    scale,
-    out,
-    tokens,
-    features_in,
-    features_out,
-    per_split,
-    stride_x,
-    stride_w,
-    stride_os,
-    stride_ot,
-    BLOCK_T: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    col = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    token = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    split = tl.program_id(2)
-    k = tl.arange(0, BLOCK_K)
-    rows, cols = token < tokens, col < features_out
-    at_x = x + token.to(tl.int64)[:, None] * stride_x + k[None, :]
-    at_w = weight + col.to(tl.int64)[None, :] * stride_w + k[:, None]
-    acc = tl.zeros([BLOCK_T, BLOCK_M], tl.float32)
-    end = tl.minimum(features_in, (split + 1) * per_split)
-    acc = multiply(at_x, at_w, k, rows, cols, split * per_split, end, acc, BLOCK_K)
-    acc = acc * tl.load(scale + col, mask=cols, other=0.0).to(tl.float32)[None, :]
-    at = out + split.to(tl.int64) * stride_os + token.to(tl.int64)[:, None] * stride_ot + col[None, :]
-    tl.store(at, acc.to(out.dtype.element_ty), mask=rows[:, None] & cols[None, :])
 
 
 @triton.jit
@@ -144,30 +111,6 @@ def _target(out: Tensor, splits: int, bias_M: Tensor | None) -> tuple[Tensor, bo
     if direct:
         return out.unsqueeze(0), True
     return torch.empty((splits, *out.shape), dtype=torch.float32, device=out.device), False
-
-
-def int8_gemm(
-    x_TN: Tensor, weight_MN: Tensor, scale_M: Tensor, bias_M: Tensor | None = None, splits: int | None = None
-) -> Tensor:
-    """x [T, N], weight int8 [M, N] with a scale per output -> [T, M] in x's type."""
-    tokens, features = x_TN.shape
-    outputs = weight_MN.shape[0]
-    out = torch.empty((tokens, outputs), dtype=x_TN.dtype, device=x_TN.device)
-    if tokens == 0:
-        return out
-    block_k = 32 if x_TN.dtype == torch.float32 else 64
-    block_t, block_m, per_split, splits = _plan(x_TN, outputs, ceil_div(features, block_k), splits)
-    target, direct = _target(out, splits, bias_M)
-    _gemm_int8[(ceil_div(outputs, block_m), ceil_div(tokens, block_t), splits)](
-        *(x_TN, weight_MN, scale_M, target, tokens, features, outputs, per_split * block_k),
-        *(x_TN.stride(0), weight_MN.stride(0), *target.stride()[:2]),
-        BLOCK_T=block_t,
-        BLOCK_M=block_m,
-        BLOCK_K=block_k,
-        num_warps=4,
-        num_stages=stages(3),
-    )
-    return out if direct else sum_splits(target, bias_M, out)
 
 
 def pack_int4(values_MN: Tensor, group: int) -> Tensor:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from phloem.kernels.triton import vendor
 from phloem.kernels.triton.gemm_fp8 import FEW_ROWS, GROUP, block_scaled_gemm, few_rows_gemm
 from phloem.kernels.triton.gemm_gguf import Run, chosen_rows, grouped_gemm
-from phloem.kernels.triton.gemm_int import int4_gemm, int8_gemm
+from phloem.kernels.triton.gemm_int import int4_gemm
 from phloem.kernels.triton.gemm_mxfp4 import mxfp4_gemm
 from phloem.kernels.triton.nibbles import scales_of, unpack_mxfp4
 from phloem.kernels.triton.quantise import per_group_fp8, per_token_fp8
@@ -55,21 +55,6 @@ class Form:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors())
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Int8Weight(Form):
-    """Weights of 8 bits with a scale per output; activations keep their type."""
-
-    values: Tensor  # int8 [M, N]
-    scale: Tensor  # [M]
-    dtype: torch.dtype = torch.bfloat16
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.values, self.scale
-
-    def rows(self, ids: Tensor) -> Tensor:
-        return self.values[ids].float() * self.scale[ids].float()[:, None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -198,7 +183,7 @@ def _floats(values: Tensor, ids: Tensor) -> Tensor:
     return values.view(torch.uint8)[ids].view(values.dtype).float()
 
 
-Weight = Tensor | Int8Weight | Int4Weight | Mxfp4Weight | Float8Rows | Float8Blocks | GroupedWeight
+Weight = Tensor | Int4Weight | Mxfp4Weight | Float8Rows | Float8Blocks | GroupedWeight
 
 
 def widened(weight: Tensor | Form) -> Tensor:
@@ -211,8 +196,6 @@ def widened(weight: Tensor | Form) -> Tensor:
 def product(x_TN: Tensor, weight: Weight, bias_M: Tensor | None) -> Tensor:
     """x wT + bias, [T, M] in the type of x."""
     match weight:
-        case Int8Weight():
-            return int8_gemm(x_TN, weight.values, weight.scale, bias_M)
         case Int4Weight():
             return int4_gemm(x_TN, weight.packed, weight.scale, weight.zero, bias_M)
         case GroupedWeight():

@@ -364,7 +364,7 @@ def test_processes_that_start_together_drop_old_caches_together(
 
 def test_one_process_at_a_time_fills_a_cache(tmp_path: Path) -> None:
     """The second one waits until the first is done, or has died."""
-    code = "import sys; from pathlib import Path; from phloem.engine import ahead; print('here', flush=True)\n"
+    code = "import sys; from pathlib import Path; from phloem.engine.warmup import ahead; print('here', flush=True)\n"
     code += "with ahead._turn(Path(sys.argv[1])): print(sys.argv[2], flush=True)"
     with ahead._turn(tmp_path):
         other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), "in"], stdout=subprocess.PIPE, text=True)

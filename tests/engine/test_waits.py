@@ -187,11 +187,6 @@ def test_a_step_makes_so_many_copies_and_waits_for_nothing_but_its_tokens(
 # Ops that are plain torch code on a GPU and read values there, by the family that needs them: its steps wait, and are
 # not recorded. What gets a kernel of its own is taken out of here.
 READING: dict[str, set[str]] = {
-    "mamba2_scan": {"bamba", "falcon_h1", "granitemoehybrid", "mamba2", "nemotron_h"},
-    "selective_scan": {"falcon_mamba", "jamba", "mamba"},
-    "choose_keys": {"deepseek_v32", "glm_moe_dsa"},
-    "chosen_latent_attention": {"deepseek_v32", "glm_moe_dsa"},
-    "experts": {"gpt_oss", "llama4_text", "nemotron_h"},  # with biases, or weights of what they read; without gates
     # Chunks of a text, and sinks beside values of another width: no backend of a GPU attends by these.
     "paged_attention": {"llama4_text", "mimo_v2_flash"},
 }

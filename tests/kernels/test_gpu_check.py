@@ -152,7 +152,7 @@ def _broken(tmp_path: Path, only: str, *arguments: str, **environment: str) -> d
     return json.loads(file.read_text())
 
 
-@pytest.mark.some(4)
+@pytest.mark.some(2)
 @pytest.mark.parametrize(
     ("fault", "why"),
     [
@@ -176,7 +176,7 @@ def test_a_model_section_that_breaks_keeps_what_it_found(fault: str, why: str, t
         assert "in _break" in told["llama"] and "in _model" in told["llama"]  # where it stood
 
 
-@pytest.mark.some(3)
+@pytest.mark.some(1)
 @pytest.mark.parametrize(
     ("section", "fault", "why"),
     [
@@ -207,7 +207,7 @@ def test_kernels_that_break_cost_themselves_alone(tmp_path: Path) -> None:
     assert "a fault was put in" in rows["tokens"]["message"] and "not done after" in rows["quantise"]["message"]
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(1)
 @pytest.mark.parametrize(
     ("missing", "skipped", "runs"),
     [

@@ -60,12 +60,14 @@ print([(case, *way) for way, case in wanted.items() if way not in seen and way[0
 """
 
 
+@pytest.mark.slow
 def test_every_kernel_and_each_way_of_it_has_a_check() -> None:
     """If not: add a check to `gpu_kernels_*.py`, or name the kernel in `gpu_kernels.UNCHECKED`, with the reason."""
     kernels, ways = _python(LAUNCHED).strip().splitlines()[-2:]
     assert kernels == "[]" and ways == "[]", f"without a check: {kernels}; launched by models otherwise: {ways}"
 
 
+@pytest.mark.slow
 def test_checks_notice_errors() -> None:
     """A kernel that is wrong, raises, or leaves its output unwritten is told."""
     code = """
@@ -82,6 +84,7 @@ assert rows["tokens"].ok and len(rows) == 3, rows
     _python(code, TRITON_INTERPRET="1")
 
 
+@pytest.mark.slow
 def test_checks_beside_are_found_and_run() -> None:
     code = """
 import gpu_kernels

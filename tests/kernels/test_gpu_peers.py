@@ -77,6 +77,7 @@ def test_an_engine_that_breaks_is_told_and_the_other_goes_on(
     assert "vllm: skipped" in "\n".join(gpu_peers.table(found))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["hang", "stop"])
 def test_an_engine_that_hangs_ends_with_the_time(fault: str, stand_ins: pytest.MonkeyPatch) -> None:
     stand_ins.setenv("PEER_FAULT", f"sglang:{fault}")

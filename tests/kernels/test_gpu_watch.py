@@ -85,6 +85,7 @@ if what == "switches":
 """
 
 
+@pytest.mark.slow
 def test_what_sections_do_is_told_and_costs_no_other(tmp_path: Path) -> None:
     only = "floors,llama,qwen,experts,cold,peers,shared,switches,ranks,transformers"
     check = check_of(tmp_path, FAULTS, "--only", only, "--limit", "1.5")
@@ -366,6 +367,7 @@ def test_a_disk_that_fills_up_costs_no_section_and_no_figure(
     assert check.where().endswith(".json, .md")
 
 
+@pytest.mark.slow
 def test_a_script_of_a_section_goes_with_what_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that dies leaves an engine that would keep the memory which the next one is to have."""
     code = f"""

@@ -93,7 +93,7 @@ def test_widened_weights_go_from_registers_to_the_tensor_cores(case: str) -> Non
         "text = ''.join(m.asm['ptx'] for m in made);"
         "every = re.findall(r'wgmma.mma_async[^;]*;', text);"
         "mine = [x for x in every if re.search(r'\\}, *\\{', x)];"
-        "stack = sum(c._cubin_usage(m.asm['cubin'])[1] for m in made);"
+        "stack = sum(c.cubin_usage(m.asm['cubin'])[1] for m in made);"
         "print(len(made), len(every), len(mine), text.count('cp.async.cg.shared'), stack)"
     )
     done = subprocess.run(

@@ -8,8 +8,8 @@
 
 It needs torch, Triton, numpy and msgspec, for servers what `--plan` names, for the comparison transformers; what is
 missing is said and left out. Weights are random, nothing is downloaded. Each section is a process, ended when its time
-is over; each kernel is checked where it can end no other. What is found is written as it is found. Exit status: 0 all
-right, 1 something is wrong, 2 no GPU.
+is over; each kernel is checked where it can end no other. What is found is written as it is found, and printed where it
+cannot be written. Exit status: 0 all right, 1 something is wrong, 2 no GPU, or what was asked for cannot be done.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import atexit
 import contextlib
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -106,16 +107,8 @@ class Check:
         self.stem = self.args.out / f"gpu-check-{name}-{when}-{self.report['machine']['commit']}"
         return 0
 
-    def wanted(self) -> list[str]:
-        """Sections by the order of the plan. A section's own name means that one alone, else all that begin so."""
-        names = of_call(self.args.call) if self.args.call else list(SECTIONS)
-        only = [one for one in self.args.only.split(",") if one]
-        exact = {one for one in only if one in SECTIONS}
-        begin = tuple(one for one in only if one not in SECTIONS)
-        return [name for name in names if not only or name in exact or (begin and name.startswith(begin))]
-
     def run(self) -> None:
-        for name in self.wanted():
+        for name in wanted(self.args):
             self.section(name)
         self.write()
 
@@ -211,7 +204,10 @@ class Check:
             self.report["errors"][name] = f"{open_} of {open_ + pool.asked} were not asked: the time was over"
 
     def _questions(self, name: str, names: list[str]) -> list[dict[str, Any]]:
-        only = self.args.checks.split(",") if self.args.checks else names
+        only = listed(self.args.checks) or names
+        if name == "kernels" and (unknown := sorted(set(only) - set(names))):
+            self.report["errors"]["checks"] = f"unknown: {', '.join(unknown)}; known: {', '.join(names)}"
+            print(f"  WRONG: checks {self.report['errors']['checks']}", flush=True)
         # float32 shows an error of logic that the rounding of bf16 might hide.
         dtypes = ("float32",) if self.tiny else ("bfloat16", "float32")
         return [
@@ -232,17 +228,35 @@ class Check:
                 self.report["errors"][f"{name} left something behind"] = self.report["left"][name][:1000]
 
     def write(self, often: bool = False) -> None:
-        """The report, in two files; `often`: at most once a second."""
+        """The report, in two files; `often`: at most once a second. What cannot be written now may be later."""
         with self._lock:
             if self.stem is None or (often and time.monotonic() - self._written < 1.0):
                 return
             self._written = time.monotonic()
             self.report["seconds"] = time.monotonic() - self.begun
-            self.stem.parent.mkdir(parents=True, exist_ok=True)
-            for end, text in ((".json", json.dumps(self.report, indent=1) + "\n"), (".md", page(self.report))):
-                part = self.stem.with_name(self.stem.name + end + ".part")
-                part.write_text(text)
-                part.replace(self.stem.with_name(self.stem.name + end))
+            before = self.report["errors"].pop("results", "")
+            try:
+                self.stem.parent.mkdir(parents=True, exist_ok=True)
+                for end, text in ((".json", json.dumps(self.report, indent=1) + "\n"), (".md", page(self.report))):
+                    self._replace(self.stem.with_name(self.stem.name + end), text)
+            except OSError as error:
+                self.report["errors"]["results"] = f"not written: {error}"
+                if not before:
+                    print(f"  WRONG: results not written: {error}", flush=True)
+
+    def _replace(self, file: Path, text: str) -> None:
+        part = file.with_name(file.name + ".part")
+        try:
+            part.write_text(text)
+            part.replace(file)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def where(self) -> str:
+        """The files of the report, or where there are none the report itself."""
+        if "results" in self.report["errors"]:
+            return f"results not written, this is the .json: {json.dumps(self.report)}"
+        return f"{self.stem}.json, .md"
 
     def close(self) -> None:
         gpu_watch.end(self._mark, 1.0)
@@ -272,6 +286,19 @@ def outcomes(question: dict[str, Any], answer: dict[str, Any] | str) -> list[dic
         name = f"{question['name']} ({question['dtype']})"
         found.append({"name": name, "ok": False, "error": None, "limit": None, "seconds": None, "message": why[:1000]})
     return found
+
+
+def listed(text: str) -> list[str]:
+    return [one.strip() for one in text.split(",") if one.strip()]
+
+
+def wanted(args: argparse.Namespace) -> list[str]:
+    """Sections by the order of the plan. A section's own name means that one alone, else all that begin so."""
+    only = listed(args.only)
+    exact = {one for one in only if one in SECTIONS}
+    begin = tuple(one for one in only if one not in SECTIONS)
+    names = of_call(args.call) if args.call else list(SECTIONS)
+    return [name for name in names if not only or name in exact or (begin and name.startswith(begin))]
 
 
 def commit(args: argparse.Namespace) -> str:
@@ -311,6 +338,14 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.dry_run and args.out == parser.get_default("out"):
         parser.error("a dry run needs --out: its numbers must not stand among results")
+    for name in ("seconds", "limit", "question", "workers", "pretend_gib"):
+        if not (math.isfinite(value := getattr(args, name)) and value >= 0):
+            parser.error(f"--{name.replace('_', '-')}: {value} is no size")
+    for one in listed(args.only):
+        if not any(name.startswith(one) for name in SECTIONS):
+            parser.error(f"--only: no section is {one!r}, or begins so: {', '.join(SECTIONS)}")
+    if not wanted(args):
+        parser.error(f"--only: call {args.call} has {', '.join(of_call(args.call))}")
     args.seconds = args.seconds or (DRY_SECONDS if args.dry_run else CALL_SECONDS)
     args.workers = args.workers or (1 if args.dry_run else WORKERS)
     return args
@@ -334,11 +369,14 @@ def main(argv: list[str] | None = None) -> int:
         watcher = threading.Timer(check.left + 10.0, out_of_time, (check, "the script itself hangs"))
         watcher.daemon = True
         watcher.start()
+    check.write()
+    if "results" in check.report["errors"]:  # known before the card's time is spent
+        return 2
     check.run()
     wrong = failures(check.report)
     print(page(check.report))
     skipped = f", {len(check.report['skipped'])} skipped" if check.report["skipped"] else ""
-    print(f"{check.stem}.json, .md; " + (f"{len(wrong)} WRONG" if wrong else "all right") + skipped)
+    print(f"{check.where()}; " + (f"{len(wrong)} WRONG" if wrong else "all right") + skipped)
     return 1 if wrong else 0
 
 
@@ -346,7 +384,7 @@ def out_of_time(check: Check, why: str) -> None:
     """What there is by now is written, and everything ends."""
     check.report["errors"]["time"] = f"{why}, {check.args.seconds - check.left:.0f} s after the start"
     check.write()
-    print(f"{why}; {check.stem}.json, .md", flush=True)
+    print(f"{why}; {check.where()}", flush=True)
     check.close()
     os._exit(1)
 

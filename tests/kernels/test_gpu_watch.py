@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,12 @@ def outlive():
                      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 what = sys.argv[1]
 """
+
+
+@pytest.fixture(autouse=True)
+def own_temporary_files(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path_factory.mktemp("temporary")))
+    monkeypatch.setattr(tempfile, "tempdir", None)
 
 
 def check_of(tmp_path: Path, body: str, *options: str, gib: float = 141.0) -> gpu_check.Check:
@@ -229,9 +236,9 @@ sys.exit(gpu_check.main(["--dry-run", "--only", "floors", "--out", {str(tmp_path
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     until = time.monotonic() + 30
-    while not (tmp_path / "out" / "gpu-check-test.json").exists() and time.monotonic() < until:
+    file, mark = tmp_path / "out" / "gpu-check-test.json", f"{process.pid}-1"
+    while not (file.exists() and "floors" in json.loads(file.read_text())) and time.monotonic() < until:
         time.sleep(0.05)
-    mark = f"{process.pid}-1"
     assert gpu_watch.marked(mark)
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 1
@@ -281,12 +288,83 @@ def test_the_plan_is_told_and_stands_in_the_docs() -> None:
 
 def test_sections_are_chosen_by_name_or_beginning(tmp_path: Path) -> None:
     def chosen(*options: str) -> list[str]:
-        check = gpu_check.Check(gpu_check.parsed(["--dry-run", "--out", str(tmp_path), *options]))
-        check.close()
-        return check.wanted()
+        return gpu_check.wanted(gpu_check.parsed(["--dry-run", "--out", str(tmp_path), *options]))
 
     assert chosen() == list(gpu_plan.SECTIONS) and chosen("--call", "3") == ["switches", "ranks", "transformers"]
-    assert chosen("--only", "llama") == ["llama"] and chosen("--only", "qw,floors") == ["floors", "qwen", "qwen-fp8"]
+    assert chosen("--only", "llama") == ["llama"] and chosen("--only", "qw, floors") == ["floors", "qwen", "qwen-fp8"]
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (("--only", "nonsense"), "no section is 'nonsense'"),
+        (("--only", "floors,nonsense"), "no section is 'nonsense'"),
+        (("--only", "cold", "--call", "1"), "call 1 has kernels, models"),
+        (("--seconds", "-5"), "--seconds: -5.0"),
+        (("--limit", "nan"), "--limit: nan"),
+        (("--workers", "-1"), "--workers: -1"),
+    ],
+)
+def test_what_would_check_nothing_is_refused(
+    options: tuple[str, ...], why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        gpu_check.parsed(["--dry-run", "--out", str(tmp_path), *options])
+    assert ended.value.code == 2 and why in capsys.readouterr().err
+
+
+def test_checks_that_there_are_not_are_told(tmp_path: Path) -> None:
+    body = """
+if what == "worker":
+    tell(ready=["norms", "pages"])
+    for line in sys.stdin:
+        name = json.loads(line)["name"]
+        tell(outcomes=[{"name": name, "ok": True, "error": 0.0, "limit": 1.0, "seconds": 0.1, "message": ""}])
+"""
+    check = check_of(tmp_path, body, "--checks", "pages,nonsense")
+    check.section("kernels")
+    report = written(tmp_path)
+    assert [row["name"] for row in report["kernels"]] == ["pages"]
+    assert report["errors"] == {"checks": "unknown: nonsense; known: norms, pages"}
+
+
+# --- results that cannot be written
+
+
+def test_a_folder_for_results_that_cannot_be_is_known_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    command = [sys.executable, str(SCRIPTS / "gpu_check.py"), "--dry-run", "--only", "floors"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "file" / "out")], capture_output=True, text=True, timeout=90
+    )
+    assert done.returncode == 2 and "results not written" in done.stdout and "== floors" not in done.stdout
+    assert not done.stderr
+
+
+def test_a_disk_that_fills_up_costs_no_section_and_no_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    body = "tell(found={'bytes_per_second': 1e12, 'flops_16': 1e15, 'flops_8': None}, done=True); tell(left_mib=0)"
+    check = check_of(tmp_path, body)
+    check.write()
+    full, true = [True], Path.write_text
+
+    def write_text(self: Path, text: str) -> int:
+        if full[0] and self.suffix == ".part":
+            true(self, text[:10])
+            raise OSError(28, "No space left on device")
+        return true(self, text)
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    check.section("floors")
+    assert not list((tmp_path / "out").glob("*.part")) and "floors" not in written(tmp_path)
+    found = json.loads(check.where().split("this is the .json: ")[1])
+    assert found["floors"]["flops_16"] == 1e15 and "No space left" in found["errors"]["results"]
+    assert capsys.readouterr().out.count("No space left") == 1
+    full[0] = False  # somebody made room
+    check.write()
+    assert written(tmp_path)["floors"]["flops_16"] == 1e15 and not written(tmp_path)["errors"]
+    assert check.where().endswith(".json, .md")
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from phloem.checkpoint.quant_config import StoredFormat
+from phloem.core.errors import ModelLoadError
 from phloem.kernels.narrow import Codes, Narrow, group_width
 from phloem.models._sources import TensorSource
 from phloem.quant import _groups, method_for
@@ -99,3 +100,33 @@ def test_groups_that_are_one_number_have_a_zero_point_that_float16_holds() -> No
     form = made.narrow()
     assert isinstance(form, Narrow)
     torch.testing.assert_close(dequantised(form, rounded), made.dense(torch.float32), rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("byte", [255, 254, 241, 240, 0])
+@pytest.mark.parametrize("stack", [False, True])
+def test_powers_of_two_that_are_no_scales_are_refused(stack: bool, byte: int) -> None:
+    """Kernels cut them off, and would compute with other numbers without a word: 255 stands for NaN."""
+    weight = torch.randn(3, 64, 32, generator=torch.Generator().manual_seed(1))
+    method = "mxfp4" if stack else "compressed_tensors"
+    name = "model.layers.0.mlp.experts.down_proj" if stack else NAME
+    if stack:
+        found = packers.mxfp4_stack(name, weight)
+        assert found is not None
+        tensors, shape = found[0], (3, 64, 32)
+        tensors["_scales"][2, 31, 1] = byte
+    else:
+        tensors, shape = packers.mxfp4_matrix(weight[0])[0], (64, 32)
+        tensors["weight_scale"][63, 0] = byte
+    reader = method_for(None, StoredFormat(method, method, {}, "here"))
+    assert reader is not None and reader.join is not None
+    stem = name if stack else name.removesuffix("weight")
+    sources = {stem + key: TensorSource(stem + key, tuple(one.shape), tensor=one) for key, one in tensors.items()}
+    source = reader.join(
+        name, {key: sources[one] for key, one in reader.companions(name).items() if one in sources}, shape
+    )
+    rows, cols, entry = (slice(0, 32, 1), slice(0, 64, 1), 2) if stack else (slice(0, 64, 1), slice(0, 32, 1), 0)
+    if byte <= 240:
+        assert float(source.codes(rows, cols, entry).scale.max()) <= 2.0**113
+    else:
+        with pytest.raises(ModelLoadError, match="4-bit floats are no numbers, or beyond 2\\^113"):
+            source.codes(rows, cols, entry)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 FLOAT8_BLOCK = 128  # rows and columns of a block of float8 that shares a scale
 LEAST_GROUP, MOST_GROUP = 32, 128  # columns of a group of 4-bit numbers
 FLOAT4_GROUP = 32  # columns of a group of 4-bit floats
+MOST_POWER = 113  # of two: beyond, times 6, is no scale of a weight, and the byte 255 is no number
 
 
 @dataclass(frozen=True, slots=True)

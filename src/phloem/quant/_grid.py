@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from phloem.core.errors import ModelLoadError
-from phloem.kernels.narrow import FLOAT4_GROUP, FLOAT8_BLOCK, Codes, Narrow, group_width
+from phloem.kernels.narrow import FLOAT4_GROUP, FLOAT8_BLOCK, MOST_POWER, Codes, Narrow, group_width
 from phloem.quant._bits import e2m1_of
 from phloem.quant._report import VALUES, Report
 from phloem.quant._source import Index, Source, everything
@@ -190,6 +190,8 @@ class Grid(Source):
 
         self._each(fill, *size, values.device)
         scale = scale * 2 if floats else scale  # of twice their values
+        if floats and not bool((scale <= 2.0**MOST_POWER).all()):
+            raise ModelLoadError(f"{self.name}: scales of its 4-bit floats are no numbers, or beyond 2^{MOST_POWER}")
         groups = opened.group_C[:: found.wide]
         scale = scale[:, groups].expand(size[0], -1)[:: rows.step * found.high]
         zero = None if zero is None else zero[:, groups].expand(size[0], -1)[:: rows.step]

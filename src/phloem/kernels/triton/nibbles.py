@@ -20,12 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from phloem.kernels.narrow import MOST_POWER
 from phloem.kernels.triton._device import capability
 from phloem.kernels.triton.gemm_int import pack_int4
 
 PLAIN, INT4, MXFP4 = 0, 1, 2  # how the weights of a product are stored
 FLOAT_GROUP = 32  # columns that share a power of two
-MOST_EXPONENT = 240  # biased by 127: powers of two beyond are no scale of a weight
+MOST_EXPONENT = 127 + MOST_POWER  # as it is stored
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 

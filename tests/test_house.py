@@ -201,7 +201,9 @@ def test_the_engine_stands_without_the_server(module: str, unseen: set[str]) -> 
     ("module", "absent"),
     [
         pytest.param(
-            "phloem.launch.core", ["phloem.client", "fastapi", "jinja2", "tokenizers"], marks=pytest.mark.slow
+            "phloem.launch.core",
+            ["phloem.client", "phloem.multimodal", "fastapi", "jinja2", "tokenizers"],
+            marks=pytest.mark.slow,
         ),
         pytest.param("phloem.llm", ["phloem.server", "fastapi", "uvicorn", "starlette"], marks=pytest.mark.slow),
         ("phloem.cli.serve", ["torch", "numpy", "asyncio", "tyro", "phloem.client"]),

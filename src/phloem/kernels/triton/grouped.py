@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from phloem.kernels.triton._base import activate, ceil_div, stages
+from phloem.kernels.triton._device import capability
 from phloem.kernels.triton.activation import GELU_TANH, SILU
 from phloem.kernels.triton.early import await_previous, early
 from phloem.kernels.triton.nibbles import Stack, scales_at, warp_groups, widened_halves
@@ -203,6 +204,10 @@ def _blocks(stack: Stack, tile: int, wide: bool, gated: bool) -> tuple[int, int,
         return block_n, 64 if tile >= 64 else 128, 8 if tile >= 128 else 4
     if not warp_groups(stack.values.device):
         return (64, max(64, stack.group), 8) if tile >= 64 else (64, 128, 4)
+    if gated and tile >= 128 and capability(stack.values.device) >= 100:
+        # Of two products with two halves each, those of 128 rows are more than the memory of Blackwell's tensor cores
+        # holds: Triton 3.6 says nothing, and gives a kernel that does nothing.
+        return 64, 128, 8
     # A warp group's rows are its own, so that what it widens goes from registers to the tensor cores.
     return (128, 128, 8) if tile >= 64 else (64, 128, 4)
 

@@ -53,7 +53,9 @@ def _narrow(draft: Checkpoint, model: Model, ctx: BuildContext, positions: int) 
     target, narrow = decoder_of(model), replace(ctx, quant=method_for(None, draft.stored))
     own = decoder_of(build_model(draft.model_type, draft.config, narrow, positions))
     load_forms(own, draft)
-    return Loaded(own, extend(target.memory, own.memory), False, Decision("speculative_draft", "draft_model", "narrow"))
+    first = extend(target.memory, own.memory)
+    # pyrefly: ignore[bad-argument-type] - a head is callable
+    return Loaded(own, first, False, Decision("speculative_draft", "draft_model", "narrow"))
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ class Check:
         more += ["--floors", json.dumps(self.report["floors"])] if "floors" in self.report else []
         device = self.args.engine_device or ("cpu" if self.tiny else "")
         more += ["--engine-device", device] if device else []
-        why = watch(self.start(name, name, *more), limit, heard)
+        why = watch(self.start(name, name, *more), limit, heard, silent=lambda: self.write(often=True))
         if why and not ended:
             self._wrong(name, {"error": why})
 

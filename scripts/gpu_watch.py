@@ -176,17 +176,20 @@ def _joined(text: str) -> str:
     return " | ".join(line.strip() for line in text.split("\n") if line.strip())
 
 
-def watch(child: Child, seconds: float, heard: Say) -> str:
-    """Listen to a child for so long; gives why it went wrong, "" if it did not. It has ended then."""
+def watch(child: Child, seconds: float, heard: Say, silent: Callable[[], None] = lambda: None) -> str:
+    """Listen to a child for so long; gives why it went wrong, "" if it did not. It has ended then. `silent` is called
+    where it says nothing for a second."""
     until = time.monotonic() + seconds
-    try:
-        while (told := child.told(until - time.monotonic())) is not None:
-            heard(told)
-            if time.monotonic() > until:
-                raise TimeoutError
-    except TimeoutError:
-        return child.why(hung=seconds)
-    return child.why()
+    while time.monotonic() <= until:
+        try:
+            told = child.told(min(1.0, until - time.monotonic()))
+        except TimeoutError:
+            silent()
+            continue
+        if told is None:
+            return child.why()
+        heard(told)
+    return child.why(hung=seconds)
 
 
 class Pool:

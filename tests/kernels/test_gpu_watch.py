@@ -239,6 +239,7 @@ sys.exit(gpu_check.main(["--dry-run", "--only", "floors", "--out", {str(tmp_path
     file, mark = tmp_path / "out" / "gpu-check-test.json", f"{process.pid}-1"
     while not (file.exists() and "floors" in json.loads(file.read_text())) and time.monotonic() < until:
         time.sleep(0.05)
+    assert "floors" in json.loads(file.read_text()), "what was found is written though nothing more comes"
     assert gpu_watch.marked(mark)
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 1

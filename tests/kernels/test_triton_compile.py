@@ -50,6 +50,19 @@ def test_quick_set_compiles_for_nvidia_and_amd(tmp_path: Path) -> None:
     assert len(walks) == 6 and {r["target"] for r in walks} == {"sm_90"} and not any(r["stack"] for r in walks)
 
 
+def counted(code: str) -> list[int]:
+    """The numbers that a process beside this one, which compiles, prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, "PYTHONPATH": str(SCRIPT.parent)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [int(number) for number in done.stdout.split()]
+
+
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])
 def test_tiles_of_many_rows_are_brought_by_descriptors_and_multiplied_in_the_pipes_for_it(target: str) -> None:
     """Loads of the tensor memory accelerator, tensor cores that read shared memory, and launches that wait."""
@@ -64,15 +77,7 @@ def test_tiles_of_many_rows_are_brought_by_descriptors_and_multiplied_in_the_pip
         "ptx = triton.compile(source, target=target, options=dict(found.options)).asm['ptx'];"
         "print(*(ptx.count(x) for x in ('cp.async.bulk.tensor', 'wgmma.mma_async', 'tcgen05.mma', 'griddepcontrol')))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, "PYTHONPATH": str(SCRIPT.parent)},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    loads, hopper, blackwell, waits = map(int, done.stdout.split())
+    loads, hopper, blackwell, waits = counted(code)
     assert loads >= 2 and waits == 2 and (hopper if target == "sm_90" else blackwell) > 0
 
 
@@ -96,15 +101,7 @@ def test_widened_weights_go_from_registers_to_the_tensor_cores(case: str) -> Non
         "stack = sum(c.cubin_usage(m.asm['cubin'])[1] for m in made);"
         "print(len(made), len(every), len(mine), text.count('cp.async.cg.shared'), stack)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, "PYTHONPATH": str(SCRIPT.parent)},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    kernels, products, from_registers, copies, stack = map(int, done.stdout.split())
+    kernels, products, from_registers, copies, stack = counted(code)
     assert kernels == 2 and products == from_registers > 8 and copies > 8 and stack == 0
 
 

@@ -128,8 +128,8 @@ class Wanted:
         `late_L`: the drafts, if the device alone knows them.
         """
         assert self.drafts is not None and self.starts is not None
-        drafts_L, starts = up([self.drafts, self.starts])
-        drafts_L = drafts_L if late_L is None else late_L
+        starts, *sent = up([self.starts, *([self.drafts] if late_L is None else [])])
+        drafts_L = sent[0] if late_L is None else late_L
         places = torch.arange(len(tokens_L), device=tokens_L.device)
         ends = torch.where(tokens_L == drafts_L, len(tokens_L), places)
         last = ends.flip(0).cummin(0).values.flip(0)[starts]

@@ -114,8 +114,10 @@ class TreeWork(DraftWork):
         del late  # which tokens are gone on from is found on the host
         plan, began = batch.drafting, perf_counter()
         assert plan is not None
-        tips, depth = self._read(batch, plan), 0
-        grown = [tip.growth for tip in tips]
+        tips, hidden_LN = self._read(batch, plan)
+        grown, depth = [tip.growth for tip in tips], 0
+        if tips:
+            self._sprout(batch, tips, hidden_LN, 0)
         while tips:
             depth += 1
             tips = self._ahead(tips, depth)
@@ -124,11 +126,11 @@ class TreeWork(DraftWork):
         trees = {one.row: one.chosen() for one in grown}
         return replace(with_trees(batch, trees), drafting=None), perf_counter() - began
 
-    def _read(self, batch: Batch, plan: Drafting) -> list[Tip]:
-        """The known tokens, and what may follow them."""
+    def _read(self, batch: Batch, plan: Drafting) -> tuple[list[Tip], Tensor]:
+        """The known tokens are read: the last one of each row that has drafts, and the states [L, N] there."""
         rows, ends = np.flatnonzero(plan.lens), np.cumsum(plan.lens)
         if not len(rows):
-            return []
+            return [], torch.zeros(0)
         ids = np.concatenate([plan.ids[ends[row] - plan.lens[row] : ends[row]] for row in rows])
         wants = plan.counts[rows] > 0
         hidden_LN = self._passed(self._part(batch, rows, (plan.starts[rows], plan.lens[rows], ids), wants))
@@ -137,9 +139,7 @@ class TreeWork(DraftWork):
             Tip(Growth(row, counts[row], self._shape), ROOT, starts[row], place=place)
             for place, row in enumerate(rows[wants].tolist())
         ]
-        if tips:
-            self._sprout(batch, tips, hidden_LN, 0)
-        return tips
+        return tips, hidden_LN
 
     def _ahead(self, tips: Sequence[Tip], depth: int) -> list[Tip]:
         """The drafts of this depth that are gone on from, each with pages for the way to it."""

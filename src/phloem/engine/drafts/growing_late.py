@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from phloem.core.batch import Batch, Drafting
+    from phloem.core.batch import Batch
 
 LEAST = -1e30  # of what cannot follow at all, which still comes before nothing
 
@@ -48,26 +48,12 @@ class LateTrees(TreeWork):
     def run(self, batch: Batch, late: bool = False) -> tuple[Batch, float]:
         plan, began = batch.drafting, perf_counter()
         assert plan is not None
-        seen = self._first_seen(batch, plan)
+        roots, hidden_LN = self._read(batch, plan)
+        seen = [self._seen(batch, roots, hidden_LN, 0, None)] if roots else []
         while seen and (tips := self._tips(seen[-1].tips, len(seen))):
             seen.append(self._grown(batch, seen[-1], tips, len(seen)))
         trees = {one.row: one.chosen() for one in _put_together(seen)}
         return replace(with_trees(batch, trees), drafting=None), perf_counter() - began
-
-    def _first_seen(self, batch: Batch, plan: Drafting) -> list[Seen]:
-        """The known tokens are read: what may follow them, of each row that has drafts; nothing where none has."""
-        rows, ends = np.flatnonzero(plan.lens), np.cumsum(plan.lens)
-        if not len(rows):
-            return []
-        ids = np.concatenate([plan.ids[ends[row] - plan.lens[row] : ends[row]] for row in rows])
-        wants = plan.counts[rows] > 0
-        hidden_LN = self._passed(self._part(batch, rows, (plan.starts[rows], plan.lens[rows], ids), wants))
-        starts, counts = (plan.starts + plan.lens).tolist(), plan.counts.tolist()
-        tips = [
-            Tip(Growth(row, counts[row], self._shape), ROOT, starts[row], place=place)
-            for place, row in enumerate(rows[wants].tolist())
-        ]
-        return [self._seen(batch, tips, hidden_LN, 0, None)] if tips else []
 
     def _tips(self, before: Sequence[Tip], depth: int) -> list[Tip]:
         """The drafts of this depth that are gone on from, as far as the host knows them."""

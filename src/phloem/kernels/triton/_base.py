@@ -179,6 +179,13 @@ def _sum_splits(
     tl.store(out + row * features + col, total.to(out.dtype.element_ty), mask=keep)
 
 
+def split_target(out_TM: Tensor, splits: int, bias_M: Tensor | None) -> tuple[Tensor, bool]:
+    """(Where a product of so many splits goes [S, T, M], whether that is the result itself): else `sum_splits` follows."""
+    if splits == 1 and bias_M is None:
+        return out_TM.unsqueeze(0), True
+    return torch.empty((splits, *out_TM.shape), dtype=torch.float32, device=out_TM.device), False
+
+
 def sum_splits(partial_STM: Tensor, bias_M: Tensor | None, out_TM: Tensor) -> Tensor:
     """out = sum of the splits in their order (so the result does not vary), plus bias."""
     splits, tokens, features = partial_STM.shape

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phloem.kernels.triton._base import ceil_div, power_of_2, stages, sum_splits, widened
+from phloem.kernels.triton._base import ceil_div, power_of_2, split_target, stages, sum_splits, widened
 from phloem.kernels.triton._device import multiprocessors
 from phloem.kernels.triton.early import await_previous, early
 
@@ -137,10 +137,7 @@ def few_rows_gemm(
         splits = max(1, min(groups // 4, 4 * multiprocessors(x_TN) // tiles))
     per_split = ceil_div(groups, splits)
     splits = ceil_div(groups, per_split)
-    direct = splits == 1 and bias_M is None
-    target = out.unsqueeze(0)
-    if not direct:
-        target = torch.empty((splits, tokens, outputs), dtype=torch.float32, device=x_TN.device)
+    target, direct = split_target(out, splits, bias_M)
     _gemm_few[(tiles, splits)](
         *(x_TN, weight_MN, weight_scale, target, tokens, features, outputs, per_split),
         *(x_TN.stride(0), weight_MN.stride(0), weight_scale.stride(0), *target.stride()[:2]),
@@ -179,10 +176,7 @@ def block_scaled_gemm(
         splits = max(1, min(groups // 4, each * multiprocessors(x_TN) // tiles))
     per_split = ceil_div(groups, splits)
     splits = ceil_div(groups, per_split)
-    direct = splits == 1 and bias_M is None
-    target = out.unsqueeze(0)
-    if not direct:
-        target = torch.empty((splits, tokens, outputs), dtype=torch.float32, device=x_TN.device)
+    target, direct = split_target(out, splits, bias_M)
     _gemm_fp8[(ceil_div(outputs, block_m), ceil_div(tokens, block_t), splits)](
         *(x_TN, weight_MN, x_scale, weight_scale, target, tokens, features, outputs, per_split),
         *(x_TN.stride(0), weight_MN.stride(0), x_scale.stride(0), weight_scale.stride(0), *target.stride()[:2]),

@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from phloem.kernels.triton._base import ceil_div, power_of_2, stages, sum_splits
+from phloem.kernels.triton._base import ceil_div, power_of_2, split_target, stages, sum_splits
 from phloem.kernels.triton._device import multiprocessors
 from phloem.kernels.triton.early import await_previous, early
 
@@ -362,10 +362,7 @@ def grouped_gemm(x_TN: Tensor, runs: Sequence[Run], bias_M: Tensor | None = None
         splits = max(1, min(turns if few else turns // 4, wanted * multiprocessors(x_TN) // tiles))
     per_split = ceil_div(turns, splits)
     splits = ceil_div(turns, per_split)
-    direct = splits == 1 and bias_M is None
-    target = out.unsqueeze(0)
-    if not direct:
-        target = torch.empty((splits, tokens, outputs), dtype=torch.float32, device=x_TN.device)
+    target, direct = split_target(out, splits, bias_M)
     column = 0
     for run in runs:
         blocks = ceil_div(len(run.codes), block_m)

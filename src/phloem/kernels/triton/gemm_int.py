@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phloem.kernels.triton._base import ceil_div, power_of_2, stages, sum_splits
+from phloem.kernels.triton._base import ceil_div, power_of_2, split_target, stages, sum_splits
 from phloem.kernels.triton._device import multiprocessors
 
 
@@ -106,13 +106,6 @@ def _plan(
     return block_t, block_m, per_split, ceil_div(turns, per_split)
 
 
-def _target(out: Tensor, splits: int, bias_M: Tensor | None) -> tuple[Tensor, bool]:
-    direct = splits == 1 and bias_M is None
-    if direct:
-        return out.unsqueeze(0), True
-    return torch.empty((splits, *out.shape), dtype=torch.float32, device=out.device), False
-
-
 def pack_int4(values_MN: Tensor, group: int) -> Tensor:
     """Values 0 to 15 [M, N] -> uint8 [M, N / 2] in this file's order; N must be a multiple of the group."""
     halves = values_MN.to(torch.uint8).unflatten(1, (-1, 2, group // 2))
@@ -139,7 +132,7 @@ def int4_gemm(
     # Wide tiles have fewer instructions a byte of the weight; those of few rows have to be several at once.
     cut = (64, 1) if x_TN.dtype == torch.float32 else (128, 3 if tokens <= 16 else 2)
     block_t, block_m, per_split, splits = _plan(x_TN, outputs, groups, splits, *cut)
-    target, direct = _target(out, splits, bias_M)
+    target, direct = split_target(out, splits, bias_M)
     _gemm_int4[(ceil_div(outputs, block_m), ceil_div(tokens, block_t), splits)](
         *(x_TN, packed, scale_MG, zero_MG if zero_MG is not None else scale_MG, target, tokens, outputs, groups),
         *(per_split, x_TN.stride(0), packed.stride(0), scale_MG.stride(0), *target.stride()[:2]),

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phloem.kernels.triton._base import ceil_div, power_of_2, stages, sum_splits
+from phloem.kernels.triton._base import ceil_div, power_of_2, split_target, stages, sum_splits
 from phloem.kernels.triton._device import multiprocessors
 from phloem.kernels.triton.early import await_previous, early
 from phloem.kernels.triton.nibbles import FLOAT_GROUP, MXFP4, scales_at, warp_groups, widened_halves
@@ -97,10 +97,7 @@ def mxfp4_gemm(
         splits = max(1, min(turns // 4, multiprocessors(x_TN) // tiles))
     per_split = ceil_div(turns, splits)
     splits = ceil_div(turns, per_split)
-    direct = splits == 1 and bias_M is None
-    target = out.unsqueeze(0)
-    if not direct:
-        target = torch.empty((splits, tokens, outputs), dtype=torch.float32, device=x_TN.device)
+    target, direct = split_target(out, splits, bias_M)
     _gemm_mxfp4[(ceil_div(outputs, block_m), ceil_div(tokens, block_t), splits)](
         *(x_TN, packed, scale, target, tokens, features, outputs, per_split),
         *(x_TN.stride(0), packed.stride(0), scale.stride(1), *target.stride()[:2]),

@@ -180,7 +180,7 @@ def _sum_splits(
 
 
 def split_target(out_TM: Tensor, splits: int, bias_M: Tensor | None) -> tuple[Tensor, bool]:
-    """(Where a product of so many splits goes [S, T, M], whether that is the result itself): else `sum_splits` follows."""
+    """(Where a product of so many splits goes [S, T, M], whether that is the result): if not, `sum_splits` follows."""
     if splits == 1 and bias_M is None:
         return out_TM.unsqueeze(0), True
     return torch.empty((splits, *out_TM.shape), dtype=torch.float32, device=out_TM.device), False
